@@ -35,9 +35,11 @@ elseif(FOVEA_NATIVE)
   endif()
 endif()
 
+# g++ warns falsely about its own library under sanitisers: warnings are judged by the other builds.
 if(FOVEA_SANITIZE)
   target_compile_options(fovea_developer INTERFACE
-    -fsanitize=${FOVEA_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
+    -fsanitize=${FOVEA_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer
+    $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
   target_link_options(fovea_developer INTERFACE -fsanitize=${FOVEA_SANITIZE})
 endif()
 
