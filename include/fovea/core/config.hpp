@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  Build-wide macros: the inline namespace of the instruction set, assertions, forced inlining, host+device marks.
+///
+/// FOVEA_ABI names the instruction set that this translation unit is compiled for. All of fovea lives in
+/// `fovea::FOVEA_ABI`, so objects compiled for different instruction sets never share a weak symbol: the linker cannot
+/// hand an AVX-512 copy of a helper to code that runs on an older processor.
+
+#include <cstdlib>
+
+#if defined(FOVEA_FORCE_SCALAR)
+#define FOVEA_ABI abi_scalar
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define FOVEA_ABI abi_avx512
+#define FOVEA_HAS_AVX512 1
+#elif defined(__AVX2__) && defined(__FMA__)
+#define FOVEA_ABI abi_avx2
+#define FOVEA_HAS_AVX2 1
+#elif defined(__SSE2__)
+#define FOVEA_ABI abi_sse2
+#define FOVEA_HAS_SSE2 1
+#elif defined(__aarch64__)
+#define FOVEA_ABI abi_neon64
+#define FOVEA_HAS_NEON64 1
+#else
+#define FOVEA_ABI abi_scalar
+#endif
+
+#if defined(__CUDACC__)
+#define FOVEA_HD __host__ __device__
+#else
+#define FOVEA_HD
+#endif
+
+#if defined(_MSC_VER)
+#define FOVEA_INLINE __forceinline
+#define FOVEA_NOINLINE __declspec(noinline)
+#define FOVEA_INLINE_LAMBDA
+#define FOVEA_RESTRICT __restrict
+#else
+#define FOVEA_INLINE inline __attribute__((always_inline))
+#define FOVEA_NOINLINE __attribute__((noinline))
+#define FOVEA_INLINE_LAMBDA __attribute__((always_inline))
+#define FOVEA_RESTRICT __restrict__
+#endif
+
+#if defined(__cpp_exceptions) || defined(__EXCEPTIONS) || defined(_CPPUNWIND)
+#define FOVEA_HAS_EXCEPTIONS 1
+#endif
+
+/// What a build without exceptions does with a violated contract. Define it before the first fovea header to replace it.
+#ifndef FOVEA_ABORT
+#define FOVEA_ABORT(message) ((void)(message), std::abort())
+#endif
+
+/// Internal invariants: checked in debug builds and wherever FOVEA_CHECK_INVARIANTS is defined, free otherwise.
+#ifndef FOVEA_ASSERT
+#if !defined(NDEBUG) || defined(FOVEA_CHECK_INVARIANTS)
+#define FOVEA_ASSERT(condition) ((condition) ? (void)0 : std::abort())
+#else
+#define FOVEA_ASSERT(condition) ((void)0)
+#endif
+#endif

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  What a mechanism offers (concepts), and the public calls that check once and hand over.
+///
+///   prefill(exec, m, q, k, v, out [, options])          one call over all keys
+///   prefill(exec, m, q, k, v, out, state [, options])   k, v are the next tokens after those in the state; causal
+///   step(exec, m, q, k, v, out, state [, options])      the same for one token
+///
+/// Contract   q [B, H, n, d], k [B, G, m, d], v [B, G, m, e], out [B, H, n, e]; H a multiple of G; f64 goes with f64 only. With a
+///            state n = m, and token i of the call sees the state and tokens 0 .. i. Every output element is written.
+/// Errors     contract_error before anything is written. Memory: a call needs workspace_size(...) bytes of scratch; without
+///            `call_options::workspace` they are allocated once, here and nowhere deeper.
+
+#include <concepts>
+#include <span>
+
+#include <fovea/core/exec.hpp>
+#include <fovea/core/state.hpp>
+#include <fovea/core/workspace.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+
+/// A mechanism is an immutable value: hyper-parameters and views of learned weights.
+///   check(p)                        throws if the problem, or the mechanism's own values, are not acceptable
+///   workspace_size(shape, threads)  bytes of scratch of one call
+///   prefill(exec, p, scratch)       computes; does not throw, allocate or check
+template <class M>
+concept mechanism = std::copyable<M> && requires(const M& m, exec_ref exec, const problem& p, const shape& s, arena scratch) {
+  { M::name } -> std::convertible_to<const char*>;
+  m.check(p);
+  { m.workspace_size(s, 1) } -> std::same_as<std::size_t>;
+  m.prefill(exec, p, scratch);
+};
+
+///   make_state(shape)               s.m: the most tokens it has to hold, where it holds tokens
+///   tag()                           fingerprint of name and hyper-parameters
+///   check(p, state)                 as check(p), for a call with a state
+///   prefill(exec, p, state, scratch)
+template <class M>
+concept streaming_mechanism = mechanism<M> && requires(const M& m, exec_ref exec, const problem& p, const shape& s, state& st, arena scratch) {
+  { m.make_state(s) } -> std::same_as<state>;
+  { m.tag() } -> std::same_as<std::uint64_t>;
+  m.check(p, st);
+  m.prefill(exec, p, st, scratch);
+};
+
+/// States of disjoint stretches of one sequence can be joined: merge(earlier, later) leaves the joint state in `earlier`.
+template <class M>
+concept mergeable_mechanism = streaming_mechanism<M> && requires(const M& m, state& a, const state& b) { m.merge(a, b); };
+
+struct call_options {
+  tensor_mut lse;                      ///< [B, H, n, 1] log-sum-exp of the scores, where the mechanism has one
+  fovea::gates gates;                  ///< per-token gates of recurrent rules
+  std::span<std::byte> workspace = {};  ///< scratch of at least workspace_size(shape, concurrency) bytes
+};
+
+namespace detail {
+template <class M>
+arena scratch_for(const M& m, exec_ref exec, const problem& p, const call_options& options, buffer& own) {
+  const std::size_t need = m.workspace_size(p.shape(), exec.concurrency());
+  if (options.workspace.data() == nullptr) {
+    own = buffer(need + alignment);
+    return arena(own.span());
+  }
+  require(options.workspace.size() >= need, "workspace holds ", options.workspace.size(), " bytes; this call needs ", need);
+  return arena(options.workspace);
+}
+inline bool nothing_to_do(const problem& p) { return p.q.batch == 0 || p.q.heads == 0 || p.out.heads == 0 || p.q.length == 0; }
+}  // namespace detail
+
+template <mechanism M>
+void prefill(exec_ref exec, const M& m, tensor_ref q, tensor_ref k, tensor_ref v, tensor_mut out, const call_options& options = {}) {
+  const problem p{q, k, v, out, options.lse, options.gates};
+  m.check(p);
+  if (detail::nothing_to_do(p)) return;
+  buffer own;
+  m.prefill(exec, p, detail::scratch_for(m, exec, p, options, own));
+}
+
+template <streaming_mechanism M>
+void prefill(exec_ref exec, const M& m, tensor_ref q, tensor_ref k, tensor_ref v, tensor_mut out, state& s, const call_options& options = {}) {
+  const problem p{q, k, v, out, options.lse, options.gates};
+  require(q.length == k.length, "q has ", q.length, " tokens and k has ", k.length, "; a call with a state takes the same new tokens in both");
+  m.check(p, s);
+  if (detail::nothing_to_do(p)) return;
+  buffer own;
+  m.prefill(exec, p, s, detail::scratch_for(m, exec, p, options, own));
+}
+
+template <streaming_mechanism M>
+void step(exec_ref exec, const M& m, tensor_ref q, tensor_ref k, tensor_ref v, tensor_mut out, state& s, const call_options& options = {}) {
+  require(q.length == 1 && k.length == 1, "step takes one token; q has ", q.length, " and k has ", k.length, " (use prefill for more)");
+  fovea::prefill(exec, m, q, k, v, out, s, options);
+}
+
+}  // namespace FOVEA_ABI
+}  // namespace fovea

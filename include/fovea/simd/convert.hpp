@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  Rows of stored elements to and from the accumulator type, with the hardware's conversions where they exist.
+///
+/// Contract   any length, no alignment, nothing behind the row is touched. f32 -> bf16 and f16 round to nearest even.
+
+#include <fovea/simd/pack.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+namespace simd {
+namespace detail {
+
+template <class Arch>
+FOVEA_INLINE isize widen(const f16* p, isize n, float* out) {  // returns how many were done
+  isize i = 0;
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<Arch, avx512>)
+    for (; i + 16 <= n; i += 16) _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i))));
+#endif
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<Arch, avx512> || std::is_same_v<Arch, avx2>)
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
+#endif
+  (void)p, (void)n, (void)out;
+  return i;
+}
+template <class Arch>
+FOVEA_INLINE isize widen(const bf16* p, isize n, float* out) {
+  isize i = 0;
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<Arch, avx512>)
+    for (; i + 16 <= n; i += 16) {
+      const __m512i w = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i)));
+      _mm512_storeu_ps(out + i, _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)));
+    }
+#endif
+  (void)p, (void)n, (void)out;  // elsewhere a plain loop of shifts, which compilers vectorise
+  return i;
+}
+template <class Arch>
+FOVEA_INLINE isize narrow(const float* p, isize n, f16* out) {
+  isize i = 0;
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<Arch, avx512>)
+    for (; i + 16 <= n; i += 16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtps_ph(_mm512_loadu_ps(p + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<Arch, avx512> || std::is_same_v<Arch, avx2>)
+    for (; i + 8 <= n; i += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(p + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  (void)p, (void)n, (void)out;
+  return i;
+}
+template <class Arch>
+FOVEA_INLINE isize narrow(const float*, isize, bf16*) {
+  return 0;
+}
+
+template <class Arch, class From, class To>
+FOVEA_INLINE void copy_row(const From* p, isize n, To* out) {
+  isize i = 0;
+  if constexpr (sizeof(From) == 2 && std::is_same_v<To, float>) i = widen<Arch>(p, n, out);
+  if constexpr (sizeof(To) == 2 && std::is_same_v<From, float>) i = narrow<Arch>(p, n, out);
+  for (; i < n; ++i) {
+    if constexpr (sizeof(From) == 2 && sizeof(To) == 8)
+      out[i] = static_cast<To>(static_cast<float>(p[i]));
+    else if constexpr (sizeof(To) == 2)
+      out[i] = To(static_cast<float>(p[i]));
+    else
+      out[i] = static_cast<To>(p[i]);
+  }
+}
+}  // namespace detail
+
+/// n stored elements -> Acc.
+template <class Arch, class Acc>
+FOVEA_NOINLINE void load_row(dtype type, const void* p, isize n, Acc* out) {
+  switch (type) {
+    case dtype::f32: return detail::copy_row<Arch>(static_cast<const float*>(p), n, out);
+    case dtype::f64: return detail::copy_row<Arch>(static_cast<const double*>(p), n, out);
+    case dtype::bf16: return detail::copy_row<Arch>(static_cast<const bf16*>(p), n, out);
+    case dtype::f16: return detail::copy_row<Arch>(static_cast<const f16*>(p), n, out);
+  }
+}
+/// n elements of Acc -> storage.
+template <class Arch, class Acc>
+FOVEA_NOINLINE void store_row(dtype type, const Acc* p, isize n, void* out) {
+  switch (type) {
+    case dtype::f32: return detail::copy_row<Arch>(p, n, static_cast<float*>(out));
+    case dtype::f64: return detail::copy_row<Arch>(p, n, static_cast<double*>(out));
+    case dtype::bf16: return detail::copy_row<Arch>(p, n, static_cast<bf16*>(out));
+    case dtype::f16: return detail::copy_row<Arch>(p, n, static_cast<f16*>(out));
+  }
+}
+
+/// Row i of a view as Acc: the view's own memory if it is stored so, else converted into `scratch` [width].
+template <class Arch, class Acc>
+FOVEA_INLINE const Acc* row_as(dtype type, const void* p, isize width, Acc* scratch) {
+  if (type == dtype_of<Acc>) return static_cast<const Acc*>(p);
+  load_row<Arch, Acc>(type, p, width, scratch);
+  return scratch;
+}
+
+}  // namespace simd
+}  // namespace FOVEA_ABI
+}  // namespace fovea

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  2^x for x <= 0 and a little above, in registers: the only transcendental of the hot loops.
+///
+///   2^x = 2^n * poly(r),   n = round(x),   r = x - n in [-1/2, 1/2]
+///
+/// Contract   exact 0 for x <= -126 (double: -1022) and -inf; never a denormal; NaN stays NaN; valid up to x = 127 (1023).
+/// Numerics   float: degree 5, exact at integers, 1.9 ulp. double: degree 13 (Taylor), about 1 ulp.
+/// Source     minimax coefficients, float ones searched with c0 = 1; docs/numerics.md.
+
+#include <fovea/simd/pack.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+namespace simd {
+namespace detail {
+
+template <class T>
+struct exp2_constants;
+template <>
+struct exp2_constants<float> {
+  using word = std::int32_t;
+  static constexpr int mantissa = 23;
+  static constexpr float least = -126.0F, magic = 12582912.0F + 126.0F;  // 1.5 * 2^23 + (bias - 1)
+  static constexpr float c[] = {1.0F, 0.693146884F, 0.240222335F, 0.0555089265F, 0.00967202522F, 0.00132127956F};
+};
+template <>
+struct exp2_constants<double> {
+  using word = std::int64_t;
+  static constexpr int mantissa = 52;
+  static constexpr double least = -1022.0, magic = 6755399441055744.0 + 1022.0;
+  static constexpr double c[] = {1.0,
+                                 0.69314718055994530942,
+                                 0.24022650695910071233,
+                                 0.055504108664821579953,
+                                 0.0096181291076284771619,
+                                 0.0013333558146428443423,
+                                 0.00015403530393381609954,
+                                 1.5252733804059840280e-05,
+                                 1.3215486790144309488e-06,
+                                 1.0178086009239699728e-07,
+                                 7.0549116208011233299e-09,
+                                 4.4455382718708114976e-10,
+                                 2.5678435993488205141e-11,
+                                 1.3691488853904128881e-12};
+};
+
+}  // namespace detail
+
+template <class T, class A>
+FOVEA_INLINE pack<T, A> exp2(pack<T, A> x) {
+  using P = pack<T, A>;
+  using K = detail::exp2_constants<T>;
+  constexpr int degree = static_cast<int>(sizeof(K::c) / sizeof(T)) - 1;
+  x = max(P(K::least), x);  // x second: NaN survives
+  const P t = x + P(K::magic);
+  const P r = x - (t - P(K::magic));
+  P p(2 * K::c[degree]);
+  for (int i = degree - 1; i >= 0; --i) p = fma(p, r, P(2 * K::c[i]));
+  // The low bits of t are n + bias - 1: shifted up they are the float 2^(n-1), and 0 for n = least.
+  if constexpr (std::is_same_v<A, scalar>) {
+    using U = std::make_unsigned_t<typename K::word>;
+    return p * P(std::bit_cast<T>(static_cast<U>(std::bit_cast<U>(t.v) << K::mantissa)));
+  } else {
+    using words = xsimd::batch<typename K::word, typename detail::xsimd_of<A>::type>;
+    static_assert(sizeof(words) == sizeof(t.v));
+    words w;
+    std::memcpy(static_cast<void*>(&w), &t.v, sizeof w);
+    w = w << K::mantissa;
+    P scale;
+    std::memcpy(static_cast<void*>(&scale.v), &w, sizeof w);
+    return p * scale;
+  }
+}
+
+/// e^x = 2^(x log2 e); for x in [-87, 88] (float). Relative error grows with |x|: |x| * 2^-24.
+template <class T, class A>
+FOVEA_INLINE pack<T, A> exp(pack<T, A> x) {
+  return exp2(x * pack<T, A>(static_cast<T>(1.4426950408889634074)));
+}
+
+}  // namespace simd
+}  // namespace FOVEA_ABI
+}  // namespace fovea
