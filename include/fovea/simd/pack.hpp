@@ -177,6 +177,15 @@ FOVEA_INLINE pack<T, A> fma_where(lane_bits bits, pack<T, A> a, pack<T, A> b, pa
       return select(bits, fma(a, b, c), c);
 }
 
+/// Lane by lane: a > b ? x : y (y where a or b is NaN).
+template <class T, class A>
+FOVEA_INLINE pack<T, A> select_greater(pack<T, A> a, pack<T, A> b, pack<T, A> x, pack<T, A> y) {
+  if constexpr (std::is_same_v<A, scalar>)
+    return a.v > b.v ? x : y;
+  else
+    return pack<T, A>(xsimd::select(a.v > b.v, x.v, y.v));
+}
+
 /// The first `count` lanes, the rest 0; memory behind them is not touched.
 template <class P>
 FOVEA_INLINE P load_n(const typename P::value_type* p, isize count) {
