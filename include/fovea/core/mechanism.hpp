@@ -21,13 +21,18 @@
 namespace fovea {
 inline namespace FOVEA_ABI {
 
+namespace detail {
+/// `static constexpr const char* name`, or a member function where the name is known at run time only (any_attention).
+template <class M>
+concept named = requires { { M::name } -> std::convertible_to<const char*>; } || requires(const M& m) { { m.name() } -> std::convertible_to<const char*>; };
+}  // namespace detail
+
 /// A mechanism is an immutable value: hyper-parameters and views of learned weights.
 ///   check(p)                        throws if the problem, or the mechanism's own values, are not acceptable
 ///   workspace_size(shape, threads)  bytes of scratch of one call
 ///   prefill(exec, p, scratch)       computes; does not throw, allocate or check
 template <class M>
-concept mechanism = std::copyable<M> && requires(const M& m, exec_ref exec, const problem& p, const shape& s, arena scratch) {
-  { M::name } -> std::convertible_to<const char*>;
+concept mechanism = std::copyable<M> && detail::named<M> && requires(const M& m, exec_ref exec, const problem& p, const shape& s, arena scratch) {
   m.check(p);
   { m.workspace_size(s, 1) } -> std::same_as<std::size_t>;
   m.prefill(exec, p, scratch);
