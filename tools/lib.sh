@@ -99,6 +99,7 @@ require() {
     fi
   fi
   complain "these are missing: $(printf '%s ' "$@")
+  Install them and start again (as root on Debian or Ubuntu, or with a sudo that asks no password, they are installed for you):
   Debian, Ubuntu:  apt-get install $(packages_of 2 "$@")
   Fedora:          dnf install $(packages_of 3 "$@")
   Arch:            pacman -S $(packages_of 4 "$@")
