@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  The two feature maps without parameters: the identity and elu + 1.
+///
+///   identity   phi(x) = x                                       recurrent rules (retention, GLA, delta rules), signed
+///   elu1       phi(x) = x + 1 where x > 0, e^x elsewhere        r = d, positive
+///
+/// Source  elu + 1: Katharopoulos et al., Transformers are RNNs, arXiv 2006.16236.
+
+#include <cmath>
+
+#include <fovea/feature/feature_map.hpp>
+#include <fovea/simd/exp.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+
+struct identity_map {
+  static constexpr bool log_scaled = false;
+  isize features(isize d) const { return d; }
+  isize scratch(isize) const { return 0; }
+  void check(const shape&) const {}
+  void fingerprint(detail::fingerprint& f) const { f.text("identity"); }
+
+  template <class Arch, class Acc>
+  void apply(const feature_block<Acc>& b, Acc*) const noexcept {
+    using P = simd::pack<Acc, Arch>;
+    for (isize t = 0; t < b.rows; ++t) {
+      const Acc* x = b.x + t * b.x_stride;
+      Acc* out = b.out + t * b.out_stride;
+      for (isize c = 0; c < b.width; c += P::size) simd::store_n(out + c, simd::load_n<P>(x + c, b.width - c), b.width - c);
+    }
+  }
+  double define(const feature_site&, const double* x, isize d, double* out) const {
+    for (isize c = 0; c < d; ++c) out[c] = x[c];
+    return 0.0;
+  }
+};
+
+struct elu1 {
+  static constexpr bool log_scaled = false;
+  isize features(isize d) const { return d; }
+  isize scratch(isize) const { return 0; }
+  void check(const shape&) const {}
+  void fingerprint(detail::fingerprint& f) const { f.text("elu1"); }
+
+  template <class Arch, class Acc>
+  void apply(const feature_block<Acc>& b, Acc*) const noexcept {
+    using P = simd::pack<Acc, Arch>;
+    const P zero(Acc(0));
+    for (isize t = 0; t < b.rows; ++t) {
+      const Acc* x = b.x + t * b.x_stride;
+      Acc* out = b.out + t * b.out_stride;
+      for (isize c = 0; c < b.width; c += P::size) {
+        const P y = simd::load_n<P>(x + c, b.width - c);
+        const P phi = simd::max(zero, y) + simd::exp(simd::min(zero, y));  // y second: NaN survives
+        simd::store_n(out + c, phi, b.width - c);
+      }
+    }
+  }
+  double define(const feature_site&, const double* x, isize d, double* out) const {
+    for (isize c = 0; c < d; ++c) out[c] = x[c] > 0.0 ? x[c] + 1.0 : std::exp(x[c]);
+    return 0.0;
+  }
+};
+
+}  // namespace FOVEA_ABI
+}  // namespace fovea
