@@ -101,7 +101,7 @@ def result(rng, i, inp, sid, setting, head_noise):
     mac = heads * n * n * d * 2 / (2 if causal else 1)
     exact_ms, exact_us = mac / 46e6 + .3, heads * n * d * 2 / 21e3 + 2
     exact_bytes = kv * n * d * 2 * 4
-    share = t if n == 1024 else min(1.6, t * 1.7)
+    share = t if n == 1024 or fam == "exact" else min(1.6, t * 1.7)
     out = {"input": i, "setting": sid, "skipped": "", "prefill_ms": sig(exact_ms * share * math.exp(rng.gauss(0, .03) if sid else 0)),
            "step_us": None if step is None else sig(exact_us * step * 1.2 if sid else exact_us), "state_bytes": None if memory is None else int(exact_bytes * memory),
            "macs": sig(mac * (t * .85 if sid else 1.0)), "error_median": mid, "error_p95": sig(max(p["error_p95"] for p in per) * .8),
