@@ -28,6 +28,7 @@ constexpr alignment_of_rows at_offset(isize first_row) { return {alignment_of_ro
 struct causal {
   alignment_of_rows align = bottom_right;
 
+  FOVEA_HD bool is_causal() const { return align.how == alignment_of_rows::kind::bottom_right; }
   FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const { return j <= align.position(at, i); }
   FOVEA_HD range keys(const mask_site& at, isize, isize i1) const { return {0, align.position(at, i1 - 1) + 1}; }
   FOVEA_HD range queries(const mask_site& at, isize j) const { return {j - align.position(at, 0), at.n}; }
@@ -47,6 +48,7 @@ struct window {
     require(width >= 1, "window width is ", width, "; it counts the query's own key and must be at least 1");
     require(first >= 0, "window first is ", first, "; it must not be negative");
   }
+  FOVEA_HD bool is_causal() const { return align.how == alignment_of_rows::kind::bottom_right; }
   FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const {
     const isize p = align.position(at, i);
     return j <= p && (j > p - width || j < first);

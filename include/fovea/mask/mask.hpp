@@ -8,6 +8,7 @@
 ///   tile_kind tile(site, i0, i1, j0, j1) empty, full or partial; partial is always a correct answer
 /// and optionally
 ///   range queries(site, j)               exactly the rows that see key j, if they are a range: partial tiles then cost a shift
+///   bool is_causal()                     no row sees a key behind its own position, bottom-right: states need that
 ///   void check(site)                     throws contract_error if the policy does not fit the problem
 ///
 /// Contract   i in [0, n), j in [0, m). Kernels hold a `mask_ref`: one indirect call per tile, none per element.
@@ -67,6 +68,7 @@ struct mask_table {
   void (*lanes)(const void*, const mask_site&, isize, isize, isize, isize, std::uint64_t*);
   bool (*visible)(const void*, const mask_site&, isize, isize);
   void (*check)(const void*, const mask_site&);
+  bool (*is_causal)(const void*);
 };
 template <mask_policy P>
 inline constexpr mask_table mask_table_of{
@@ -77,6 +79,13 @@ inline constexpr mask_table mask_table_of{
     [](const void* p, const mask_site& at) {
       if constexpr (requires { static_cast<const P*>(p)->check(at); }) static_cast<const P*>(p)->check(at);
       (void)p, (void)at;
+    },
+    [](const void* p) {
+      (void)p;
+      if constexpr (requires { static_cast<const P*>(p)->is_causal(); })
+        return static_cast<const P*>(p)->is_causal();
+      else
+        return false;
     }};
 }  // namespace detail
 
@@ -103,6 +112,7 @@ class mask {
   tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const { return table_->tile(storage_, at, i0, i1, j0, j1); }
   void lanes(const mask_site& at, isize i0, isize count, isize j0, isize j1, std::uint64_t* out) const { table_->lanes(storage_, at, i0, count, j0, j1, out); }
   void check(const mask_site& at) const { table_->check(storage_, at); }
+  bool is_causal() const { return table_->is_causal(storage_); }
   bool is_none() const { return table_ == &detail::mask_table_of<no_mask>; }
 
  private:

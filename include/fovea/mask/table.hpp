@@ -115,6 +115,16 @@ struct packed {
   }
 };
 
+namespace detail {
+template <class P>
+FOVEA_HD constexpr bool causal_policy(const P& p) {
+  if constexpr (requires { p.is_causal(); })
+    return p.is_causal();
+  else
+    return false;
+}
+}  // namespace detail
+
 /// Visible in a and in b.
 template <mask_policy A, mask_policy B>
 struct both {
@@ -124,6 +134,7 @@ struct both {
     if constexpr (requires { a.check(at); }) a.check(at);
     if constexpr (requires { b.check(at); }) b.check(at);
   }
+  FOVEA_HD bool is_causal() const { return detail::causal_policy(a) || detail::causal_policy(b); }
   FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const { return a.visible(at, i, j) && b.visible(at, i, j); }
   FOVEA_HD range keys(const mask_site& at, isize i0, isize i1) const { return meet(a.keys(at, i0, i1), b.keys(at, i0, i1)); }
   FOVEA_HD tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
@@ -145,6 +156,7 @@ struct either {
     if constexpr (requires { a.check(at); }) a.check(at);
     if constexpr (requires { b.check(at); }) b.check(at);
   }
+  FOVEA_HD bool is_causal() const { return detail::causal_policy(a) && detail::causal_policy(b); }
   FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const { return a.visible(at, i, j) || b.visible(at, i, j); }
   FOVEA_HD range keys(const mask_site& at, isize i0, isize i1) const {
     const range x = a.keys(at, i0, i1), y = b.keys(at, i0, i1);

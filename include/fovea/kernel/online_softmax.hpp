@@ -1,0 +1,416 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  Exact softmax attention of a superblock of query rows over sets of keys: one loop, one running (m, l, O).
+///
+///   S^T = K Q^T [keys x queries],  m' = max(m, S),  P = 2^(S - m'),  l = l 2^(m-m') + sum P,  O^T = O^T 2^(m-m') + V^T P
+///
+/// Queries lie along the vector lanes: maxima, sums, rescaling and masks are vertical, P^T leaves the first product in the layout
+/// that the second reads, and K and V rows are read in place as broadcast scalars. Scores are kept in units of log2.
+///
+/// Contract   begin, any number of absorbs (their order changes rounding only), finish. Rows that see nothing give zeros and -inf. A NaN
+///            or infinity in a key or value reaches only the rows that see that key: partly visible panels take a masked product.
+/// Cost       2 (d + e) flops for each visible (row, key); scratch independent of n and m; no allocation, no threads.
+/// Reference  softmax/reference.hpp.       Source  Milakov & Gimelshein, online normalizer calculation for softmax (2018).
+
+#include <cmath>
+#include <limits>
+
+#include <fovea/core/workspace.hpp>
+#include <fovea/mask/mask.hpp>
+#include <fovea/score/score.hpp>
+#include <fovea/simd/convert.hpp>
+#include <fovea/simd/exp.hpp>
+#include <fovea/tile/gemm.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+namespace kernel {
+
+/// Keys and values of one KV head, and what may be seen of them.
+template <class Acc>
+struct key_set {
+  const void* k = nullptr;  ///< [count] rows of d
+  const void* v = nullptr;  ///< [count] rows of e
+  dtype type = dtype_of<Acc>;
+  isize k_stride = 0, v_stride = 0;  ///< elements
+  isize count = 0;
+  const fovea::mask* visible = nullptr;  ///< null: everything
+  const fovea::score* modify = nullptr;  ///< null: nothing
+  const Acc* bias = nullptr;             ///< [count] added to the score of each key, nats; null: nothing
+  mask_site site;                        ///< b, n, m, H, G; h is filled in per row
+};
+
+/// Rows r = h * n + i of the query group that shares one KV head.
+struct query_rows {
+  tensor_ref q;
+  isize b = 0, first_head = 0;
+  isize first = 0, last = 0;  ///< [first, last) of group * n
+};
+
+namespace detail {
+
+template <class Arch, class Acc>
+struct softmax_tile {
+  static constexpr int MR = tile::tile_shape<Arch>::MR, NR = tile::tile_shape<Arch>::NR;
+  static constexpr isize W = simd::pack<Acc, Arch>::size, rows = NR * W;  // queries of a tile
+  static constexpr isize keys = 128;                                      // keys of a block: S stays in L1
+  static constexpr isize most_panels = keys;
+  static_assert(rows <= 64);
+};
+
+/// A run of keys inside a block: [first, first + count) of the block.
+struct panel {
+  std::int16_t first, count;
+  bool masked;
+};
+
+/// S = K Q^T for one panel, all or some of the tile's vectors; returns nothing, folds the maximum into `top` [vectors].
+template <class Arch, class Acc, int M, int NV>
+FOVEA_NOINLINE void score_panel(isize d, const Acc* k, isize k_stride, const Acc* qt, isize q_ld, Acc* s, Acc* top) noexcept {
+  using P = simd::pack<Acc, Arch>;
+  P acc[M][NV];
+  tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA { tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { acc[i][v] = P(Acc(0)); }); });
+  tile::accumulate<Arch, Acc, M, NV>(d, k, k_stride, 1, qt, q_ld, acc);
+  tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA {
+    P m = P::load(top + v * P::size);
+    tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
+      acc[i][v].store(s + i * q_ld + v * P::size);
+      m = simd::max(m, acc[i][v]);
+    });
+    m.store(top + v * P::size);
+  });
+}
+
+/// O^T[columns] = O^T * alpha + V^T P over the panels of a block.
+template <class Arch, class Acc, int M, int NV>
+FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, isize v_stride, const Acc* p, const std::uint64_t* lanes, const Acc* alpha,
+                                 Acc* o) noexcept {
+  using P = simd::pack<Acc, Arch>;
+  constexpr isize ld = NV * P::size;
+  P acc[M][NV];
+  tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
+    const P a = P::load(alpha + x * P::size);
+    tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA { acc[i][x] = P::load(o + i * ld + x * P::size) * a; });
+  });
+  for (isize n = 0; n < panels; ++n) {
+    const isize first = list[n].first, count = list[n].count;
+    if (!list[n].masked) {
+      tile::accumulate<Arch, Acc, M, NV>(count, v + first * v_stride, 1, v_stride, p + first * ld, ld, acc);
+      continue;
+    }
+    for (isize k = first; k < first + count; ++k) {
+      const std::uint64_t bits = lanes[k];
+      if (bits == 0) continue;
+      tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
+        const P w = P::load(p + k * ld + x * P::size);
+        const auto live = static_cast<simd::lane_bits>(bits >> (x * P::size));
+        tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA { acc[i][x] = simd::fma_where(live, w, P(v[k * v_stride + i]), acc[i][x]); });
+      });
+    }
+  }
+  tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
+    tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA { acc[i][x].store(o + i * ld + x * P::size); });
+  });
+}
+
+/// s = visible ? s : -inf for a partly visible panel; the maximum over what is left goes into `top`.
+template <class Arch, class Acc, int NV>
+FOVEA_NOINLINE void mask_panel(isize first, isize last, const std::uint64_t* lanes, Acc* s, Acc* top) noexcept {
+  using P = simd::pack<Acc, Arch>;
+  const P none(-std::numeric_limits<Acc>::infinity());
+  tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
+    P m = P::load(top + x * P::size);
+    for (isize k = first; k < last; ++k) {
+      Acc* at = s + k * NV * P::size + x * P::size;
+      const P y = simd::select(static_cast<simd::lane_bits>(lanes[k] >> (x * P::size)), P::load(at), none);
+      y.store(at);
+      m = simd::max(m, y);
+    }
+    m.store(top + x * P::size);
+  });
+}
+
+/// P = 2^(S - m) in place, and the new (m, l); alpha is what the old O has to be multiplied by.
+template <class Arch, class Acc, int NV>
+FOVEA_NOINLINE void exponentials(const panel* list, isize panels, Acc* s, const Acc* top, Acc* m, Acc* l, Acc* alpha) noexcept {
+  using P = simd::pack<Acc, Arch>;
+  constexpr isize ld = NV * P::size;
+  P shift[NV], sum[NV], other[NV];
+  tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
+    const P old = P::load(m + x * P::size), next = simd::max(old, P::load(top + x * P::size));
+    shift[x] = simd::select_greater(next, P(static_cast<Acc>(-3e38)), next, P(Acc(0)));  // nothing visible yet, or NaN: 0
+    const P a = simd::exp2(old - shift[x]);
+    next.store(m + x * P::size);
+    a.store(alpha + x * P::size);
+    sum[x] = P::load(l + x * P::size) * a;
+    other[x] = P(Acc(0));
+  });
+  for (isize n = 0; n < panels; ++n) {
+    Acc* at = s + list[n].first * ld;
+    const isize count = list[n].count;
+    isize k = 0;
+    for (; k + 2 <= count; k += 2, at += 2 * ld)
+      tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
+        const P p = simd::exp2(P::load(at + x * P::size) - shift[x]), q = simd::exp2(P::load(at + ld + x * P::size) - shift[x]);
+        p.store(at + x * P::size), q.store(at + ld + x * P::size);
+        sum[x] = sum[x] + p, other[x] = other[x] + q;
+      });
+    for (; k < count; ++k, at += ld)
+      tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
+        const P p = simd::exp2(P::load(at + x * P::size) - shift[x]);
+        p.store(at + x * P::size);
+        sum[x] = sum[x] + p;
+      });
+  }
+  tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA { (sum[x] + other[x]).store(l + x * P::size); });
+}
+
+}  // namespace detail
+
+template <class Arch, class Acc>
+class online_softmax {
+  using T = detail::softmax_tile<Arch, Acc>;
+  static constexpr Acc log2e = static_cast<Acc>(1.4426950408889634074), ln2 = static_cast<Acc>(0.69314718055994530942);
+
+ public:
+  /// Rows of a superblock: K and V are read (and converted) once for each. 512 for long inputs, while Q and O fit half of L2.
+  static isize superblock(isize rows, isize d, isize e) {
+    isize most = rows > 512 ? 512 : 256;
+    while (most > T::rows && most * (d + e) * static_cast<isize>(sizeof(Acc)) > (512 << 10)) most /= 2;
+    return most < T::rows ? T::rows : most;
+  }
+
+  /// Scratch of one superblock.
+  online_softmax(arena& memory, isize rows, isize d, isize e) : d_(d), e_(e), tiles_(ceil_div(superblock(rows, d, e), T::rows)) {
+    qt_ = memory.take<Acc>(tiles_ * d * T::rows);
+    ot_ = memory.take<Acc>(tiles_ * e * T::rows);
+    m_ = memory.take<Acc>(tiles_ * T::rows);
+    l_ = memory.take<Acc>(tiles_ * T::rows);
+    s_ = memory.take<Acc>(T::keys * T::rows);
+    k_ = memory.take<Acc>(T::keys * d);
+    v_ = memory.take<Acc>(T::keys * e);
+    row_ = memory.take<Acc>(d > e ? d : e);
+    lanes_ = memory.take<std::uint64_t>(T::keys);
+  }
+
+  /// `sinks` [H], nats: a logit a head that joins the denominator with no value; null: none.
+  void begin(const query_rows& rows, double scale, const float* sinks) noexcept {
+    rows_ = rows;
+    used_ = ceil_div(rows.last - rows.first, T::rows);
+    const Acc factor = static_cast<Acc>(scale * 1.4426950408889634074);
+    for (isize t = 0; t < used_; ++t) {
+      Acc* qt = qt_ + t * d_ * T::rows;
+      Acc* o = ot_ + t * e_ * T::rows;
+      for (isize x = 0; x < e_ * T::rows; ++x) o[x] = Acc(0);
+      for (isize lane = 0; lane < T::rows; ++lane) {
+        const isize r = rows.first + t * T::rows + lane;
+        Acc &m = m_[t * T::rows + lane], &l = l_[t * T::rows + lane];
+        m = -std::numeric_limits<Acc>::infinity(), l = Acc(0);
+        if (r >= rows.last) {
+          for (isize c = 0; c < d_; ++c) qt[c * T::rows + lane] = Acc(0);
+          continue;
+        }
+        const isize h = rows.first_head + r / rows.q.length;
+        const Acc* q = simd::row_as<Arch, Acc>(rows.q.type, rows.q.row(rows.b, h, r % rows.q.length), d_, row_);
+        for (isize c = 0; c < d_; ++c) qt[c * T::rows + lane] = q[c] * factor;
+        if (sinks != nullptr) m = static_cast<Acc>(sinks[h]) * log2e, l = Acc(1);
+      }
+    }
+  }
+
+  void absorb(const key_set<Acc>& set) noexcept {
+    range hull{set.count, 0};
+    for (isize t = 0; t < used_; ++t) {
+      const range r = keys_of_tile(set, t);
+      if (r.empty()) continue;
+      hull = {r.first < hull.first ? r.first : hull.first, r.last > hull.last ? r.last : hull.last};
+    }
+    for (isize j0 = hull.first / T::keys * T::keys; j0 < hull.last; j0 += T::keys) {
+      const isize j1 = j0 + T::keys < hull.last ? j0 + T::keys : hull.last;
+      block rows{j0, j1, nullptr, nullptr, 0, 0};
+      for (isize t = 0; t < used_; ++t) absorb_tile(set, t, rows);
+    }
+  }
+
+  /// Writes out (and lse, where it is not null) of the rows that `begin` named.
+  void finish(const tensor_mut& out, const tensor_mut& lse) noexcept {
+    for (isize t = 0; t < used_; ++t)
+      for (isize lane = 0; lane < T::rows; ++lane) {
+        const isize r = rows_.first + t * T::rows + lane;
+        if (r >= rows_.last) return;
+        const isize h = rows_.first_head + r / rows_.q.length, i = r % rows_.q.length;
+        const Acc l = l_[t * T::rows + lane], m = m_[t * T::rows + lane];
+        const Acc inverse = l > Acc(0) ? Acc(1) / l : l * Acc(0);  // keeps NaN, gives 0 for a row that sees nothing
+        const Acc* o = ot_ + t * e_ * T::rows + lane;
+        const bool direct = out.type == dtype_of<Acc>;
+        Acc* to = direct ? static_cast<Acc*>(out.row(rows_.b, h, i)) : row_;
+        for (isize c = 0; c < e_; ++c) to[c] = o[c * T::rows] * inverse;
+        if (!direct) simd::store_row<Arch, Acc>(out.type, row_, e_, out.row(rows_.b, h, i));
+        if (lse) *static_cast<Acc*>(lse.row(rows_.b, h, i)) = m * ln2 + std::log(l);
+      }
+  }
+
+ private:
+  struct block {  // keys [j0, j1) of a set, converted when the first tile needs them
+    isize j0, j1;
+    const Acc *k, *v;
+    isize k_stride, v_stride;
+  };
+  struct segment {  // lanes [lane, lane + count) of a tile: rows i ... of head h
+    isize lane, count, h, i;
+  };
+
+  template <class F>
+  void for_segments(isize t, F&& f) const noexcept {
+    const isize n = rows_.q.length, first = rows_.first + t * T::rows;
+    const isize last = first + T::rows < rows_.last ? first + T::rows : rows_.last;
+    for (isize r = first; r < last;) {
+      const isize i = r % n, count = n - i < last - r ? n - i : last - r;
+      f(segment{r - first, count, rows_.first_head + r / n, i});
+      r += count;
+    }
+  }
+
+  range keys_of_tile(const key_set<Acc>& set, isize t) const noexcept {
+    if (set.visible == nullptr) return {0, set.count};
+    range all{set.count, 0};
+    for_segments(t, [&](const segment& g) {
+      mask_site at = set.site;
+      at.h = g.h;
+      const range r = meet(set.visible->keys(at, g.i, g.i + g.count), {0, set.count});
+      if (!r.empty()) all = {r.first < all.first ? r.first : all.first, r.last > all.last ? r.last : all.last};
+    });
+    return all;
+  }
+
+  /// What tile t sees of keys [j0, j1): one answer, or bits in lanes_ [j - block.j0].
+  tile_kind look(const key_set<Acc>& set, isize t, isize j0, isize j1, isize base) noexcept {
+    if (set.visible == nullptr) return tile_kind::full;
+    bool any = false, all = true;
+    for_segments(t, [&](const segment& g) {
+      mask_site at = set.site;
+      at.h = g.h;
+      const tile_kind kind = set.visible->tile(at, g.i, g.i + g.count, j0, j1);
+      any = any || kind != tile_kind::empty, all = all && kind == tile_kind::full;
+    });
+    if (!any) return tile_kind::empty;
+    if (all) return tile_kind::full;
+    for (isize j = j0; j < j1; ++j) lanes_[j - base] = 0;
+    for_segments(t, [&](const segment& g) {
+      mask_site at = set.site;
+      at.h = g.h;
+      std::uint64_t bits[T::keys];
+      set.visible->lanes(at, g.i, g.count, j0, j1, bits);
+      for (isize j = j0; j < j1; ++j) lanes_[j - base] |= bits[j - j0] << g.lane;
+    });
+    return tile_kind::partial;
+  }
+
+  void fetch(const key_set<Acc>& set, block& x) noexcept {
+    const isize count = x.j1 - x.j0, size = static_cast<isize>(size_of(set.type));
+    const auto* k = static_cast<const unsigned char*>(set.k) + x.j0 * set.k_stride * size;
+    const auto* v = static_cast<const unsigned char*>(set.v) + x.j0 * set.v_stride * size;
+    // A row stride of a multiple of 4 KB would put all rows of a panel into one set of the L1 cache: copy those too.
+    const bool k_in_place = set.type == dtype_of<Acc> && (set.k_stride * size) % 4096 != 0;
+    const bool v_in_place = set.type == dtype_of<Acc> && (set.v_stride * size) % 4096 != 0;
+    for (isize j = 0; !k_in_place && j < count; ++j) simd::load_row<Arch, Acc>(set.type, k + j * set.k_stride * size, d_, k_ + j * d_);
+    for (isize j = 0; !v_in_place && j < count; ++j) simd::load_row<Arch, Acc>(set.type, v + j * set.v_stride * size, e_, v_ + j * e_);
+    x.k = k_in_place ? reinterpret_cast<const Acc*>(k) : k_, x.k_stride = k_in_place ? set.k_stride : d_;
+    x.v = v_in_place ? reinterpret_cast<const Acc*>(v) : v_, x.v_stride = v_in_place ? set.v_stride : e_;
+  }
+
+  void absorb_tile(const key_set<Acc>& set, isize t, block& x) noexcept {
+    const range own = meet(keys_of_tile(set, t), {x.j0, x.j1});
+    if (own.empty()) return;
+    const tile_kind kind = look(set, t, own.first, own.last, x.j0);
+    if (kind == tile_kind::empty) return;
+    if (x.k == nullptr) fetch(set, x);
+
+    detail::panel list[T::most_panels];
+    isize panels = 0;
+    alignas(64) Acc top[T::rows], alpha[T::rows];
+    for (isize r = 0; r < T::rows; ++r) top[r] = -std::numeric_limits<Acc>::infinity();
+    const std::uint64_t every = live_lanes(t);
+    const tile::balanced split(own.last - own.first, T::MR);
+    isize k = own.first - x.j0;
+    for (isize g = 0; g < split.groups; ++g) {
+      const isize count = split.size(g);
+      std::uint64_t any = every, all = every;
+      if (kind == tile_kind::partial) {
+        any = 0;
+        for (isize y = k; y < k + count; ++y) any |= lanes_[y], all &= lanes_[y];
+      }
+      if (any != 0) {
+        const bool masked = all != every;
+        score(set, t, x, k, count, masked, any, top);
+        if (panels > 0 && !masked && !list[panels - 1].masked && list[panels - 1].first + list[panels - 1].count == k)
+          list[panels - 1].count = static_cast<std::int16_t>(list[panels - 1].count + count);
+        else
+          list[panels++] = {static_cast<std::int16_t>(k), static_cast<std::int16_t>(count), masked};
+      }
+      k += count;
+    }
+    if (panels == 0) return;
+    detail::exponentials<Arch, Acc, T::NR>(list, panels, s_, top, m_ + t * T::rows, l_ + t * T::rows, alpha);
+    const tile::balanced columns(e_, T::MR);
+    isize c = 0;
+    for (isize g = 0; g < columns.groups; ++g) {
+      const isize count = columns.size(g);
+      tile::with_constant<T::MR>(count, [&](auto m) {
+        detail::value_panels<Arch, Acc, m, T::NR>(list, panels, x.v + c, x.v_stride, s_, lanes_, alpha, ot_ + (t * e_ + c) * T::rows);
+      });
+      c += count;
+    }
+  }
+
+  /// Scores of keys [k, k + count) of the block into s_, modified and masked, their maximum folded into `top`.
+  void score(const key_set<Acc>& set, isize t, const block& x, isize k, isize count, bool masked, std::uint64_t any, Acc* top) noexcept {
+    alignas(64) Acc unused[T::rows] = {};
+    const bool changed = set.modify != nullptr || set.bias != nullptr;
+    Acc* fold = masked || changed ? unused : top;
+    // Vectors of the tile that no row of this panel needs are left out (the causal diagonal, the far edge of a window).
+    constexpr std::uint64_t vector = ~std::uint64_t{0} >> (64 - T::W);
+    const isize v0 = masked && (any & vector) == 0 ? 1 : 0;
+    const bool one = T::NR == 2 && masked && (v0 == 1 || (any >> T::W) == 0);
+    const Acc* rows = x.k + k * x.k_stride;
+    const Acc* qt = qt_ + t * d_ * T::rows + v0 * T::W;
+    Acc* s = s_ + k * T::rows;
+    tile::with_constant<T::MR>(count, [&](auto m) {
+      if (one)
+        detail::score_panel<Arch, Acc, m, 1>(d_, rows, x.k_stride, qt, T::rows, s + v0 * T::W, fold);
+      else
+        detail::score_panel<Arch, Acc, m, T::NR>(d_, rows, x.k_stride, qt, T::rows, s, fold);
+    });
+    if (changed) modify(set, t, x.j0 + k, count, s);
+    if (masked || changed) {
+      if (!masked)
+        for (isize y = k; y < k + count; ++y) lanes_[y] = ~std::uint64_t{0};
+      detail::mask_panel<Arch, Acc, T::NR>(k, k + count, lanes_, s_, top);
+    }
+  }
+
+  void modify(const key_set<Acc>& set, isize t, isize j, isize count, Acc* s) noexcept {
+    for (isize y = 0; set.bias != nullptr && y < count; ++y)
+      for (isize r = 0; r < T::rows; ++r) s[y * T::rows + r] += set.bias[j + y] * log2e;
+    if (set.modify != nullptr)
+      for_segments(t, [&](const segment& g) {
+        mask_site at = set.site;
+        at.h = g.h;
+        set.modify->template apply<Acc>(at, g.i, g.count, j, j + count, s + g.lane, T::rows);
+      });
+  }
+
+  std::uint64_t live_lanes(isize t) const noexcept {
+    const isize count = rows_.last - rows_.first - t * T::rows;
+    return ~std::uint64_t{0} >> (64 - (count < T::rows ? count : T::rows));
+  }
+
+  isize d_, e_, tiles_, used_ = 0;
+  query_rows rows_;
+  Acc *qt_, *ot_, *m_, *l_, *s_, *k_, *v_, *row_;
+  std::uint64_t* lanes_;
+};
+
+}  // namespace kernel
+}  // namespace FOVEA_ABI
+}  // namespace fovea

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  Fixed sparse patterns as masks that answer per tile: MST's hybrid sparse attention (token level), BigBird, global tokens.
+///
+///   local    j <= p  and  p - j < stride
+///   strided  j <= p  and  (p - j) mod stride = 0
+///   sparse   local or strided                                                 (the Sparse Transformer's union)
+///   fixed    j <= p  and  (same stretch of `stride` keys, or j the last key of its stretch)
+///
+/// Contract   p is the position of the query row (mask/causal.hpp); all four are causal by definition; stride >= 1. They are one
+///            mask for every head, as in the released code, and depend on positions only: a prefill equals its steps.
+/// Cost       a kernel that asks `tile` skips what a pattern leaves out; strided with stride < tile width leaves out nothing.
+/// Source     Hu, Li, Wang, Huang, "Mixed Sparsity Training", arXiv 2408.11746, get_causal_attn_mask in model.py; Child et al.,
+///            arXiv 1904.10509; Zaheer et al., "Big Bird", arXiv 2007.14062.
+
+#include <fovea/mask/causal.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+
+enum class hsa_mode : unsigned char { local, strided, sparse, fixed };
+
+constexpr const char* name_of(hsa_mode mode) {
+  return mode == hsa_mode::local ? "local" : mode == hsa_mode::strided ? "strided" : mode == hsa_mode::sparse ? "sparse" : "fixed";
+}
+
+struct hsa_pattern {
+  hsa_mode mode = hsa_mode::sparse;
+  isize stride = 128;  ///< MST's default
+  alignment_of_rows align = bottom_right;
+
+  void check(const mask_site&) const { require(stride >= 1, "pattern stride is ", stride, "; it must be at least 1"); }
+
+  FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const {
+    const isize p = align.position(at, i);
+    if (j > p) return false;
+    switch (mode) {
+      case hsa_mode::local: return p - j < stride;
+      case hsa_mode::strided: return (p - j) % stride == 0;
+      case hsa_mode::sparse: return p - j < stride || (p - j) % stride == 0;
+      case hsa_mode::fixed: return p / stride == j / stride || j % stride == stride - 1;
+    }
+    return false;
+  }
+  FOVEA_HD range keys(const mask_site& at, isize i0, isize i1) const {
+    const isize low = align.position(at, i0) - stride + 1;
+    return {mode != hsa_mode::local || low < 0 ? 0 : low, align.position(at, i1 - 1) + 1};
+  }
+  FOVEA_HD tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
+    const isize p1 = align.position(at, i1 - 1);
+    if (p1 < j0) return tile_kind::empty;
+    const isize p0 = align.position(at, i0);
+    switch (mode) {
+      case hsa_mode::local: return local_tile(p0, p1, j0, j1);
+      case hsa_mode::strided: return strided_tile(p0, p1, j0, j1);
+      case hsa_mode::sparse: {
+        const tile_kind near = local_tile(p0, p1, j0, j1);
+        return near != tile_kind::empty ? near : strided_tile(p0, p1, j0, j1);
+      }
+      case hsa_mode::fixed: return fixed_tile(p0, p1, j0, j1);
+    }
+    return tile_kind::partial;
+  }
+
+ private:  // all with j0 <= p1, hence p1 >= 0
+  FOVEA_HD tile_kind local_tile(isize p0, isize p1, isize j0, isize j1) const {
+    if (j1 - 1 <= p0 - stride) return tile_kind::empty;
+    return j1 - 1 <= p0 && j0 > p1 - stride ? tile_kind::full : tile_kind::partial;
+  }
+  FOVEA_HD tile_kind strided_tile(isize p0, isize p1, isize j0, isize j1) const {
+    // The differences p - j of a tile are all integers of [p0 - j1 + 1, p1 - j0].
+    const isize least = p0 - j1 + 1, low = least < 0 ? 0 : least, high = p1 - j0;
+    if (high / stride * stride < low) return tile_kind::empty;
+    return least >= 0 && (stride == 1 || high == least) ? tile_kind::full : tile_kind::partial;
+  }
+  FOVEA_HD tile_kind fixed_tile(isize p0, isize p1, isize j0, isize j1) const {
+    const isize first = (p0 < 0 ? 0 : p0) / stride, last = p1 / stride;
+    const isize end = j1 - 1 < p1 ? j1 - 1 : p1;
+    const isize summary = j0 / stride * stride + stride - 1;  // the first summary key at or after j0
+    if (summary > end && (end / stride < first || j0 / stride > last)) return tile_kind::empty;
+    const bool same = first == last && j0 / stride == first && (j1 - 1) / stride == first;
+    return p0 >= j1 - 1 && (same || (j1 - j0 == 1 && summary == j0)) ? tile_kind::full : tile_kind::partial;
+  }
+};
+
+/// MST's schedule in time: the pattern from iteration first * interval on, dense causal attention again from last * interval on.
+/// The released default, {100, 100}, is never sparse.
+struct hsa_schedule {
+  isize first = 100, last = 100;
+  isize interval = 1000;
+
+  bool sparse_at(isize iteration) const { return iteration >= first * interval && iteration < last * interval; }
+  /// The mask of a training iteration: the pattern, or plain causal attention.
+  mask at(isize iteration, const hsa_pattern& pattern) const {
+    if (sparse_at(iteration)) return pattern;
+    return causal{.align = pattern.align};
+  }
+};
+
+/// Rows at positions below `count` see every key, and keys below `count` are seen by every row; nothing else (join it with
+/// another pattern by `either`, and with `causal` by `both`).
+struct global_tokens {
+  isize count = 1;
+  alignment_of_rows align = bottom_right;
+
+  void check(const mask_site&) const { require(count >= 0, "global_tokens count is ", count, "; it must not be negative"); }
+  FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const { return j < count || align.position(at, i) < count; }
+  FOVEA_HD range keys(const mask_site& at, isize i0, isize) const { return {0, align.position(at, i0) < count ? at.m : count}; }
+  FOVEA_HD tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
+    if (j1 <= count || align.position(at, i1 - 1) < count) return tile_kind::full;
+    return j0 >= count && align.position(at, i0) >= count ? tile_kind::empty : tile_kind::partial;
+  }
+};
+
+/// BigBird at block level: `window` blocks around the query's own, the first `global` blocks in both directions, `random` blocks a
+/// block row, drawn by a hash of (seed, head, block row). The random blocks are this library's draw, not a framework's.
+struct bigbird {
+  isize block = 64;
+  isize window = 3, global = 1, random = 3;  ///< window counts the own block and is odd
+  std::uint64_t seed = 0;
+  bool is_causal = false;
+  alignment_of_rows align = bottom_right;
+
+  void check(const mask_site&) const {
+    require(block >= 1, "bigbird block is ", block, "; it must be at least 1");
+    require(window >= 1 && window % 2 == 1 && global >= 0 && random >= 0, "bigbird window, global, random are ", window, ", ", global, ", ", random,
+            "; the window must be odd and positive, the others not negative");
+  }
+  FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const {
+    const isize p = align.position(at, i);
+    return p >= 0 && (!is_causal || j <= p) && sees(at, p / block, j / block);
+  }
+  FOVEA_HD range keys(const mask_site& at, isize, isize i1) const { return {0, is_causal ? align.position(at, i1 - 1) + 1 : at.m}; }
+  FOVEA_HD tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
+    const isize p0 = align.position(at, i0), p1 = align.position(at, i1 - 1);
+    if (p1 < 0 || (is_causal && j0 > p1)) return tile_kind::empty;
+    bool all = p0 >= 0 && (!is_causal || j1 - 1 <= p0), any = false;
+    for (isize r = (p0 < 0 ? 0 : p0) / block; r <= p1 / block; ++r)
+      for (isize c = j0 / block; c <= (j1 - 1) / block; ++c) {
+        const bool on = sees(at, r, c);
+        all = all && on, any = any || on;
+      }
+    return all ? tile_kind::full : any ? tile_kind::partial : tile_kind::empty;
+  }
+
+ private:
+  FOVEA_HD static std::uint64_t mix(std::uint64_t x) {  // splitmix64
+    x += 0x9e3779b97f4a7c15ULL;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
+    return x ^ (x >> 31);
+  }
+  FOVEA_HD bool sees(const mask_site& at, isize r, isize c) const {
+    if (r < global || c < global || (r - c <= window / 2 && c - r <= window / 2)) return true;
+    const isize columns = is_causal ? r + 1 : (at.m + block - 1) / block;
+    if (c >= columns) return false;
+    for (isize t = 0; t < random; ++t) {
+      const std::uint64_t key = mix(mix(seed + static_cast<std::uint64_t>(at.h)) + static_cast<std::uint64_t>(r * random + t));
+      if (static_cast<isize>(key % static_cast<std::uint64_t>(columns)) == c) return true;
+    }
+    return false;
+  }
+};
+
+}  // namespace FOVEA_ABI
+}  // namespace fovea

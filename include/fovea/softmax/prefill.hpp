@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  softmax_attention: from a checked problem to tasks over superblocks of query rows.
+
+#include <fovea/core/kv_cache.hpp>
+#include <fovea/kernel/online_softmax.hpp>
+#include <fovea/softmax.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+
+inline void softmax_attention::check(const problem& p) const {
+  detail::check_problem(p);
+  if (scale) {
+    require_finite("scale", *scale);
+    require(*scale > 0, "scale is ", *scale, "; it must be positive");
+  }
+  const mask_site at = site(p.shape(), 0);
+  mask.check(at);
+  score.check(at);
+}
+
+inline void softmax_attention::check(const problem& p, const state& s) const {
+  check(p);
+  s.check(tag(), p.shape(), name);
+  require(mask.is_causal(), "the mask of a softmax_attention with a state must be causal (causal or window, bottom-right); a row cannot see keys that have not come");
+  kv_cache::check_room(p, s);
+}
+
+inline std::uint64_t softmax_attention::tag() const { return detail::fingerprint{}.text(name).value; }
+
+inline state softmax_attention::make_state(const shape& s) const {
+  require(s.B >= 0 && s.G >= 1 && s.m >= 0 && s.d >= 1 && s.e >= 1, "make_state: B, G, m, d, e are ", s.B, ", ", s.G, ", ", s.m, ", ", s.d, ", ", s.e,
+          "; wanted sizes of a problem, m tokens of room");
+  return {tag(), s, kv_cache::bytes(s)};
+}
+
+namespace detail {
+
+template <class Acc>
+struct softmax_run {
+  using loop = kernel::online_softmax<simd::native, Acc>;
+
+  static std::size_t workspace_size(const shape& s, int threads) {
+    arena measure;
+    for (int t = 0; t < threads; ++t) loop(measure, s.group() * s.n, s.d, s.e);
+    return measure.bytes();
+  }
+
+  static void prefill(const softmax_attention& m, exec_ref exec, const problem& p, arena scratch) {
+    const shape s = p.shape();
+    const isize rows = s.group() * s.n, block = loop::superblock(rows, s.d, s.e), blocks = ceil_div(rows, block), heads = s.B * s.G;
+    const double scale = m.scale_for(s);
+    // Scratch is laid out before the tasks start; slot t owns the t-th piece.
+    const std::size_t piece = workspace_size(s, 1);
+    std::byte* base = scratch.take<std::byte>(static_cast<isize>(piece) * exec.concurrency());
+    exec.for_tasks(heads * blocks, [&](isize task, isize slot) {
+      // The last rows come first: under a causal mask they take longest, and no thread is left with them at the end.
+      const isize sb = blocks - 1 - task / heads, b = task % heads / s.G, g = task % s.G;
+      arena own(std::span<std::byte>(base + static_cast<std::size_t>(slot) * piece, piece));
+      loop run(own, rows, s.d, s.e);
+      run.begin({p.q, b, g * s.group(), sb * block, sb * block + block < rows ? sb * block + block : rows}, scale, m.sinks);
+      kernel::key_set<Acc> keys;
+      keys.k = p.k.row(b, g, 0), keys.v = p.v.row(b, g, 0), keys.type = p.k.type;
+      keys.k_stride = p.k.row_stride, keys.v_stride = p.v.row_stride, keys.count = s.m;
+      keys.visible = m.mask.is_none() ? nullptr : &m.mask;
+      keys.modify = m.score ? &m.score : nullptr;
+      keys.site = m.site(s, b);
+      if (s.m > 0) run.absorb(keys);
+      run.finish(p.out, p.lse);
+    });
+  }
+};
+
+}  // namespace detail
+
+inline std::size_t softmax_attention::workspace_size(const shape& s, int threads) const {
+  // A state's call is measured with the shape of the call: n rows, whatever the number of keys.
+  return s.type == dtype::f64 ? detail::softmax_run<double>::workspace_size(s, threads) : detail::softmax_run<float>::workspace_size(s, threads);
+}
+
+inline void softmax_attention::prefill(exec_ref exec, const problem& p, arena scratch) const {
+  if (p.q.type == dtype::f64)
+    detail::softmax_run<double>::prefill(*this, exec, p, scratch);
+  else
+    detail::softmax_run<float>::prefill(*this, exec, p, scratch);
+}
+
+inline void softmax_attention::prefill(exec_ref exec, const problem& p, state& s, arena scratch) const {
+  kv_cache::append(p, s);
+  problem all = p;
+  all.k = kv_cache::keys(s, s.tokens());
+  all.v = kv_cache::values(s, s.tokens());
+  prefill(exec, all, scratch);
+}
+
+inline double softmax_attention::macs(const shape& s) const {
+  double pairs = 0;  // visible pairs of one head, by tiles of the mask's own answers along the rows
+  mask_site at = site(s, 0);
+  for (isize i = 0; i < s.n; ++i) {
+    const range r = mask.keys(at, i, i + 1);
+    if (r.empty()) continue;
+    if (mask.tile(at, i, i + 1, r.first, r.last) == tile_kind::full)
+      pairs += static_cast<double>(r.last - r.first);
+    else
+      for (isize j = r.first; j < r.last; ++j) pairs += mask.visible(at, i, j) ? 1 : 0;
+  }
+  return static_cast<double>(s.B * s.H * (s.d + s.e)) * pairs;
+}
+
+}  // namespace FOVEA_ABI
+}  // namespace fovea
