@@ -205,7 +205,7 @@ def check(browser, page, screenshots=None):
         for name, width, height in FRAMES if screenshots else []:
             pathlib.Path(screenshots).mkdir(parents=True, exist_ok=True)
             shot = scratch / f"{name}.html"
-            tall = 11000 if name == "phone" else 7000
+            tall = 14000 if name == "phone" else 8200
             dark = "<script>onload = () => document.querySelector('iframe').contentDocument.getElementById('theme').click()</script>" if name == "dark" else ""
             shot.write_text('<!doctype html><meta charset="utf-8"><body style="margin:0">' + frame(text, name, width, tall) + dark + "</body>", encoding="utf-8")
             target = pathlib.Path(screenshots).resolve() / f"{name}.png"
