@@ -24,9 +24,11 @@ constexpr isize ceil_div(isize a, isize b) { return (a + b - 1) / b; }
 class arena {
  public:
   arena() = default;  ///< measures
-  explicit arena(std::span<std::byte> memory) : base_(memory.data()), size_(memory.size()) {
-    const auto address = reinterpret_cast<std::uintptr_t>(base_);
-    used_ = round_up(address, alignment) - address;
+  explicit arena(std::span<std::byte> memory) {
+    const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
+    const std::size_t skip = round_up(address, alignment) - address;
+    base_ = memory.data() + skip;
+    size_ = memory.size() > skip ? memory.size() - skip : 0;
   }
   /// `count` elements of T, uninitialised, 64-byte aligned; null while measuring.
   template <class T>
