@@ -5,7 +5,7 @@
 /// Contract   a state belongs to the mechanism and shape that made it: `tag` is a fingerprint of the mechanism's name and
 ///            hyper-parameters, and a call with a foreign state is refused. A copy is a snapshot; assigning it back is the
 ///            rollback. `save` gives bytes with a versioned, checked header; `restore` refuses what is truncated or foreign.
-/// Layout     header (80 bytes, little-endian as the machine), then the payload.
+/// Layout     header (104 bytes, little-endian as the machine), then the payload.
 
 #include <cstring>
 #include <span>
@@ -64,8 +64,9 @@ class state {
     require(std::memcmp(h.magic, "FOVEAST", 8) == 0, "these bytes are not a saved state: wrong magic");
     require(h.version == version, "the saved state has version ", h.version, "; this build reads version ", version);
     require(h.payload == saved.size() - sizeof h, "the saved state announces ", h.payload, " bytes and holds ", saved.size() - sizeof h);
-    require(h.check == detail::fingerprint{}.bytes(saved.data() + sizeof h, h.payload).value, "the saved state is damaged: checksum differs");
-    require(h.type <= 3 && h.sizes[0] >= 0 && h.tokens >= 0, "the saved state's header is damaged");
+    require(h.check == check_of(h, saved.data() + sizeof h), "the saved state is damaged: checksum differs");
+    require(h.type <= 3 && h.tokens >= 0, "the saved state's header is damaged");
+    for (const std::int64_t size : h.sizes) require(size >= 0, "the saved state's header is damaged");
     state s(h.tag, {h.sizes[0], h.sizes[1], h.sizes[2], h.sizes[3], h.sizes[4], h.sizes[5], h.sizes[6], static_cast<dtype>(h.type)}, h.payload);
     s.tokens_ = h.tokens;
     if (h.payload > 0) std::memcpy(s.data_.data(), saved.data() + sizeof h, h.payload);
@@ -96,8 +97,13 @@ class state {
     h.tag = tag_, h.payload = data_.size(), h.tokens = tokens_;
     const isize s[7] = {sizes_.B, sizes_.H, sizes_.G, sizes_.n, sizes_.m, sizes_.d, sizes_.e};
     for (int i = 0; i < 7; ++i) h.sizes[i] = s[i];
-    h.check = detail::fingerprint{}.bytes(data_.data(), data_.size()).value;
+    h.check = check_of(h, data_.data());
     return h;
+  }
+  /// Over the header (its own field as 0) and the payload: damaged sizes or token counts must be noticed too.
+  static std::uint64_t check_of(header h, const std::byte* payload) {
+    h.check = 0;
+    return detail::fingerprint{}.bytes(&h, sizeof h).bytes(payload, h.payload).value;
   }
 
   std::uint64_t tag_ = 0;
