@@ -3,6 +3,7 @@
 /// @file  softmax_attention: from a checked problem to tasks over superblocks of query rows.
 
 #include <fovea/core/kv_cache.hpp>
+#include <fovea/core/partial.hpp>
 #include <fovea/kernel/online_softmax.hpp>
 #include <fovea/softmax.hpp>
 
@@ -37,36 +38,60 @@ inline state softmax_attention::make_state(const shape& s) const {
 
 namespace detail {
 
+/// Keys and values of KV head g of batch item b.
+template <class Acc>
+kernel::key_set<Acc> softmax_keys(const softmax_attention& m, const problem& p, isize b, isize g) {
+  kernel::key_set<Acc> keys;
+  keys.k = p.k.row(b, g, 0), keys.v = p.v.row(b, g, 0), keys.type = p.k.type;
+  keys.k_stride = p.k.row_stride, keys.v_stride = p.v.row_stride, keys.count = p.k.length;
+  keys.visible = m.mask.is_none() ? nullptr : &m.mask;
+  keys.modify = m.score ? &m.score : nullptr;
+  keys.site = m.site(p.shape(), b);
+  return keys;
+}
+
+}  // namespace detail
+}  // namespace FOVEA_ABI
+}  // namespace fovea
+
+#include <fovea/softmax/step.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+namespace detail {
+
 template <class Acc>
 struct softmax_run {
   using loop = kernel::online_softmax<simd::native, Acc>;
 
+  static std::size_t slot_bytes(const shape& s) {
+    arena measure;
+    loop(measure, s.group() * s.n, s.d, s.e);
+    return measure.bytes();
+  }
   static std::size_t workspace_size(const shape& s, int threads) {
     arena measure;
-    for (int t = 0; t < threads; ++t) loop(measure, s.group() * s.n, s.d, s.e);
+    if (softmax_few_rows<Acc>::fits(s))
+      typename softmax_few_rows<Acc>::layout(measure, s, threads);
+    else
+      measure.take<std::byte>(static_cast<isize>(slot_bytes(s)) * threads);
     return measure.bytes();
   }
 
   static void prefill(const softmax_attention& m, exec_ref exec, const problem& p, arena scratch) {
     const shape s = p.shape();
+    if (softmax_few_rows<Acc>::fits(s)) return softmax_few_rows<Acc>::run(m, exec, p, scratch);
     const isize rows = s.group() * s.n, block = loop::superblock(rows, s.d, s.e), blocks = ceil_div(rows, block), heads = s.B * s.G;
     const double scale = m.scale_for(s);
-    // Scratch is laid out before the tasks start; slot t owns the t-th piece.
-    const std::size_t piece = workspace_size(s, 1);
-    std::byte* base = scratch.take<std::byte>(static_cast<isize>(piece) * exec.concurrency());
+    const std::size_t piece = slot_bytes(s);
+    std::byte* base = scratch.take<std::byte>(static_cast<isize>(piece) * exec.concurrency());  // slot t owns the t-th piece
     exec.for_tasks(heads * blocks, [&](isize task, isize slot) {
       // The last rows come first: under a causal mask they take longest, and no thread is left with them at the end.
       const isize sb = blocks - 1 - task / heads, b = task % heads / s.G, g = task % s.G;
       arena own(std::span<std::byte>(base + static_cast<std::size_t>(slot) * piece, piece));
       loop run(own, rows, s.d, s.e);
       run.begin({p.q, b, g * s.group(), sb * block, sb * block + block < rows ? sb * block + block : rows}, scale, m.sinks);
-      kernel::key_set<Acc> keys;
-      keys.k = p.k.row(b, g, 0), keys.v = p.v.row(b, g, 0), keys.type = p.k.type;
-      keys.k_stride = p.k.row_stride, keys.v_stride = p.v.row_stride, keys.count = s.m;
-      keys.visible = m.mask.is_none() ? nullptr : &m.mask;
-      keys.modify = m.score ? &m.score : nullptr;
-      keys.site = m.site(s, b);
-      if (s.m > 0) run.absorb(keys);
+      if (s.m > 0) run.absorb(softmax_keys<Acc>(m, p, b, g));
       run.finish(p.out, p.lse);
     });
   }
