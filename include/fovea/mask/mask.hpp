@@ -8,6 +8,7 @@
 ///   tile_kind tile(site, i0, i1, j0, j1) empty, full or partial; partial is always a correct answer
 /// and optionally
 ///   range queries(site, j)               exactly the rows that see key j, if they are a range: partial tiles then cost a shift
+///   void lanes(site, i0, count, j0, j1, out) bit l of out[j - j0]: row i0 + l sees key j, for all of a partial tile at once
 ///   bool is_causal()                     no row sees a key behind its own position, bottom-right: states need that
 ///   void check(site)                     throws contract_error if the policy does not fit the problem
 ///
@@ -50,6 +51,7 @@ namespace detail {
 /// Bit l of out[j - j0]: row i0 + l sees key j, for l < count <= 64.
 template <mask_policy P>
 void mask_lanes(const P& p, const mask_site& at, isize i0, isize count, isize j0, isize j1, std::uint64_t* out) {
+  if constexpr (requires { p.lanes(at, i0, count, j0, j1, out); }) return p.lanes(at, i0, count, j0, j1, out);
   for (isize j = j0; j < j1; ++j) {
     std::uint64_t bits = 0;
     if constexpr (requires { { p.queries(at, j) } -> std::same_as<range>; }) {

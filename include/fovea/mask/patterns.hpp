@@ -29,6 +29,7 @@ struct hsa_pattern {
   isize stride = 128;  ///< MST's default
   alignment_of_rows align = bottom_right;
 
+  FOVEA_HD bool is_causal() const { return align.how == alignment_of_rows::kind::bottom_right; }
   void check(const mask_site&) const { require(stride >= 1, "pattern stride is ", stride, "; it must be at least 1"); }
 
   FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const {
