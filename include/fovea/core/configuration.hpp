@@ -75,6 +75,15 @@ inline std::string list(const std::vector<isize>& dims) {
   for (std::size_t i = 0; i < dims.size(); ++i) s += (i == 0 ? "" : ", ") + std::to_string(dims[i]);
   return s + "]";
 }
+/// No negative dimension, and a byte count far from overflow, in whatever order the factors come.
+inline void check_dims(const std::vector<isize>& dims, isize element_size) {
+  isize bytes = element_size;
+  for (const isize x : dims) {
+    require(x >= 0, "an array of dimensions ", list(dims), "; they must not be negative");
+    require(x <= PTRDIFF_MAX / 8 / bytes, "an array of dimensions ", list(dims), "; that is too large");
+    bytes *= x > 1 ? x : 1;
+  }
+}
 }  // namespace detail
 
 /// A dense row-major array of any rank. Copies share the bytes, which never change once shared.
@@ -83,8 +92,7 @@ class array {
   array() = default;
   /// Zeroed memory; fill it through `mutable_data` before the first copy.
   array(element type, std::vector<isize> dims) : type_(type), dims_(std::move(dims)) {
-    for (const isize x : dims_)
-      require(x >= 0, "an array of dimensions ", detail::list(dims_), "; they must not be negative");
+    detail::check_dims(dims_, static_cast<isize>(size_of(type)));
     bytes_ = std::make_shared<buffer>(static_cast<std::size_t>(size()) * size_of(type));
     if (bytes_->size() > 0) std::memset(bytes_->data(), 0, bytes_->size());
   }
@@ -107,7 +115,7 @@ class array {
   }
   isize size() const {
     isize n = 1;
-    for (const isize x : dims_) n *= x;
+    for (const isize x : dims_) n = x == 0 || n == 0 ? 0 : n * x;
     return n;
   }
   std::size_t bytes() const { return bytes_ ? bytes_->size() : 0; }
@@ -120,6 +128,13 @@ class array {
                       (type_ == element::boolean && std::is_same_v<T, std::uint8_t>);
     require(same, "an array of ", name_of(type_), " was read as another type");
     return static_cast<const T*>(data());
+  }
+  /// The same elements under other dimensions of the same size.
+  array reshaped(std::vector<isize> dims) const {
+    array a = *this;
+    a.dims_ = std::move(dims);
+    require(a.size() == size(), "an array of ", describe(), " cannot be reshaped to ", detail::list(a.dims_));
+    return a;
   }
   /// Whoever holds this keeps the bytes alive.
   std::shared_ptr<const void> owner() const { return bytes_; }

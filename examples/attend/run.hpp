@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  What `attend` does between reading and writing: arrays to views, one prefill or a prefill and steps, views to arrays.
+
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <fovea/any_attention.hpp>
+
+namespace attend {
+
+using fovea::array;
+using fovea::arrays;
+using fovea::element;
+using fovea::isize;
+using fovea::require;
+
+/// The inputs of one call, apart from the mechanism's own weights.
+struct question {
+  array q, k, v;
+  bool batched = true;  ///< false: q, k, v came as [H, n, d]
+  arrays others;        ///< weights; what comes with each call moves to `call`
+  arrays call;          ///< g, beta, b, w, S0, z0
+};
+
+inline fovea::dtype storage_of(const char* name, const array& a) {
+  require(fovea::is_float(a.type()), name, " is stored as ", fovea::name_of(a.type()),
+          "; wanted f32, f64, bf16 or f16");
+  constexpr fovea::dtype types[] = {fovea::dtype::f32, fovea::dtype::f64, fovea::dtype::bf16, fovea::dtype::f16};
+  return types[static_cast<int>(a.type())];
+}
+
+/// [B, H, n, d] of an array of rank 4, [1, H, n, d] of rank 3.
+inline fovea::tensor_ref view_of(const char* name, const array& a) {
+  const isize H = a.dim(-3), n = a.dim(-2), d = a.dim(-1);
+  return {a.data(), storage_of(name, a), a.rank() == 4 ? a.dim(0) : 1, H, n, d, H * n * d, n * d, d};
+}
+/// A gate: of q's rank, or one less for one number a token.
+inline fovea::tensor_ref gate_of(const char* name, const array& a, isize rank) {
+  require(a.rank() == rank || a.rank() == rank - 1, name, " is ", a.describe(), "; wanted ", rank,
+          " dimensions like q, or ", rank - 1, " for one number a token");
+  if (a.rank() == rank) return view_of(name, a);
+  const isize H = a.dim(-2), n = a.dim(-1);
+  return {a.data(), storage_of(name, a), rank == 4 ? a.dim(0) : 1, H, n, 1, H * n, n, 1};
+}
+inline fovea::tensor_mut view_to(array& a) {
+  const fovea::tensor_ref r = view_of("output", a);
+  return {a.mutable_data(), r.type, r.batch, r.heads, r.length, r.width, r.batch_stride, r.head_stride, r.row_stride};
+}
+
+/// Every head of a [.., G, n, d] array `times` times in a row: value heads that share a key head.
+inline array repeat_heads(const array& a, isize times) {
+  std::vector<isize> dims = a.dims();
+  const isize H = a.dim(-3), items = a.rank() == 4 ? a.dim(0) : 1;
+  dims[dims.size() - 3] = H * times;
+  array out(a.type(), dims);
+  const auto bytes = static_cast<std::size_t>(a.dim(-2) * a.dim(-1)) * fovea::size_of(a.type());
+  if (bytes == 0) return out;
+  for (isize x = 0; x < items * H * times; ++x)
+    std::memcpy(static_cast<std::byte*>(out.mutable_data()) + static_cast<std::size_t>(x) * bytes,
+                static_cast<const std::byte*>(a.data()) + static_cast<std::size_t>(x / times) * bytes, bytes);
+  return out;
+}
+
+inline question take_inputs(arrays tensors, const fovea::configuration& config) {
+  question ask;
+  require(!tensors.contains("do"), "tensor do asks for gradients; this version computes none");
+  const auto take = [&](const char* name) {
+    const auto at = tensors.find(name);
+    require(at != tensors.end(), "tensor ", name, " is missing; wanted q, k and v");
+    array a = at->second;
+    require(a.rank() == 4 || a.rank() == 3, name, " is ", a.describe(), "; wanted [B, H, n, d] or [H, n, d]");
+    (void)storage_of(name, a);
+    tensors.erase(at);
+    return a;
+  };
+  ask.q = take("q"), ask.k = take("k"), ask.v = take("v");
+  ask.batched = ask.q.rank() == 4;
+  require(ask.k.rank() == ask.q.rank() && ask.v.rank() == ask.q.rank(), "q, k, v have ", ask.q.rank(), ", ",
+          ask.k.rank(), ", ", ask.v.rank(), " dimensions; wanted the same number");
+  // Recurrent models may have more value heads than key heads: each query and key head then serves several.
+  const isize keys = ask.k.dim(-3), values = ask.v.dim(-3);
+  if (config.mechanism == "linear" && keys > 0 && values > keys && values % keys == 0 && ask.q.dim(-3) == keys) {
+    ask.q = repeat_heads(ask.q, values / keys);
+    ask.k = repeat_heads(ask.k, values / keys);
+  }
+  ask.others = std::move(tensors);
+  return ask;
+}
+
+/// The mechanism; what it takes with each call moves from `others` to `call`.
+inline fovea::any_attention make(const fovea::configuration& config, question& ask) {
+  auto mechanism = fovea::any_attention::make(config, ask.others);
+  for (const std::string& name : mechanism.call_inputs())
+    if (auto node = ask.others.extract(name)) ask.call.insert(std::move(node));
+  return mechanism;
+}
+
+inline fovea::gates gates_of(const question& ask) {
+  const auto gate = [&](const char* name) {
+    const auto at = ask.call.find(name);
+    return at == ask.call.end() ? fovea::tensor_ref{} : gate_of(name, at->second, ask.q.rank());
+  };
+  return {gate("g"), gate("beta"), gate("b"), gate("w")};
+}
+inline fovea::gates slice(const fovea::gates& g, isize first, isize count) {
+  const auto cut = [&](const fovea::tensor_ref& t) { return t ? t.slice(first, count) : t; };
+  return {cut(g.log_decay), cut(g.beta), cut(g.erase), cut(g.write)};
+}
+
+/// o, and lse where the mechanism has one, for `rows` queries. f64 goes with f64; all other storage gives f32.
+struct answer {
+  array o, lse;
+  bool has_lse;
+
+  answer(const fovea::any_attention& a, const question& ask, isize rows) : has_lse(a.has_lse()) {
+    const element type = ask.q.type() == element::f64 ? element::f64 : element::f32;
+    std::vector<isize> dims = {ask.q.rank() == 4 ? ask.q.dim(0) : 1, ask.q.dim(-3), rows, ask.v.dim(-1)};
+    o = array(type, dims);
+    dims[3] = 1;
+    lse = array(type, dims);
+  }
+  fovea::tensor_mut out() { return view_to(o); }
+  fovea::tensor_mut out_lse() { return has_lse ? view_to(lse) : fovea::tensor_mut{}; }
+
+  /// The last `count` rows under their names, in the shape of the inputs.
+  arrays take(const question& ask, isize count) const {
+    arrays out;
+    const auto put = [&](const char* name, const array& from, bool keep_width) {
+      const isize B = from.dim(0), H = from.dim(1), rows = from.dim(2), width = from.dim(3);
+      std::vector<isize> dims;
+      if (ask.batched) dims.push_back(B);
+      dims.push_back(H), dims.push_back(count);
+      if (keep_width) dims.push_back(width);
+      array to(from.type(), dims);
+      const std::size_t row = static_cast<std::size_t>(width) * fovea::size_of(from.type()),
+                        n = static_cast<std::size_t>(count);
+      for (isize x = 0; x < B * H && to.bytes() > 0; ++x)
+        std::memcpy(static_cast<std::byte*>(to.mutable_data()) + static_cast<std::size_t>(x) * n * row,
+                    static_cast<const std::byte*>(from.data()) + static_cast<std::size_t>((x + 1) * rows - count) * row,
+                    n * row);
+      out.emplace(name, std::move(to));
+    };
+    put("o", o, true);
+    if (has_lse) put("lse", lse, false);
+    return out;
+  }
+};
+
+inline fovea::shape shape_of(const question& ask, isize tokens) {
+  const fovea::tensor_ref q = view_of("q", ask.q), k = view_of("k", ask.k), v = view_of("v", ask.v);
+  return {q.batch, q.heads, k.heads, q.length, tokens, q.width, v.width, q.type};
+}
+
+/// A state with S0 and z0 in it, if they were given.
+inline fovea::state begin(const fovea::any_attention& a, const question& ask, isize tokens) {
+  fovea::state s = a.make_state(shape_of(ask, tokens));
+  arrays initial;
+  for (const char* name : {"S0", "z0"})
+    if (const auto at = ask.call.find(name); at != ask.call.end()) initial.emplace(*at);
+  if (!initial.empty()) a.load_state(s, initial);
+  return s;
+}
+/// S and z, without the batch dimension that the inputs did not have.
+inline void put_state(const fovea::any_attention& a, const fovea::state& s, const question& ask, arrays& out) {
+  if (!a.stores_state()) return;
+  for (const auto& [name, x] : a.store_state(s))
+    out.emplace(name, ask.batched ? x : x.reshaped({x.dims().begin() + 1, x.dims().end()}));
+}
+
+/// One call over all tokens. S0 and z0, and the outputs S and z, need a state: then q and k are the same tokens.
+template <class Exec>
+arrays prefill(const Exec& exec, const fovea::any_attention& a, const question& ask) {
+  const fovea::tensor_ref q = view_of("q", ask.q), k = view_of("k", ask.k), v = view_of("v", ask.v);
+  const fovea::gates gates = gates_of(ask);
+  const bool initial = ask.call.contains("S0") || ask.call.contains("z0");
+  require(!initial || a.streaming(), "S0 or z0 was given; this ", a.name(), " has no state (it is not causal)");
+  answer y(a, ask, q.length);
+  if (!initial) fovea::prefill(exec, a, q, k, v, y.out(), {y.out_lse(), gates});
+  arrays state;
+  if (initial || (a.streaming() && a.stores_state() && q.length == k.length)) {
+    answer with_state(a, ask, q.length);
+    fovea::state s = begin(a, ask, k.length);
+    fovea::prefill(exec, a, q, k, v, with_state.out(), s, {with_state.out_lse(), gates});
+    put_state(a, s, ask, state);
+    if (initial) y = std::move(with_state);
+  }
+  arrays out = y.take(ask, q.length);
+  out.merge(state);
+  return out;
+}
+
+/// The same rows by a prefill of `first` tokens and one step for each other token. Where there are fewer queries than keys,
+/// the queries are the last ones: the tokens before them get a zero query, whose output is dropped.
+template <class Exec>
+arrays decode(const Exec& exec, const fovea::any_attention& a, question ask, long long first) {
+  const isize n = ask.q.dim(-2), m = ask.k.dim(-2), P = static_cast<isize>(first);
+  require(a.streaming(), "--decode ", first, ": this ", a.name(), " has no state to decode with");
+  require(P <= m, "--decode ", first, ": there are ", m, " tokens");
+  require(n <= m, "--decode ", first, ": q has ", n, " tokens and k has ", m, "; wanted no more queries than keys");
+  const auto align = a.config().values.find("align");
+  require(n == m || align == a.config().values.end() || align->second == fovea::configuration_value("bottom_right"),
+          "--decode ", first, ": q has ", n, " tokens and k has ", m,
+          "; decoding puts the queries last (align bottom_right)");
+  const fovea::gates gates = gates_of(ask);
+  if (n < m) {
+    std::vector<isize> dims = ask.q.dims();
+    dims[dims.size() - 2] = m;
+    const array q = std::exchange(ask.q, array(ask.q.type(), dims));
+    const fovea::tensor_ref from = view_of("q", q);
+    const fovea::tensor_mut to = view_to(ask.q);
+    for (isize b = 0; b < from.batch; ++b)
+      for (isize h = 0; h < from.heads; ++h)
+        for (isize i = 0; i < n; ++i)
+          std::memcpy(to.row(b, h, m - n + i), from.row(b, h, i),
+                      static_cast<std::size_t>(from.width) * fovea::size_of(q.type()));
+  }
+  const fovea::tensor_ref q = view_of("q", ask.q), k = view_of("k", ask.k), v = view_of("v", ask.v);
+  answer y(a, ask, m);
+  fovea::state s = begin(a, ask, m);
+  const auto part = [&](isize at, isize count) {
+    const fovea::tensor_mut lse = y.out_lse();
+    fovea::prefill(exec, a, q.slice(at, count), k.slice(at, count), v.slice(at, count), y.out().slice(at, count), s,
+                   {lse ? lse.slice(at, count) : lse, slice(gates, at, count)});
+  };
+  if (P > 0) part(0, P);
+  for (isize t = P; t < m; ++t) part(t, 1);
+  arrays out = y.take(ask, n);
+  put_state(a, s, ask, out);
+  return out;
+}
+
+}  // namespace attend
