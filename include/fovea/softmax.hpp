@@ -24,14 +24,16 @@ inline namespace FOVEA_ABI {
 
 struct softmax_attention {
   static constexpr const char* name = "softmax";
+  static constexpr bool has_lse = true;
 
   fovea::mask mask = no_mask{};
   std::optional<double> scale = {};  ///< none: 1 / sqrt(d)
   fovea::score score = {};
   const float* sinks = nullptr;  ///< [H] a logit a head that joins the denominator and has no value; null: none
+  isize sink_count = 0;          ///< how many there are; 0: not checked
 
   double scale_for(const shape& s) const { return scale ? *scale : 1.0 / std::sqrt(static_cast<double>(s.d)); }
-  mask_site site(const shape& s, isize b) const { return {b, 0, s.n, s.m, s.H, s.G}; }
+  mask_site site(const shape& s, isize b) const { return {b, 0, s.n, s.m, s.H, s.G, s.B}; }
 
   void check(const problem& p) const;
   void check(const problem& p, const state& s) const;
@@ -39,6 +41,7 @@ struct softmax_attention {
   void prefill(exec_ref exec, const problem& p, arena scratch) const;
 
   /// A contiguous KV cache for up to shape.m tokens, [B, G, capacity, d] then [B, G, capacity, e], in the storage type.
+  bool streaming() const { return mask.is_causal(); }
   state make_state(const shape& s) const;
   std::uint64_t tag() const;
   void prefill(exec_ref exec, const problem& p, state& s, arena scratch) const;

@@ -37,7 +37,18 @@ enum class tile_kind : unsigned char { empty, partial, full };
 /// Where a question is asked: the batch item, the query head, and the sizes of the problem.
 struct mask_site {
   isize b = 0, h = 0, n = 0, m = 0;
-  isize H = 1, G = 1;
+  isize H = 1, G = 1, B = 1;
+};
+
+/// Sizes of a table [batch, heads, rows, keys] that a policy reads; 1 broadcasts, 0 means not known (not checked).
+struct table_extent {
+  isize batch = 0, heads = 0, rows = 0, keys = 0;
+  void check(const char* name, const mask_site& at) const {
+    const auto fits = [](isize have, isize want) { return have <= 1 || have == want; };
+    const bool rows_fit = rows == 0 || rows == 1 || rows == at.n, keys_fit = keys == 0 || keys == 1 || keys == at.m;
+    require(fits(batch, at.B) && fits(heads, at.H) && rows_fit && keys_fit, name, " is [", batch, ", ", heads, ", ", rows, ", ", keys, "]; wanted [", at.B, ", ", at.H, ", ", at.n,
+            ", ", at.m, "] or 1 in place of a size");
+  }
 };
 
 template <class P>
@@ -99,14 +110,14 @@ struct no_mask {
   FOVEA_HD tile_kind tile(const mask_site&, isize, isize, isize, isize) const { return tile_kind::full; }
 };
 
-/// Any mask policy, held by value (up to 96 bytes, no allocation).
+/// Any mask policy, held by value (up to 128 bytes, no allocation).
 class mask {
  public:
   mask() : mask(no_mask{}) {}
   template <mask_policy P>
     requires(!std::same_as<P, mask>)
   mask(const P& p) : table_(&detail::mask_table_of<P>) {  // NOLINT(google-explicit-constructor)
-    static_assert(sizeof(P) <= sizeof storage_, "a mask policy may hold up to 96 bytes; keep tables outside and point to them");
+    static_assert(sizeof(P) <= sizeof storage_, "a mask policy may hold up to 128 bytes; keep tables outside and point to them");
     ::new (static_cast<void*>(storage_)) P(p);
   }
   bool visible(const mask_site& at, isize i, isize j) const { return table_->visible(storage_, at, i, j); }
@@ -119,7 +130,7 @@ class mask {
 
  private:
   const detail::mask_table* table_;
-  alignas(16) std::byte storage_[96]{};
+  alignas(16) std::byte storage_[128]{};
 };
 
 }  // namespace FOVEA_ABI

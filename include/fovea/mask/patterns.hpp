@@ -62,6 +62,22 @@ struct hsa_pattern {
     }
     return tile_kind::partial;
   }
+  void lanes(const mask_site& at, isize i0, isize count, isize j0, isize j1, std::uint64_t* out) const {
+    const isize p0 = align.position(at, i0), p1 = p0 + count - 1;
+    const auto rows = [&](isize first, isize last) {  // the bits of positions [first, last]
+      const isize a = first > p0 ? first - p0 : 0, b = (last < p1 ? last : p1) - p0;
+      return a > b ? std::uint64_t{0} : (~std::uint64_t{0} >> (63 - (b - a))) << a;
+    };
+    for (isize j = j0; j < j1; ++j) {
+      std::uint64_t bits = 0;
+      if (mode == hsa_mode::fixed)
+        bits = rows(j, j % stride == stride - 1 ? p1 : j / stride * stride + stride - 1);
+      if (mode == hsa_mode::local || mode == hsa_mode::sparse) bits = rows(j, j + stride - 1);
+      if (mode == hsa_mode::strided || mode == hsa_mode::sparse)
+        for (isize p = j >= p0 ? j : j + (p0 - j + stride - 1) / stride * stride; p <= p1; p += stride) bits |= std::uint64_t{1} << (p - p0);
+      out[j - j0] = bits;
+    }
+  }
 
  private:  // all with j0 <= p1, hence p1 >= 0
   FOVEA_HD tile_kind local_tile(isize p0, isize p1, isize j0, isize j1) const {

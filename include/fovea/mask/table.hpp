@@ -13,8 +13,12 @@ inline namespace FOVEA_ABI {
 struct boolean_mask {
   const std::uint8_t* table = nullptr;
   isize batch_stride = 0, head_stride = 0, row_stride = 0, key_stride = 1;
+  table_extent extent = {};
 
-  void check(const mask_site& at) const { require(table != nullptr || at.n == 0 || at.m == 0, "boolean_mask has a null table; wanted ", at.n, " x ", at.m); }
+  void check(const mask_site& at) const {
+    require(table != nullptr || at.n == 0 || at.m == 0, "boolean_mask has a null table; wanted ", at.n, " x ", at.m);
+    extent.check("mask", at);
+  }
   FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const {
     return table[at.b * batch_stride + at.h * head_stride + i * row_stride + j * key_stride] != 0;
   }

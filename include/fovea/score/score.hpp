@@ -34,7 +34,10 @@ struct softcap {
 /// s - slopes[h] * (position of the row - j), bottom-right positions
 struct alibi {
   const float* slopes = nullptr;  ///< [H]
-  void check(const mask_site& at) const { require(slopes != nullptr, "alibi slopes are null; wanted one for each of ", at.H, " heads"); }
+  isize count = 0;                ///< how many there are; 0: not checked
+  void check(const mask_site& at) const {
+    require(slopes != nullptr && (count == 0 || count == at.H), "alibi has ", slopes == nullptr ? 0 : count, " slopes; wanted one for each of ", at.H, " heads");
+  }
   template <class T>
   FOVEA_HD T operator()(const mask_site& at, isize i, isize j, T s) const {
     return s - static_cast<T>(slopes[at.h]) * static_cast<T>(i + at.m - at.n - j);
@@ -45,7 +48,11 @@ struct alibi {
 struct additive_bias {
   const float* table = nullptr;
   isize batch_stride = 0, head_stride = 0, row_stride = 0, key_stride = 1;
-  void check(const mask_site& at) const { require(table != nullptr || at.n == 0 || at.m == 0, "additive_bias has a null table; wanted ", at.n, " x ", at.m); }
+  table_extent extent = {};
+  void check(const mask_site& at) const {
+    require(table != nullptr || at.n == 0 || at.m == 0, "additive_bias has a null table; wanted ", at.n, " x ", at.m);
+    extent.check("bias", at);
+  }
   template <class T>
   FOVEA_HD T operator()(const mask_site& at, isize i, isize j, T s) const {
     return s + static_cast<T>(table[at.b * batch_stride + at.h * head_stride + i * row_stride + j * key_stride]);

@@ -17,6 +17,7 @@ inline void softmax_attention::check(const problem& p) const {
     require(*scale > 0, "scale is ", *scale, "; it must be positive");
   }
   const mask_site at = site(p.shape(), 0);
+  require(sinks == nullptr || sink_count == 0 || sink_count == at.H, "sinks holds ", sink_count, " logits; wanted one for each of ", at.H, " heads");
   mask.check(at);
   score.check(at);
 }
