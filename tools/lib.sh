@@ -136,10 +136,12 @@ configure() {
   if [ ! -e "$dir/CMakeCache.txt" ] && has ninja; then set -- -G Ninja "$@"; fi
   cmake --preset "$preset" -B "$root/$dir" --log-level=NOTICE "$@"
 }
-# build FOLDER [TARGET...]
+# build FOLDER [TARGET...]: goes on after an error, to show them all.
 build() {
-  local dir=build/$1
+  local dir=build/$1 go_on=-k
   shift
   [ $# -eq 0 ] || set -- --target "$@"
-  cmake --build "$root/$dir" -j "$(jobs_count)" "$@"
+  if grep -q '^CMAKE_GENERATOR:INTERNAL=Ninja' "$dir/CMakeCache.txt"; then go_on="-k 0"; fi
+  # shellcheck disable=SC2086
+  cmake --build "$root/$dir" -j "$(jobs_count)" "$@" -- $go_on
 }
