@@ -29,7 +29,7 @@ concept named = requires { { M::name } -> std::convertible_to<const char*>; } ||
 
 /// A mechanism is an immutable value: hyper-parameters and views of learned weights.
 ///   check(p)                        throws if the problem, or the mechanism's own values, are not acceptable
-///   workspace_size(shape, threads)  bytes of scratch of one call
+///   workspace_size(shape, threads)  bytes of scratch of one call; with a state, shape.m counts the tokens held and the new ones
 ///   prefill(exec, p, scratch)       computes; does not throw, allocate or check
 template <class M>
 concept mechanism = std::copyable<M> && detail::named<M> && requires(const M& m, exec_ref exec, const problem& p, const shape& s, arena scratch) {
@@ -62,8 +62,8 @@ struct call_options {
 
 namespace detail {
 template <class M>
-arena scratch_for(const M& m, exec_ref exec, const problem& p, const call_options& options, buffer& own) {
-  const std::size_t need = m.workspace_size(p.shape(), exec.concurrency());
+arena scratch_for(const M& m, exec_ref exec, const shape& s, const call_options& options, buffer& own) {
+  const std::size_t need = m.workspace_size(s, exec.concurrency());
   if (options.workspace.data() == nullptr) {
     own = buffer(need + alignment);
     return arena(own.span());
@@ -80,7 +80,7 @@ void prefill(exec_ref exec, const M& m, tensor_ref q, tensor_ref k, tensor_ref v
   m.check(p);
   if (detail::nothing_to_do(p)) return;
   buffer own;
-  m.prefill(exec, p, detail::scratch_for(m, exec, p, options, own));
+  m.prefill(exec, p, detail::scratch_for(m, exec, p.shape(), options, own));
 }
 
 template <streaming_mechanism M>
@@ -89,8 +89,10 @@ void prefill(exec_ref exec, const M& m, tensor_ref q, tensor_ref k, tensor_ref v
   require(q.length == k.length, "q has ", q.length, " tokens and k has ", k.length, "; a call with a state takes the same new tokens in both");
   m.check(p, s);
   if (detail::nothing_to_do(p)) return;
+  shape sizes = p.shape();
+  sizes.m += s.tokens();
   buffer own;
-  m.prefill(exec, p, s, detail::scratch_for(m, exec, p, options, own));
+  m.prefill(exec, p, s, detail::scratch_for(m, exec, sizes, options, own));
 }
 
 template <streaming_mechanism M>
