@@ -33,7 +33,7 @@ auto naming(const std::string& where, F&& what) {
   try {
     return what();
   } catch (const fovea::contract_error& e) {
-    throw fovea::file_error(where, e.what());
+    throw fovea::file_error(where, e);
   }
 }
 

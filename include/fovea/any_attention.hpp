@@ -12,6 +12,7 @@
 #include <span>
 
 #include <fovea/core/any.hpp>
+#include <fovea/softmax/configure.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -22,7 +23,12 @@ struct registered_mechanism {
 };
 
 /// Every mechanism that a configuration can name.
-inline std::span<const registered_mechanism> registered_mechanisms() { return {}; }
+inline std::span<const registered_mechanism> registered_mechanisms() {
+  static constexpr registered_mechanism table[] = {
+      {"softmax", configure_softmax},
+  };
+  return table;
+}
 
 inline any_attention any_attention::make(const configuration& c, const arrays& tensors) {
   std::vector<std::string> known;

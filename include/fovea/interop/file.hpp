@@ -13,13 +13,18 @@
 #include <string>
 #include <utility>
 
-#include <fovea/core/config.hpp>
+#include <fovea/core/contract.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
 
 struct file_error : std::runtime_error {
   file_error(const std::string& path, const std::string& what) : std::runtime_error(path + ": " + what) {}
+  /// What a file's contents led to: the contract's sentence without its own prefix.
+  file_error(const std::string& path, const contract_error& e) : file_error(path, sentence(e.what())) {}
+
+ private:
+  static std::string sentence(const std::string& what) { return what.starts_with("fovea: ") ? what.substr(7) : what; }
 };
 
 /// Opens a regular file for reading and says how long it is.

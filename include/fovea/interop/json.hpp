@@ -90,7 +90,7 @@ inline configuration parse_configuration(std::string_view text, const std::strin
   try {
     return configuration_from_json(j);
   } catch (const contract_error& e) {
-    throw file_error(name, e.what());
+    throw file_error(name, e);
   }
 }
 
