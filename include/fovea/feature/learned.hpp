@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  Learned feature maps: T2R, the two-layer MLP, Hedgehog.
+///
+///   t2r            phi(x) = ReLU(s W x + b)                                         r = rows of W
+///   mlp_map        phi(x) = ReLU(W2 ReLU(s W1 x + b1) + b2)                         r = rows of W2
+///   hedgehog       y = W x + b:   joint      softmax([2 y; -2 y])                   r = 2 rows of W
+///                                 separate   [softmax(y); softmax(-y)]
+///                                 paired     [e^(y - max y); e^(min y - y)]
+///
+/// Contract   weights by head as in feature/projection.hpp. T2R's s multiplies queries only (d^-1/2 in the paper's code) and is 1
+///            for keys. Features are >= 0; T2R's may all be 0, so its denominator needs a clamp (0.01 in the paper's code).
+/// Numerics   each softmax subtracts its own row maximum. No clamp of features at 1e-12, as some implementations have.
+/// Source     T2R: Kasai et al., Finetuning Pretrained Transformers into RNNs, arXiv 2103.13076. Hedgehog: the forms of the
+///            flash-linear-attention (joint) and LoLCATs (separate) repositories. docs/mechanisms/feature_maps.md.
+
+#include <fovea/feature/projection.hpp>
+#include <fovea/feature/rows.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+
+struct t2r {
+  projection_ref query, key;
+  double query_scale = 1.0;
+
+  static constexpr bool log_scaled = false;
+  isize features(isize) const { return key.rows(); }
+  isize scratch(isize) const { return 0; }
+  double macs(isize) const { return key.macs(); }
+  bool trained() const { return query.trained() && key.trained(); }
+  void check(const shape& s) const {
+    detail::check_pair("t2r", query, key, s);
+    require(std::isfinite(query_scale) && query_scale > 0, "t2r query_scale is ", query_scale, "; it must be positive");
+  }
+  void fingerprint(detail::fingerprint& f) const { f.text("t2r").number(static_cast<double>(key.rows())); }
+
+  template <class Arch, class Acc>
+  void apply(const feature_block<Acc>& b, Acc*) const noexcept {
+    const projection_ref& w = b.key ? key : query;
+    const isize head = detail::pair_head(query, key, b), r = w.rows();
+    w.template apply<Arch, Acc>(head, b.x, b.x_stride, b.rows, b.out, b.out_stride);
+    const Acc scale = b.key ? Acc(1) : static_cast<Acc>(query_scale);
+    for (isize t = 0; t < b.rows; ++t)
+      feature::row_relu<Arch, Acc>(b.out + t * b.out_stride, w.template bias<Acc>(head), r, scale, b.out + t * b.out_stride);
+  }
+  double define(const feature_site& at, const double* x, isize, double* out) const {
+    const projection_ref& w = at.key ? key : query;
+    w.define(detail::pair_head(query, key, at), x, at.key ? 1.0 : query_scale, out);
+    for (isize j = 0; j < w.rows(); ++j) out[j] = out[j] > 0 ? out[j] : 0.0;
+    return 0.0;
+  }
+};
+
+struct mlp_map {
+  projection_ref query_hidden, query_out, key_hidden, key_out;
+  double query_scale = 1.0;
+
+  static constexpr bool log_scaled = false;
+  isize features(isize) const { return key_out.rows(); }
+  isize scratch(isize) const { return feature_rows * (key_hidden.rows() > query_hidden.rows() ? key_hidden.rows() : query_hidden.rows()); }
+  double macs(isize) const { return key_hidden.macs() + key_out.macs(); }
+  bool trained() const { return query_hidden.trained() && query_out.trained() && key_hidden.trained() && key_out.trained(); }
+  void check(const shape& s) const {
+    detail::check_pair("mlp_map: the hidden layer", query_hidden, key_hidden, s);
+    shape inner = s;
+    inner.d = key_hidden.rows();
+    detail::check_pair("mlp_map: the output layer", query_out, key_out, inner);
+    require(std::isfinite(query_scale) && query_scale > 0, "mlp_map query_scale is ", query_scale, "; it must be positive");
+  }
+  void fingerprint(detail::fingerprint& f) const { f.text("mlp").number(static_cast<double>(key_out.rows())); }
+
+  template <class Arch, class Acc>
+  void apply(const feature_block<Acc>& b, Acc* hidden) const noexcept {
+    const projection_ref& one = b.key ? key_hidden : query_hidden;
+    const projection_ref& two = b.key ? key_out : query_out;
+    const isize first = detail::pair_head(query_hidden, key_hidden, b), second = detail::pair_head(query_out, key_out, b), h = one.rows();
+    one.template apply<Arch, Acc>(first, b.x, b.x_stride, b.rows, hidden, h);
+    const Acc scale = b.key ? Acc(1) : static_cast<Acc>(query_scale);
+    for (isize t = 0; t < b.rows; ++t) feature::row_relu<Arch, Acc>(hidden + t * h, one.template bias<Acc>(first), h, scale, hidden + t * h);
+    two.template apply<Arch, Acc>(second, hidden, h, b.rows, b.out, b.out_stride);
+    for (isize t = 0; t < b.rows; ++t)
+      feature::row_relu<Arch, Acc>(b.out + t * b.out_stride, two.template bias<Acc>(second), two.rows(), Acc(1), b.out + t * b.out_stride);
+  }
+  double define(const feature_site& at, const double* x, isize, double* out) const {
+    const projection_ref& one = at.key ? key_hidden : query_hidden;
+    const projection_ref& two = at.key ? key_out : query_out;
+    std::vector<double> hidden(static_cast<std::size_t>(one.rows()));
+    one.define(detail::pair_head(query_hidden, key_hidden, at), x, at.key ? 1.0 : query_scale, hidden.data());
+    for (auto& y : hidden) y = y > 0 ? y : 0.0;
+    two.define(detail::pair_head(query_out, key_out, at), hidden.data(), 1.0, out);
+    for (isize j = 0; j < two.rows(); ++j) out[j] = out[j] > 0 ? out[j] : 0.0;
+    return 0.0;
+  }
+};
+
+enum class hedgehog_form : unsigned char { joint, separate, paired };
+
+struct hedgehog {
+  projection_ref query, key;  ///< null: the identity, the untrained start
+  hedgehog_form form = hedgehog_form::joint;
+
+  static constexpr bool log_scaled = false;
+  isize features(isize d) const { return 2 * (key ? key.rows() : d); }
+  isize scratch(isize) const { return 0; }
+  double macs(isize) const { return key ? key.macs() : 0.0; }
+  bool trained() const { return query && key && query.trained() && key.trained(); }
+  void check(const shape& s) const {
+    require(static_cast<bool>(query) == static_cast<bool>(key), "hedgehog has weights on one side only; give both, or neither");
+    if (key) detail::check_pair("hedgehog", query, key, s);
+  }
+  void fingerprint(detail::fingerprint& f) const { f.text("hedgehog").number(static_cast<double>(form)).number(key ? static_cast<double>(key.rows()) : 0.0); }
+
+  template <class Arch, class Acc>
+  void apply(const feature_block<Acc>& b, Acc*) const noexcept {
+    const projection_ref& w = b.key ? key : query;
+    const isize head = detail::pair_head(query, key, b), r = w ? w.rows() : b.width;
+    if (w) w.template apply<Arch, Acc>(head, b.x, b.x_stride, b.rows, b.out, b.out_stride);
+    const Acc* bias = w ? w.template bias<Acc>(head) : nullptr;
+    for (isize t = 0; t < b.rows; ++t) {
+      Acc* y = b.out + t * b.out_stride;
+      feature::row_affine<Arch, Acc>(w ? y : b.x + t * b.x_stride, bias, r, Acc(1), y);
+      pair<Arch, Acc>(y, r);
+    }
+  }
+  double define(const feature_site& at, const double* x, isize d, double* out) const {
+    const projection_ref& w = at.key ? key : query;
+    const isize r = w ? w.rows() : d;
+    std::vector<double> y(static_cast<std::size_t>(r));
+    if (w)
+      w.define(detail::pair_head(query, key, at), x, 1.0, y.data());
+    else
+      y.assign(x, x + d);
+    const double scale = form == hedgehog_form::joint ? 2.0 : 1.0;
+    double top = y[0], low = y[0], up = 0, down = 0;
+    for (const double a : y) top = std::fmax(top, a), low = std::fmin(low, a);
+    if (form == hedgehog_form::joint) top = std::fmax(top, -low), low = -top;
+    for (isize j = 0; j < r; ++j) {
+      up += out[j] = std::exp(scale * (y[static_cast<std::size_t>(j)] - top));
+      down += out[r + j] = std::exp(scale * (low - y[static_cast<std::size_t>(j)]));
+    }
+    if (form == hedgehog_form::paired) return 0.0;
+    if (form == hedgehog_form::joint) up = down = up + down;
+    for (isize j = 0; j < r; ++j) out[j] /= up, out[r + j] /= down;
+    return 0.0;
+  }
+
+ private:
+  /// y [r] -> features [2 r], in place.
+  template <class Arch, class Acc>
+  FOVEA_INLINE void pair(Acc* y, isize r) const {
+    const Acc scale = form == hedgehog_form::joint ? Acc(2) : Acc(1);
+    Acc top = feature::row_max<Arch, Acc>(y, r), low = feature::row_max<Arch, Acc>(y, r, Acc(-1));
+    if (form == hedgehog_form::joint) top = low = top > low ? top : low;
+    Acc down = feature::row_exp<Arch, Acc>(y, r, -scale, scale * low, y + r);
+    Acc up = feature::row_exp<Arch, Acc>(y, r, scale, scale * top, y);
+    if (form == hedgehog_form::paired) return;
+    if (form == hedgehog_form::joint) up = down = up + down;
+    feature::row_scale<Arch, Acc>(y, r, 1 / up);
+    feature::row_scale<Arch, Acc>(y + r, r, 1 / down);
+  }
+};
+
+}  // namespace FOVEA_ABI
+}  // namespace fovea
