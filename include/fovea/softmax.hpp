@@ -35,6 +35,7 @@ struct softmax_attention {
   double scale_for(const shape& s) const { return scale ? *scale : 1.0 / std::sqrt(static_cast<double>(s.d)); }
   mask_site site(const shape& s, isize b) const { return {b, 0, s.n, s.m, s.H, s.G, s.B}; }
 
+  void check_values(const shape& s) const;
   void check(const problem& p) const;
   void check(const problem& p, const state& s) const;
   std::size_t workspace_size(const shape& s, int threads) const;

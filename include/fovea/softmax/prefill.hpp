@@ -10,23 +10,30 @@
 namespace fovea {
 inline namespace FOVEA_ABI {
 
-inline void softmax_attention::check(const problem& p) const {
-  detail::check_problem(p);
+inline void softmax_attention::check_values(const shape& s) const {
   if (scale) {
     require_finite("scale", *scale);
     require(*scale > 0, "scale is ", *scale, "; it must be positive");
   }
-  const mask_site at = site(p.shape(), 0);
+  const mask_site at = site(s, 0);
   require(sinks == nullptr || sink_count == 0 || sink_count == at.H, "sinks holds ", sink_count, " logits; wanted one for each of ", at.H, " heads");
   mask.check(at);
   score.check(at);
 }
 
+inline void softmax_attention::check(const problem& p) const {
+  detail::check_problem(p);
+  check_values(p.shape());
+}
+
 inline void softmax_attention::check(const problem& p, const state& s) const {
-  check(p);
+  detail::check_problem(p);
   s.check(tag(), p.shape(), name);
   require(mask.is_causal(), "the mask of a softmax_attention with a state must be causal (causal or window, bottom-right); a row cannot see keys that have not come");
   kv_cache::check_room(p, s);
+  shape all = p.shape();
+  all.m += s.tokens();  // masks and biases span the tokens held, too
+  check_values(all);
 }
 
 inline std::uint64_t softmax_attention::tag() const { return detail::fingerprint{}.text(name).value; }
