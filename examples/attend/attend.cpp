@@ -24,7 +24,7 @@ namespace {
 struct arguments {
   std::string input, config, output;
   int threads = 1;
-  long long decode = -1;
+  fovea::isize decode = -1;
 };
 
 /// `what` happens for the files in `where`: contract errors get their names.

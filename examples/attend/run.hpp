@@ -2,6 +2,7 @@
 #pragma once
 /// @file  What `attend` does between reading and writing: arrays to views, one prefill or a prefill and steps, views to arrays.
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -192,44 +193,87 @@ arrays prefill(const Exec& exec, const fovea::any_attention& a, const question& 
   return out;
 }
 
+/// q with zero rows before its own, `tokens` in all.
+inline array pad_queries(const array& q, isize tokens) {
+  std::vector<isize> dims = q.dims();
+  dims[dims.size() - 2] = tokens;
+  array padded(q.type(), dims);
+  const fovea::tensor_ref from = view_of("q", q);
+  const fovea::tensor_mut to = view_to(padded);
+  for (isize b = 0; b < from.batch; ++b)
+    for (isize h = 0; h < from.heads; ++h)
+      for (isize i = 0; i < from.length; ++i)
+        std::memcpy(to.row(b, h, tokens - from.length + i), from.row(b, h, i),
+                    static_cast<std::size_t>(from.width) * fovea::size_of(q.type()));
+  return padded;
+}
+
+/// Rows [first, first + rows) and keys [0, keys) of a table that broadcasts to [.., n, m]. Rows before the first are row 0.
+inline array slice_table(const array& table, isize first, isize rows, isize keys) {
+  const isize all_rows = table.dim(-2), all_keys = table.dim(-1);
+  std::vector<isize> dims = table.dims();
+  dims[dims.size() - 2] = all_rows == 1 ? 1 : rows;
+  dims[dims.size() - 1] = all_keys == 1 ? 1 : keys;
+  array out(table.type(), dims);
+  const isize to_rows = out.dim(-2);
+  const std::size_t size = fovea::size_of(table.type()), row = static_cast<std::size_t>(out.dim(-1)) * size;
+  for (isize x = 0; row > 0 && to_rows > 0 && x < out.size() / (to_rows * out.dim(-1)); ++x)
+    for (isize i = 0; i < to_rows; ++i) {
+      const isize from = all_rows == 1 ? 0 : std::clamp<isize>(first + i, 0, all_rows - 1);
+      std::memcpy(static_cast<std::byte*>(out.mutable_data()) + static_cast<std::size_t>(x * to_rows + i) * row,
+                  static_cast<const std::byte*>(table.data()) +
+                      static_cast<std::size_t>((x * all_rows + from) * all_keys) * size,
+                  row);
+    }
+  return out;
+}
+
+/// The mechanism for the rows [first, first + rows) of the queries and the first `keys` keys: a table of rows and keys (mask,
+/// bias) is cut to fit, and nothing else changes; a softmax state takes any mask.
+inline fovea::any_attention cut(const fovea::any_attention& a, const question& ask, isize first, isize rows,
+                                isize keys) {
+  arrays weights = ask.others;
+  bool changed = false;
+  for (const char* name : {"mask", "bias"})
+    if (const auto at = weights.find(name); at != weights.end()) {
+      at->second = slice_table(at->second, first, rows, keys);
+      changed = true;
+    }
+  return changed ? fovea::any_attention::make(a.config(), weights) : a;
+}
+
+inline void check_decode(const fovea::any_attention& a, isize n, isize m, isize first) {
+  const std::string asked = "--decode " + std::to_string(first) + ": ";
+  require(a.streaming(), asked, "this ", a.name(),
+          " keeps no state to decode with; wanted a mechanism and a mask that are causal");
+  require(first <= m, asked, "there are ", m, " tokens");
+  require(n <= m, asked, "q has ", n, " tokens and k has ", m, "; wanted no more queries than keys");
+}
+
 /// The same rows by a prefill of `first` tokens and one step for each other token. Where there are fewer queries than keys,
 /// the queries are the last ones: the tokens before them get a zero query, whose output is dropped.
 template <class Exec>
-arrays decode(const Exec& exec, const fovea::any_attention& a, question ask, long long first) {
-  const isize n = ask.q.dim(-2), m = ask.k.dim(-2), P = static_cast<isize>(first);
-  require(a.streaming(), "--decode ", first, ": this ", a.name(), " has no state to decode with");
-  require(P <= m, "--decode ", first, ": there are ", m, " tokens");
-  require(n <= m, "--decode ", first, ": q has ", n, " tokens and k has ", m, "; wanted no more queries than keys");
-  const auto align = a.config().values.find("align");
-  require(n == m || align == a.config().values.end() || align->second == fovea::configuration_value("bottom_right"),
-          "--decode ", first, ": q has ", n, " tokens and k has ", m,
-          "; decoding puts the queries last (align bottom_right)");
+arrays decode(const Exec& exec, const fovea::any_attention& a, question ask, isize first) {
+  const isize n = ask.q.dim(-2), m = ask.k.dim(-2);
+  check_decode(a, n, m, first);
+  fovea::detail::check_problem(
+      {view_of("q", ask.q), view_of("k", ask.k), view_of("v", ask.v), answer(a, ask, n).out(), {}, {}});
   const fovea::gates gates = gates_of(ask);
-  if (n < m) {
-    std::vector<isize> dims = ask.q.dims();
-    dims[dims.size() - 2] = m;
-    const array q = std::exchange(ask.q, array(ask.q.type(), dims));
-    const fovea::tensor_ref from = view_of("q", q);
-    const fovea::tensor_mut to = view_to(ask.q);
-    for (isize b = 0; b < from.batch; ++b)
-      for (isize h = 0; h < from.heads; ++h)
-        for (isize i = 0; i < n; ++i)
-          std::memcpy(to.row(b, h, m - n + i), from.row(b, h, i),
-                      static_cast<std::size_t>(from.width) * fovea::size_of(q.type()));
-  }
+  fovea::state s = begin(a, ask, m);
+  if (n < m) ask.q = pad_queries(ask.q, m);
   const fovea::tensor_ref q = view_of("q", ask.q), k = view_of("k", ask.k), v = view_of("v", ask.v);
   answer y(a, ask, m);
-  fovea::state s = begin(a, ask, m);
+  const fovea::tensor_mut out = y.out(), lse = y.out_lse();
   const auto part = [&](isize at, isize count) {
-    const fovea::tensor_mut lse = y.out_lse();
-    fovea::prefill(exec, a, q.slice(at, count), k.slice(at, count), v.slice(at, count), y.out().slice(at, count), s,
+    const auto rows = cut(a, ask, at - (m - n), count, at + count);
+    fovea::prefill(exec, rows, q.slice(at, count), k.slice(at, count), v.slice(at, count), out.slice(at, count), s,
                    {lse ? lse.slice(at, count) : lse, slice(gates, at, count)});
   };
-  if (P > 0) part(0, P);
-  for (isize t = P; t < m; ++t) part(t, 1);
-  arrays out = y.take(ask, n);
-  put_state(a, s, ask, out);
-  return out;
+  if (first > 0) part(0, first);
+  for (isize t = first; t < m; ++t) part(t, 1);
+  arrays answers = y.take(ask, n);
+  put_state(a, s, ask, answers);
+  return answers;
 }
 
 }  // namespace attend
