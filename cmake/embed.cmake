@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: MIT
+# cmake -DFROM=file.html -DTO=file.hpp -DNAME=function -P embed.cmake: a text file as a C++ function that returns it.
+# Raw strings of 8 KB, because some compilers limit the length of one literal.
+file(READ ${FROM} hex HEX)
+string(LENGTH "${hex}" digits)
+math(EXPR bytes "${digits} / 2")
+file(READ ${FROM} text)
+if(text MATCHES "[)]fovea_embed\"")
+  message(FATAL_ERROR "${FROM} holds the delimiter of the raw string")
+endif()
+set(out "// Generated from ${FROM}: do not edit.\n#pragma once\n#include <string>\ninline std::string ${NAME}() {\n  std::string s;\n  s.reserve(${bytes});\n")
+string(LENGTH "${text}" length)
+set(at 0)
+while(at LESS length)
+  string(SUBSTRING "${text}" ${at} 8000 piece)
+  string(APPEND out "  s += R\"fovea_embed(${piece})fovea_embed\";\n")
+  math(EXPR at "${at} + 8000")
+endwhile()
+string(APPEND out "  return s;\n}\n")
+file(WRITE ${TO} "${out}")

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: MIT
+#include "measure.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <limits>
+
+#include <fovea/hybrid.hpp>
+#include <fovea/softmax.hpp>
+
+namespace compare {
+namespace {
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+double quantile(std::vector<double> x, double at) {
+  if (x.empty()) return std::numeric_limits<double>::quiet_NaN();
+  const auto i = static_cast<std::ptrdiff_t>(at * static_cast<double>(x.size() - 1) + 0.5);
+  std::nth_element(x.begin(), x.begin() + i, x.end());
+  return x[static_cast<std::size_t>(i)];
+}
+double median(const std::vector<double>& x) { return quantile(x, 0.5); }
+
+/// Two things in turns: the median time of the second, and the median ratio first / second.
+struct turns {
+  std::vector<double> first, second, ratio;
+  template <class A, class B>
+  void run(A&& a, B&& b, const timing_options& t) {
+    const double start = now();
+    for (int r = 0; r < t.repeats + 1; ++r) {
+      const double t0 = now();
+      a();
+      const double t1 = now();
+      b();
+      const double t2 = now();
+      if (r == 0 && t2 - start < t.budget_s) continue;  // warm-up
+      first.push_back(t1 - t0), second.push_back(t2 - t1), ratio.push_back((t1 - t0) / (t2 - t1));
+      if (t2 - start > t.budget_s) break;
+    }
+  }
+};
+
+/// A prefill or a step, with its workspace allocated beforehand.
+struct call {
+  const fovea::any_attention& a;
+  fovea::exec_ref exec;
+  fovea::buffer memory;
+  call(const fovea::any_attention& mechanism, fovea::exec_ref e, const fovea::shape& s) : a(mechanism), exec(e), memory(a.workspace_size(s, e.concurrency()) + 64) {}
+  fovea::call_options options() const { return {.lse = {}, .gates = {}, .workspace = memory.span()}; }
+};
+
+void time_prefill(const input& in, const fovea::any_attention& exact, const fovea::any_attention& a, fovea::exec_ref exec, const timing_options& t, std::vector<float>& out,
+                  figures& f) {
+  const call yard(exact, exec, in.shape()), own(a, exec, in.shape());
+  std::vector<float> other(out.size());
+  const auto to = [&](std::vector<float>& x) { return fovea::bhnd(x.data(), 1, in.H, in.n, in.e); };
+  turns x;
+  x.run([&] { fovea::prefill(exec, exact, in.Q(), in.K(), in.V(), to(other), yard.options()); },
+        [&] { fovea::prefill(exec, a, in.Q(), in.K(), in.V(), to(out), own.options()); }, t);
+  f.prefill_ms = 1e3 * median(x.second);
+  f.prefill_ratio = median(x.ratio);
+}
+
+/// Steps with the whole input as context: the last token again and again, a few dozen times.
+void time_step(const input& in, const fovea::any_attention& exact, const fovea::any_attention& a, fovea::exec_ref exec, const timing_options& t, figures& f) {
+  if (!in.causal || !a.streaming()) return;
+  const isize steps = 4 * t.repeats + 2;
+  fovea::shape room = in.shape();
+  room.m = in.n + steps;
+  fovea::shape one = room;
+  one.n = 1;
+  const auto last = [&](fovea::view<const float> x) { return x.slice(in.n - 1, 1); };
+  std::vector<float> all(static_cast<std::size_t>(in.H * in.n * in.e)), o(static_cast<std::size_t>(in.H * in.e));
+  struct stream {
+    call prefill, step;
+    fovea::state s;
+  };
+  const auto start = [&](const fovea::any_attention& m) {
+    stream x{call(m, exec, room), call(m, exec, one), m.make_state(room)};
+    fovea::prefill(exec, m, in.Q(), in.K(), in.V(), fovea::bhnd(all.data(), 1, in.H, in.n, in.e), x.s);
+    return x;
+  };
+  stream yard = start(exact), own = start(a);
+  const auto step = [&](const fovea::any_attention& m, stream& x) {
+    fovea::step(exec, m, last(in.Q()), last(in.K()), last(in.V()), fovea::bhnd(o.data(), 1, in.H, 1, in.e), x.s, x.step.options());
+  };
+  turns x;
+  x.run([&] { step(exact, yard); }, [&] { step(a, own); }, {static_cast<int>(steps) - 2, t.budget_s});
+  f.step_us = 1e6 * median(x.second);
+  f.step_ratio = median(x.ratio);
+}
+
+void compare_rows(const input& in, const std::vector<float>& out, figures& f) {
+  std::vector<double> every;
+  double cosine_sum = 0;
+  for (isize h = 0; h < in.H; ++h) {
+    std::vector<double> errors;
+    double cosine = 0;
+    for (isize i = 0; i < in.n; ++i) {
+      const float* o = out.data() + (h * in.n + i) * in.e;
+      const double* want = in.exact.data() + (h * in.n + i) * in.e;
+      double diff = 0, norm = 0, own = 0, dot = 0;
+      for (isize c = 0; c < in.e; ++c) {
+        const double x = static_cast<double>(o[c]);
+        diff += (x - want[c]) * (x - want[c]), norm += want[c] * want[c], own += x * x, dot += x * want[c];
+      }
+      errors.push_back(norm > 0 ? std::sqrt(diff / norm) : std::sqrt(diff));
+      cosine += norm > 0 && own > 0 ? dot / std::sqrt(norm * own) : 0;
+    }
+    head_figures g;
+    g.error_median = median(errors), g.error_p95 = quantile(errors, 0.95), g.cosine = cosine / static_cast<double>(in.n);
+    every.insert(every.end(), errors.begin(), errors.end());
+    cosine_sum += g.cosine;
+    if (h == 0 || !(g.error_median <= f.worst_error)) f.worst_head = static_cast<int>(h), f.worst_error = g.error_median;
+    f.heads.push_back(g);
+  }
+  f.error_median = median(every), f.error_p95 = quantile(every, 0.95), f.cosine = cosine_sum / static_cast<double>(in.H);
+}
+
+/// Share of the exact attention mass on the keys that a softmax mask lets through, by head.
+void mask_recall(const input& in, const fovea::softmax_attention& m, figures& f) {
+  const fovea::mask_site at0 = m.site(in.shape(), 0);
+  double total = 0;
+  std::vector<double> s(static_cast<std::size_t>(in.n));
+  for (isize h = 0; h < in.H; ++h) {
+    fovea::mask_site at = at0;
+    at.h = h;
+    double sum = 0;
+    isize rows = 0;
+    for (isize i = 0; i < in.n; i += 8, ++rows) {  // every eighth row is plenty for a mean
+      const isize last = in.causal ? i + 1 : in.n;
+      const float *q = in.q.data() + (h * in.n + i) * in.d, *k = in.k.data() + (h / (in.H / in.G)) * in.n * in.d;
+      double top = -std::numeric_limits<double>::infinity(), all = 0, kept = 0;
+      for (isize j = 0; j < last; ++j) {
+        float dot = 0;
+        for (isize c = 0; c < in.d; ++c) dot += q[c] * k[j * in.d + c];
+        s[static_cast<std::size_t>(j)] = in.scale * static_cast<double>(dot);
+        top = std::max(top, s[static_cast<std::size_t>(j)]);
+      }
+      for (isize j = 0; j < last; ++j) {
+        const double p = std::exp(s[static_cast<std::size_t>(j)] - top);
+        all += p, kept += m.mask.visible(at, i, j) ? p : 0;
+      }
+      sum += kept / all;
+    }
+    f.heads[static_cast<std::size_t>(h)].recall = sum / static_cast<double>(rows);
+    total += *f.heads[static_cast<std::size_t>(h)].recall;
+  }
+  f.recall = total / static_cast<double>(in.H);
+}
+
+void find_recall(const input& in, const setting& s, const fovea::any_attention& a, figures& f) {
+  if (s.family == "window") {
+    if (const auto* m = a.as<fovea::softmax_attention>()) mask_recall(in, *m, f);
+  }
+  if (const auto* m = a.as<fovea::hybrid_attention>()) {
+    std::vector<float> rows(static_cast<std::size_t>(in.H * in.n));
+    fovea::mass_recall(fovea::serial, *m, in.Q(), in.K(), in.V(), fovea::bhnd(rows.data(), 1, in.H, in.n, 1));
+    double total = 0;
+    for (isize h = 0; h < in.H; ++h) {
+      double sum = 0;
+      for (isize i = 0; i < in.n; ++i) sum += static_cast<double>(rows[static_cast<std::size_t>(h * in.n + i)]);
+      f.heads[static_cast<std::size_t>(h)].recall = sum / static_cast<double>(in.n);
+      total += sum / static_cast<double>(in.n);
+    }
+    f.recall = total / static_cast<double>(in.H);
+  }
+}
+
+}  // namespace
+
+std::vector<double> exact_output(const input& in) {
+  const auto wide = [](const std::vector<float>& x) { return std::vector<double>(x.begin(), x.end()); };
+  const std::vector<double> q = wide(in.q), k = wide(in.k), v = wide(in.v);
+  std::vector<double> out(static_cast<std::size_t>(in.H * in.n * in.e));
+  const fovea::softmax_attention m{.mask = in.causal ? fovea::mask(fovea::causal{}) : fovea::mask(fovea::no_mask{}), .scale = in.scale};
+  fovea::prefill(fovea::serial, m, fovea::bhnd(q.data(), 1, in.H, in.n, in.d), fovea::bhnd(k.data(), 1, in.G, in.n, in.d), fovea::bhnd(v.data(), 1, in.G, in.n, in.e),
+                 fovea::bhnd(out.data(), 1, in.H, in.n, in.e));
+  return out;
+}
+
+figures measure(const input& in, const fovea::any_attention& exact, const setting& s, const fovea::any_attention& a, fovea::exec_ref exec, const timing_options& t) {
+  figures f;
+  std::vector<float> out(static_cast<std::size_t>(in.H * in.n * in.e), std::numeric_limits<float>::quiet_NaN());
+  time_prefill(in, exact, a, exec, t, out, f);
+  time_step(in, exact, a, exec, t, f);
+  compare_rows(in, out, f);
+  f.macs = a.macs(in.shape());
+  if (in.causal && a.streaming()) {
+    f.state_bytes = static_cast<double>(a.state_bytes(in.shape()));
+    f.state_ratio = static_cast<double>(exact.state_bytes(in.shape())) / std::max(1.0, *f.state_bytes);
+  }
+  find_recall(in, s, a, f);
+  return f;
+}
+
+std::vector<float> attention_picture(const input& in, const fovea::any_attention& a, isize head, isize size) {
+  const auto bin = [&](isize i) { return i * size / in.n; };
+  std::vector<float> v(static_cast<std::size_t>(in.G * in.n * size), 0.0F), out(static_cast<std::size_t>(in.H * in.n * size));
+  for (isize g = 0; g < in.G; ++g)
+    for (isize j = 0; j < in.n; ++j) v[static_cast<std::size_t>((g * in.n + j) * size + bin(j))] = 1.0F;
+  fovea::prefill(fovea::serial, a, in.Q(), in.K(), fovea::bhnd(static_cast<const float*>(v.data()), 1, in.G, in.n, size), fovea::bhnd(out.data(), 1, in.H, in.n, size));
+  std::vector<float> picture(static_cast<std::size_t>(size * size), 0.0F), rows(static_cast<std::size_t>(size), 0.0F);
+  for (isize i = 0; i < in.n; ++i) {
+    rows[static_cast<std::size_t>(bin(i))] += 1.0F;
+    for (isize c = 0; c < size; ++c) picture[static_cast<std::size_t>(bin(i) * size + c)] += out[static_cast<std::size_t>((head * in.n + i) * size + c)];
+  }
+  for (isize r = 0; r < size; ++r)
+    for (isize c = 0; c < size; ++c) picture[static_cast<std::size_t>(r * size + c)] /= rows[static_cast<std::size_t>(r)];
+  return picture;
+}
+
+}  // namespace compare

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  What is measured of one setting on one input: errors by row, time against exact, bytes, attention pictures.
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "setting.hpp"
+
+namespace compare {
+
+struct head_figures {
+  double error_median = 0, error_p95 = 0, cosine = 0;
+  std::optional<double> recall;
+};
+
+struct figures {
+  int input = 0, setting = 0;
+  std::string skipped;  ///< why the mechanism does not apply; empty: it does
+  std::optional<double> prefill_ms, step_us, macs, recall;
+  std::optional<double> prefill_ratio, step_ratio, state_ratio;  ///< exact over this, timed in turns
+  std::optional<double> state_bytes;
+  double error_median = 0, error_p95 = 0, cosine = 0, worst_error = 0;
+  int worst_head = 0;
+  std::vector<head_figures> heads;
+};
+
+struct timing_options {
+  int repeats = 5;
+  double budget_s = 0.6;  ///< of one setting on one input
+};
+
+/// Exact attention in double, [H, n, e].
+std::vector<double> exact_output(const input& in);
+
+/// `exact` is measured in turns with the setting's mechanism, so that a slow passage of the machine hits both.
+figures measure(const input& in, const fovea::any_attention& exact, const setting& s, const fovea::any_attention& a, fovea::exec_ref exec,
+                const timing_options& t);
+
+/// Where the queries of a head look: [size, size] mass of query bins on key bins, by running the mechanism with bin indicators as values.
+std::vector<float> attention_picture(const input& in, const fovea::any_attention& a, isize head, isize size);
+
+}  // namespace compare

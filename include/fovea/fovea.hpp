@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  Everything for the CPU: all mechanisms, their masks, scores and feature maps, any_attention. No third-party library but xsimd.
+
+#include <fovea/any_attention.hpp>
+#include <fovea/core/exec.hpp>
+#include <fovea/core/mechanism.hpp>
+#include <fovea/core/partial.hpp>
+#include <fovea/dijiang.hpp>
+#include <fovea/efficient.hpp>
+#include <fovea/hybrid.hpp>
+#include <fovea/linear.hpp>
+#include <fovea/linformer.hpp>
+#include <fovea/mask/causal.hpp>
+#include <fovea/mask/patterns.hpp>
+#include <fovea/mask/table.hpp>
+#include <fovea/score/score.hpp>
+#include <fovea/softmax.hpp>
+#include <fovea/version.hpp>
