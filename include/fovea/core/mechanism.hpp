@@ -55,8 +55,8 @@ template <class M>
 concept mergeable_mechanism = streaming_mechanism<M> && requires(const M& m, state& a, const state& b) { m.merge(a, b); };
 
 struct call_options {
-  tensor_mut lse;                      ///< [B, H, n, 1] log-sum-exp of the scores, where the mechanism has one
-  fovea::gates gates;                  ///< per-token gates of recurrent rules
+  tensor_mut lse = {};                  ///< [B, H, n, 1] log-sum-exp of the scores, where the mechanism has one
+  fovea::gates gates = {};              ///< per-token gates of recurrent rules
   std::span<std::byte> workspace = {};  ///< scratch of at least workspace_size(shape, concurrency) bytes
 };
 
