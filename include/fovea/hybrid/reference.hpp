@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  Hybrid sparse attention from its definition, in double: plain loops, nothing shared with the vector path.
+///
+/// Contract   slow on purpose. `reference::block_fates` is the selection of one query head: 0 skipped, 1 computed, 2 pooled.
+///            Shares below 2^-126 count as zero (f64 storage: 2^-1022), as they do in the vector path.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include <fovea/hybrid.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+namespace reference {
+
+namespace hybrid_detail {
+
+struct block_of_keys {
+  isize first, last;
+  std::vector<double> mean_k, mean_v, var, low, high;
+};
+
+inline std::vector<block_of_keys> blocks_of(const hybrid_attention& m, const problem& p, isize b, isize g) {
+  std::vector<block_of_keys> all;
+  const isize keys = p.k.length, d = p.k.width, e = p.v.width;
+  for (isize first = 0; first < keys; first += m.block_k) {
+    block_of_keys x{first, std::min(first + m.block_k, keys), {}, {}, {}, {}, {}};
+    const double count = static_cast<double>(x.last - x.first);
+    for (isize c = 0; c < d; ++c) {
+      double sum = 0, square = 0, low = std::numeric_limits<double>::infinity(), high = -low;
+      for (isize j = x.first; j < x.last; ++j) {
+        const double k = p.k.get(b, g, j, c);
+        sum += k, low = std::min(low, k), high = std::max(high, k);
+      }
+      for (isize j = x.first; j < x.last; ++j) square += std::pow(p.k.get(b, g, j, c) - sum / count, 2);
+      x.mean_k.push_back(sum / count), x.var.push_back(square / count), x.low.push_back(low), x.high.push_back(high);
+    }
+    for (isize c = 0; c < e; ++c) {
+      double sum = 0;
+      for (isize j = x.first; j < x.last; ++j) sum += p.v.get(b, g, j, c);
+      x.mean_v.push_back(sum / count);
+    }
+    all.push_back(std::move(x));
+  }
+  return all;
+}
+
+/// A row rounded to `levels` on either side of zero, in units of its largest element.
+inline std::vector<double> rounded(const std::vector<double>& x, double levels) {
+  double top = 0;
+  for (const double y : x) top = std::max(top, std::fabs(y));
+  std::vector<double> out;
+  for (const double y : x) out.push_back(top > 0 ? std::nearbyint(y / top * levels) * top / levels : 0.0);
+  return out;
+}
+
+inline std::vector<double> row_of(const tensor_ref& t, isize b, isize h, isize i) {
+  std::vector<double> x;
+  for (isize c = 0; c < t.width; ++c) x.push_back(t.get(b, h, i, c));
+  return x;
+}
+
+inline double dot(const std::vector<double>& x, const std::vector<double>& y) {
+  double sum = 0;
+  for (std::size_t c = 0; c < x.size(); ++c) sum += x[c] * y[c];
+  return sum;
+}
+
+/// The estimated log-mass of a block for query row i.
+inline double log_mass(const hybrid_attention& m, const problem& p, const block_of_keys& x, isize b, isize h, isize i) {
+  const shape s = p.shape();
+  const double scale = m.scale_for(s), log_n = std::log(static_cast<double>(x.last - x.first));
+  const std::vector<double> q = row_of(p.q, b, h, i);
+  if (m.select == block_selector::mean) return scale * dot(q, x.mean_k) + log_n;
+  if (m.select == block_selector::variance) {
+    double var = 0;
+    for (std::size_t c = 0; c < q.size(); ++c) var += q[c] * q[c] * x.var[c];
+    return scale * dot(q, x.mean_k) + scale * scale * var / 4 + log_n;
+  }
+  if (m.select == block_selector::bound) {
+    double top = 0;
+    for (std::size_t c = 0; c < q.size(); ++c) top += std::max(q[c] * x.low[c], q[c] * x.high[c]);
+    return scale * top + log_n;
+  }
+  const double levels = m.select == block_selector::int8 ? 127 : m.select == block_selector::int4 ? 7 : 0;
+  std::vector<double> logits;
+  for (isize j = x.first; j < x.last; ++j) {
+    const std::vector<double> k = row_of(p.k, b, h / s.group(), j);
+    logits.push_back(scale * (levels > 0 ? dot(rounded(q, levels), rounded(k, levels)) : dot(q, k)));
+  }
+  const double top = *std::max_element(logits.begin(), logits.end());
+  double sum = 0;
+  for (const double y : logits) sum += std::exp(y - top);
+  return top + std::log(sum);
+}
+
+/// The vote of rows [i0, i1) on blocks [0, past).
+inline std::vector<double> votes(const hybrid_attention& m, const problem& p, const std::vector<block_of_keys>& blocks, isize past, isize b, isize h, isize i0, isize i1) {
+  const double least = p.q.type == dtype::f64 ? 0x1p-1022 : 0x1p-126;
+  std::vector<double> vote(static_cast<std::size_t>(past), 0.0);
+  for (isize i = i0; i < i1; ++i) {
+    std::vector<double> mass;
+    for (isize J = 0; J < past; ++J) mass.push_back(log_mass(m, p, blocks[static_cast<std::size_t>(J)], b, h, i));
+    if (m.block_q == 1) return mass;
+    const double top = past > 0 ? *std::max_element(mass.begin(), mass.end()) : 0;
+    double sum = 0;
+    for (const double x : mass) sum += std::exp(x - top);
+    for (std::size_t J = 0; J < mass.size(); ++J) {
+      const double share = std::exp(mass[J] - top) / sum;
+      vote[J] += share < least ? 0.0 : share;
+    }
+  }
+  return vote;
+}
+
+}  // namespace hybrid_detail
+
+/// fates[I][J] of query block I and key block J for head h.
+inline std::vector<std::vector<int>> block_fates(const hybrid_attention& m, const problem& p, isize b, isize h) {
+  const shape s = p.shape();
+  const auto blocks = hybrid_detail::blocks_of(m, p, b, h / s.group());
+  const isize count = static_cast<isize>(blocks.size());
+  std::vector<std::vector<int>> fates;
+  for (isize i0 = 0; i0 < s.n; i0 += m.block_q) {
+    const isize i1 = std::min(i0 + m.block_q, s.n), shift = m.align.position({b, h, s.n, s.m, s.H, s.G}, 0), p0 = i0 + shift, p1 = i1 - 1 + shift;
+    std::vector<int> fate(static_cast<std::size_t>(count), 0);
+    const auto at = [&](isize J) -> int& { return fate[static_cast<std::size_t>(J)]; };
+    const int rest = m.compensate == compensation::none ? 0 : 2;
+    if (m.select == block_selector::given) {
+      for (isize J = 0; J < count; ++J) {
+        const isize head = m.blocks.heads == 1 ? 0 : m.blocks.heads == s.H ? h : h / s.group();
+        const bool past = !m.is_causal || blocks[static_cast<std::size_t>(J)].last - 1 <= p0;
+        at(J) = m.blocks(m.blocks.batch == 1 ? 0 : b, head, i0 / m.block_q, J) != 0 ? 1 : past ? rest : 0;
+      }
+      fates.push_back(fate);
+      continue;
+    }
+    // Own blocks hold a row's position or keys that some row may not see; blocks before them are the past.
+    isize past = count, own = 0;
+    if (m.is_causal) {
+      past = 0;
+      while (past < count && (past + 1) * m.block_k <= std::max<isize>(p0, 0) / m.block_k * m.block_k) ++past;
+      for (isize J = past; J < count && J * m.block_k <= p1; ++J) at(J) = 1, ++own;
+    }
+    std::vector<isize> candidates;
+    for (isize J = 0; J < past; ++J) {
+      bool always = false;
+      for (isize j = J * m.block_k; j < (J + 1) * m.block_k; ++j) {
+        always = always || j < m.first;
+        for (isize i = i0; i < i1 && m.window > 0; ++i) always = always || (j > i + shift - m.window && (m.is_causal || j < i + shift + m.window));
+      }
+      at(J) = always ? 1 : rest;
+      if (!always) candidates.push_back(J);
+    }
+    const isize all = static_cast<isize>(candidates.size());
+    isize wanted = static_cast<isize>(std::ceil(m.budget * static_cast<double>(all) * (1 - 1e-12)));
+    if (m.top > 0) wanted = std::max<isize>(m.top - own, 0);
+    wanted = std::min(all, std::max(wanted, (m.at_least + m.block_k - 1) / m.block_k));
+    const auto vote = hybrid_detail::votes(m, p, blocks, past, b, h, i0, i1);
+    std::stable_sort(candidates.begin(), candidates.end(), [&](isize x, isize y) { return vote[static_cast<std::size_t>(x)] > vote[static_cast<std::size_t>(y)]; });
+    for (isize x = 0; x < wanted; ++x) at(candidates[static_cast<std::size_t>(x)]) = 1;
+    fates.push_back(fate);
+  }
+  return fates;
+}
+
+namespace hybrid_detail {
+
+/// One logit of the joint softmax and where its value comes from: key j, or (j < 0) the block.
+struct candidate {
+  double logit;
+  isize j;
+  const block_of_keys* block;
+};
+
+inline std::vector<candidate> row_candidates(const hybrid_attention& m, const problem& p, const std::vector<std::vector<int>>& fates, const std::vector<block_of_keys>& blocks,
+                                             isize b, isize h, isize i) {
+  const shape s = p.shape();
+  const double scale = m.scale_for(s);
+  const isize position = m.align.position({b, h, s.n, s.m, s.H, s.G}, i);
+  std::vector<candidate> all;
+  const std::vector<double> q = row_of(p.q, b, h, i);
+  for (isize j = 0; j < s.m; ++j) {
+    if (m.is_causal && j > position) continue;
+    if (m.select == block_selector::pattern) {
+      const isize gap = position - j, r = m.stride;
+      const bool near = gap < r, far = gap % r == 0, fixed = position / r == j / r || j % r == r - 1;
+      if (!(m.pattern == hsa_mode::local ? near : m.pattern == hsa_mode::strided ? far : m.pattern == hsa_mode::sparse ? near || far : fixed)) continue;
+    } else if (fates[static_cast<std::size_t>(i / m.block_q)][static_cast<std::size_t>(j / m.block_k)] != 1) {
+      continue;
+    }
+    all.push_back({scale * dot(q, row_of(p.k, b, h / s.group(), j)), j, nullptr});
+  }
+  for (std::size_t J = 0; J < blocks.size() && m.select != block_selector::pattern; ++J) {
+    if (fates[static_cast<std::size_t>(i / m.block_q)][J] != 2) continue;
+    double logit = scale * dot(q, blocks[J].mean_k) + std::log(static_cast<double>(blocks[J].last - blocks[J].first));
+    for (std::size_t c = 0; c < q.size() && m.compensate == compensation::cumulant; ++c) logit += scale * scale / 2 * q[c] * q[c] * blocks[J].var[c];
+    all.push_back({logit, -1, &blocks[J]});
+  }
+  return all;
+}
+
+}  // namespace hybrid_detail
+
+inline void prefill(const hybrid_attention& m, const problem& p) {
+  const shape s = p.shape();
+  const double none = -std::numeric_limits<double>::infinity();
+  for (isize b = 0; b < s.B; ++b)
+    for (isize h = 0; h < s.H; ++h) {
+      const auto blocks = hybrid_detail::blocks_of(m, p, b, h / s.group());
+      const auto fates = m.select == block_selector::pattern ? std::vector<std::vector<int>>{} : block_fates(m, p, b, h);
+      for (isize i = 0; i < s.n; ++i) {
+        const auto all = hybrid_detail::row_candidates(m, p, fates, blocks, b, h, i);
+        double top = none, sum = 0;
+        for (const auto& x : all)
+          if (!(x.logit <= top)) top = x.logit;
+        std::vector<double> o(static_cast<std::size_t>(s.e), 0.0);
+        for (const auto& x : all) {
+          const double w = x.logit == none ? 0.0 : std::exp(x.logit - top);
+          sum += w;
+          for (isize c = 0; c < s.e; ++c)
+            o[static_cast<std::size_t>(c)] += w * (x.block == nullptr ? p.v.get(b, h / s.group(), x.j, c) : x.block->mean_v[static_cast<std::size_t>(c)]);
+        }
+        for (isize c = 0; c < s.e; ++c) p.out.set(b, h, i, c, all.empty() ? 0.0 : o[static_cast<std::size_t>(c)] / sum);
+        if (p.lse) p.lse.set(b, h, i, 0, all.empty() ? none : top + std::log(sum));
+      }
+    }
+}
+
+}  // namespace reference
+}  // namespace FOVEA_ABI
+}  // namespace fovea

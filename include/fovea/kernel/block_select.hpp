@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  Which key blocks a query block computes: scores from block summaries, a vote of its rows, the best within a budget.
+///
+///   e_rJ      estimated log-mass of block J for row r               mean      s q.mean_J + log n_J
+///   share_rJ  = e^(e_rJ) / sum_{J' < past} e^(e_rJ')                variance  the same + s^2/4 sum_c q_c^2 var_Jc
+///   vote_J    = sum of share_rJ over the rows of the query block    bound     s sum_c max(q_c low_Jc, q_c high_Jc) + log n_J
+///   (of e_rJ itself for one row)                                    code      log sum_j e^(s q'.k'_j), q' and k' rounded;  exact: unrounded
+///
+/// Queries lie along the vector lanes, up to 64 rows of one or several query blocks in a panel: the scores are products of block
+/// summaries with a panel, maxima and sums over blocks are vertical.
+///
+/// Contract   only blocks wholly before the query block (causal), or all (not causal), are looked at, and only the rows of the
+///            query block in this call. Ties go to the earlier block; a NaN vote counts as the highest.
+/// Cost       per row: blocks * d (mean), twice that (variance, bound), keys * d (code, exact).   Scratch 64 scores a block.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include <fovea/kernel/block_summary.hpp>
+#include <fovea/mask/mask.hpp>
+#include <fovea/simd/exp.hpp>
+#include <fovea/tile/gemm.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+namespace kernel {
+
+enum class block_score : unsigned char { mean, variance, bound, code, exact };
+enum block_fate : std::uint8_t { skipped = 0, computed = 1, pooled = 2 };
+
+/// The geometry and budget of a selection. Row i of a call is in query block (i + origin) / block_q and at position i + offset.
+struct block_rule {
+  block_score score = block_score::mean;
+  isize block_q = 1, block_k = 1, origin = 0, offset = 0;
+  isize n = 0, m = 0;
+  isize top = 0, at_least = 0, first = 0, window = 0;
+  double budget = 0, scale = 1;
+  bool causal = false, pool = false;
+
+  FOVEA_HD isize blocks() const { return ceil_div(m, block_k); }
+  FOVEA_HD range rows(isize block) const { return meet({block * block_q - origin, (block + 1) * block_q - origin}, {0, n}); }
+  /// Blocks [0, past) are wholly visible to all the rows; [past, seen) hold keys that only some may see, or their own keys.
+  struct reach {
+    isize past, seen;
+  };
+  FOVEA_HD reach reach_of(range r) const {
+    if (!causal) return {blocks(), blocks()};
+    const isize p0 = r.first + offset, p1 = r.last - 1 + offset;
+    const isize past = p0 < 0 ? 0 : p0 / block_k, seen = p1 < 0 ? 0 : p1 / block_k + 1;
+    return {past < blocks() ? past : blocks(), seen < blocks() ? seen : blocks()};
+  }
+  /// Is block J < past computed whatever its score?
+  FOVEA_HD bool always(range r, isize J) const {
+    const isize j0 = J * block_k, j1 = j0 + block_k - 1, p0 = r.first + offset, p1 = r.last - 1 + offset;
+    return j0 < first || (window > 0 && j1 > p0 - window && (causal || j0 < p1 + window));
+  }
+  /// How many of the candidates are computed, given how many own blocks are.
+  isize count(isize candidates, isize own) const {
+    const isize by_share = static_cast<isize>(std::ceil(budget * static_cast<double>(candidates) * (1 - 1e-12)));
+    const isize wanted = top > 0 ? (top > own ? top - own : 0) : by_share, floor = ceil_div(at_least, block_k);
+    return std::min(candidates, std::max(wanted, floor));
+  }
+};
+
+/// Keys of one KV head as stored, for exact token scores.
+struct key_rows {
+  const void* data = nullptr;
+  dtype type = dtype::f32;
+  isize stride = 0;
+};
+
+template <class Arch, class Acc>
+class block_select {
+  using P = simd::pack<Acc, Arch>;
+  static constexpr isize W = P::size, rows = 64;
+  static constexpr Acc none = -std::numeric_limits<Acc>::infinity();
+
+ public:
+  block_select(arena& memory, const block_rule& rule, isize d) : rule_(rule), d_(d), chunk_(rule.block_k >= 128 ? rule.block_k : 128 / rule.block_k * rule.block_k) {
+    const isize blocks = rule.blocks();
+    per_token_ = rule.score == block_score::code || rule.score == block_score::exact;
+    two_ = rule.score == block_score::variance || rule.score == block_score::bound;
+    q_ = memory.take<Acc>(d * rows);
+    q2_ = memory.take<Acc>(two_ ? d * rows : 0);
+    factor_ = memory.take<Acc>(rows);
+    peak_ = memory.take<Acc>(blocks * rows + W);
+    mass_ = memory.take<Acc>(per_token_ ? blocks * rows + W : blocks);
+    s_ = memory.take<Acc>(per_token_ ? chunk_ * rows : 0);
+    k_ = memory.take<Acc>(per_token_ ? chunk_ * d : 0);
+    row_ = memory.take<Acc>(d);
+    votes_ = memory.take<Acc>(blocks);
+    order_ = memory.take<std::int32_t>(blocks);
+  }
+
+  /// Fates of the blocks of query blocks [b0, b1) of one head, to table[(block - b0) * blocks ...].
+  void run(const block_summary<Acc>& s, const key_rows& keys, const tensor_ref& q, isize b, isize h, isize b0, isize b1, std::uint8_t* table) noexcept {
+    isize block = b0, done = 0;  // rows of `block` that earlier panels held
+    while (block < b1) {
+      isize lanes = 0, segments = 0, past = 0;
+      while (block < b1 && lanes < rows) {
+        const range r = rule_.rows(block);
+        const isize all = r.empty() ? 0 : r.last - r.first, take = std::min(all - done, rows - lanes);
+        for (isize x = 0; x < take; ++x) load(q, b, h, r.first + done + x, lanes + x);
+        const bool opens = done == 0, closes = done + take == all;
+        segments_[segments++] = {block, lanes, take, opens, closes};
+        past = std::max(past, rule_.reach_of(r).past);
+        lanes += take, done = closes ? 0 : done + take, block += closes ? 1 : 0;
+      }
+      const isize width = ceil_div(lanes, W) * W;
+      for (isize x = lanes; x < width; ++x) clear(x);
+      estimate(s, keys, past, width);
+      for (isize x = 0; x < segments; ++x) {
+        vote(segments_[x]);
+        if (segments_[x].closes) choose(segments_[x].block, table + (segments_[x].block - b0) * rule_.blocks());
+      }
+    }
+  }
+
+ private:
+  struct segment {
+    isize block, lane, count;
+    bool opens, closes;
+  };
+
+  void clear(isize lane) noexcept {
+    for (isize c = 0; c < d_; ++c) q_[c * rows + lane] = Acc(0);
+    for (isize c = 0; two_ && c < d_; ++c) q2_[c * rows + lane] = Acc(0);
+    factor_[lane] = Acc(0);
+  }
+
+  /// One query row into a lane of the panel, in the form that the score wants.
+  void load(const tensor_ref& q, isize b, isize h, isize i, isize lane) noexcept {
+    const Acc* x = simd::row_as<Arch, Acc>(q.type, q.row(b, h, i), d_, row_);
+    const Acc to_log2 = static_cast<Acc>(rule_.scale * 1.4426950408889634074), quarter = static_cast<Acc>(rule_.scale * rule_.scale * 1.4426950408889634074 / 4);
+    Acc* to = q_ + lane;
+    switch (rule_.score) {
+      case block_score::code: {
+        factor_[lane] = to_log2 * round_row<Arch>(x, d_, levels_, row_);
+        for (isize c = 0; c < d_; ++c) to[c * rows] = row_[c];
+        return;
+      }
+      case block_score::bound:
+        for (isize c = 0; c < d_; ++c) to[c * rows] = x[c] > 0 ? x[c] * to_log2 : Acc(0), q2_[c * rows + lane] = x[c] > 0 ? Acc(0) : x[c] * to_log2;
+        return;
+      case block_score::variance:
+        for (isize c = 0; c < d_; ++c) q2_[c * rows + lane] = x[c] * x[c] * quarter;
+        [[fallthrough]];
+      default:
+        for (isize c = 0; c < d_; ++c) to[c * rows] = x[c] * to_log2;
+    }
+  }
+
+  /// peak_[J][lane] (log2) and mass_: the estimated mass of block J is mass * 2^peak.
+  void estimate(const block_summary<Acc>& s, const key_rows& keys, isize past, isize width) noexcept {
+    if (per_token_) return token_scores(s, keys, past, width);
+    for (isize J = 0; J < past; ++J) mass_[J] = static_cast<Acc>(size_of_block(J));
+    if (rule_.score == block_score::bound) {
+      tile::gemm<Arch, Acc>(past, width, d_, s.high, d_, 1, q_, rows, peak_, rows, false);
+      tile::gemm<Arch, Acc>(past, width, d_, s.low, d_, 1, q2_, rows, peak_, rows, true);
+      return;
+    }
+    if (rule_.score == block_score::variance) {
+      tile::gemm<Arch, Acc>(past, width, d_, s.spread, d_, 1, q2_, rows, peak_, rows, false);
+      for (isize J = 0; J < past; ++J)
+        for (isize x = 0; x < width; x += W) (P::load(peak_ + J * rows + x) * P(Acc(1) / mass_[J])).store(peak_ + J * rows + x);
+    }
+    tile::gemm<Arch, Acc>(past, width, d_, s.mean_k, d_, 1, q_, rows, peak_, rows, rule_.score == block_score::variance);
+  }
+
+  isize size_of_block(isize J) const noexcept { return std::min(rule_.block_k, rule_.m - J * rule_.block_k); }
+
+  void token_scores(const block_summary<Acc>& s, const key_rows& keys, isize past, isize width) noexcept {
+    const isize last = std::min(past * rule_.block_k, rule_.m), element = static_cast<isize>(size_of(keys.type));
+    for (isize j0 = 0; j0 < last; j0 += chunk_) {
+      const isize count = std::min(chunk_, last - j0);
+      const Acc* k = k_;
+      isize stride = d_;
+      if (rule_.score == block_score::code) {
+        for (isize x = 0; x < count * d_; ++x) k_[x] = static_cast<Acc>(s.code[j0 * d_ + x]);
+      } else if (keys.type == dtype_of<Acc>) {
+        k = static_cast<const Acc*>(keys.data) + j0 * keys.stride, stride = keys.stride;
+      } else {
+        for (isize x = 0; x < count; ++x)
+          simd::load_row<Arch, Acc>(keys.type, static_cast<const unsigned char*>(keys.data) + (j0 + x) * keys.stride * element, d_, k_ + x * d_);
+      }
+      tile::gemm<Arch, Acc>(count, width, d_, k, stride, 1, q_, rows, s_, rows, false);
+      for (isize J = j0 / rule_.block_k; J * rule_.block_k < j0 + count; ++J) fold_block(s, J, j0, width);
+    }
+  }
+
+  /// Maximum and sum of exponentials of the tokens of block J, for every lane.
+  void fold_block(const block_summary<Acc>& s, isize J, isize j0, isize width) noexcept {
+    const isize first = J * rule_.block_k, count = size_of_block(J);
+    const bool code = rule_.score == block_score::code;
+    for (isize x = 0; x < width; x += W) {
+      Acc* at = s_ + (first - j0) * rows + x;
+      P top(none);
+      for (isize y = 0; y < count; ++y) {
+        P v = P::load(at + y * rows);
+        if (code) v = v * (P::load(factor_ + x) * P(s.step[first + y])), v.store(at + y * rows);
+        top = simd::max(top, v);
+      }
+      P sum(Acc(0));
+      for (isize y = 0; y < count; ++y) sum = sum + simd::exp2(P::load(at + y * rows) - top);
+      top.store(peak_ + J * rows + x);
+      sum.store(mass_ + J * rows + x);
+    }
+  }
+
+  P mass_at(isize J, isize lane) const noexcept { return per_token_ ? P::load(mass_ + J * rows + lane) : P(mass_[J]); }
+
+  void vote(const segment& g) noexcept {
+    const isize past = rule_.reach_of(rule_.rows(g.block)).past;
+    if (g.opens)
+      for (isize J = 0; J < past; ++J) votes_[J] = Acc(0);
+    if (rule_.block_q == 1) {  // one row: the order of the masses themselves, which cannot underflow
+      for (isize J = 0; J < past && g.count > 0; ++J) votes_[J] = peak_[J * rows + g.lane] + std::log2(per_token_ ? mass_[J * rows + g.lane] : mass_[J]);
+      return;
+    }
+    for (isize x = g.lane; x < g.lane + g.count; x += W) {  // lanes behind the segment are other rows': computed, not counted
+      const isize live = std::min(W, g.lane + g.count - x);
+      const auto bits = static_cast<simd::lane_bits>(~std::uint64_t{0} >> (64 - live));
+      P top(none), sum(Acc(0));
+      for (isize J = 0; J < past; ++J) top = simd::max(top, P::load(peak_ + J * rows + x));
+      for (isize J = 0; J < past; ++J) sum = sum + mass_at(J, x) * simd::exp2(P::load(peak_ + J * rows + x) - top);
+      const P inverse = P(Acc(1)) / sum;
+      for (isize J = 0; J < past; ++J) {
+        const P share = mass_at(J, x) * simd::exp2(P::load(peak_ + J * rows + x) - top) * inverse;
+        votes_[J] += simd::reduce_add(simd::select(bits, share, P(Acc(0))));
+      }
+    }
+  }
+
+  void choose(isize block, std::uint8_t* fate) noexcept {
+    const range r = rule_.rows(block);
+    const isize blocks = rule_.blocks();
+    for (isize J = 0; J < blocks; ++J) fate[J] = skipped;
+    if (r.empty()) return;
+    const auto reach = rule_.reach_of(r);
+    isize candidates = 0;
+    for (isize J = 0; J < reach.past; ++J) {
+      const bool always = rule_.always(r, J);
+      fate[J] = always ? computed : rule_.pool ? pooled : skipped;
+      if (!always) order_[candidates++] = static_cast<std::int32_t>(J);
+    }
+    for (isize J = reach.past; J < reach.seen; ++J) fate[J] = computed;
+    const isize count = rule_.count(candidates, reach.seen - reach.past);
+    if (count < candidates)
+      std::nth_element(order_, order_ + count, order_ + candidates, [&](std::int32_t x, std::int32_t y) {
+        const Acc a = votes_[x], c = votes_[y];
+        if ((a != a) != (c != c)) return a != a;
+        return a > c || (!(a < c) && x < y);
+      });
+    for (isize x = 0; x < count; ++x) fate[order_[x]] = computed;
+  }
+
+ public:
+  int levels_ = 127;  ///< of the rounded copy
+
+ private:
+  block_rule rule_;
+  isize d_, chunk_;
+  bool per_token_ = false, two_ = false;
+  segment segments_[rows];
+  Acc *q_, *q2_, *factor_, *peak_, *mass_, *s_, *k_, *row_, *votes_;
+  std::int32_t* order_;
+};
+
+}  // namespace kernel
+}  // namespace FOVEA_ABI
+}  // namespace fovea
