@@ -38,6 +38,7 @@ struct efficient_attention {
   isize keys_of(isize b, isize m) const { return lengths.empty() ? m : lengths[static_cast<std::size_t>(b)]; }
   bool streaming() const { return causal; }
 
+  void check_settings() const;  ///< what can be judged without a problem
   void check(const problem& p) const;
   std::size_t workspace_size(const shape& s, int threads) const;
   void prefill(exec_ref exec, const problem& p, arena scratch) const;

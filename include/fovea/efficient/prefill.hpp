@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include <fovea/core/absorb.hpp>
 #include <fovea/efficient.hpp>
 #include <fovea/kernel/channel_softmax.hpp>
 
@@ -197,25 +198,21 @@ void efficient_prefill(const efficient_attention& m, exec_ref exec, const proble
   }
 }
 
-inline void check_lengths(std::span<const std::int32_t> lengths, isize batch, isize m) {
-  if (lengths.empty()) return;
-  require(static_cast<isize>(lengths.size()) == batch, "lengths has ", lengths.size(), " entries; wanted one for each of ", batch, " batch items");
-  for (std::size_t b = 0; b < lengths.size(); ++b)
-    require(lengths[b] >= 0 && lengths[b] <= m, "lengths[", b, "] is ", lengths[b], "; wanted 0 to m = ", m);
-}
-
 }  // namespace detail
 
-inline void efficient_attention::check(const problem& p) const {
-  detail::check_problem(p);
+inline void efficient_attention::check_settings() const {
   if (scale) {
     require_finite("scale", *scale);
     require(*scale > 0, "scale is ", *scale, "; it must be positive");
   }
-  require(normalisation == efficient_normalisation::softmax || normalisation == efficient_normalisation::scaling, "normalisation is ",
-          static_cast<int>(normalisation), "; wanted softmax or scaling");
-  require(!p.lse, "lse was given; efficient attention is no softmax over keys and has no log-sum-exp");
+  require(normalisation <= efficient_normalisation::scaling, "normalisation is ", static_cast<int>(normalisation), "; wanted softmax or scaling");
   require(lengths.empty() || !causal, "lengths were given with causal = true; padding behind the last key is never seen by a causal row, leave them out");
+}
+
+inline void efficient_attention::check(const problem& p) const {
+  detail::check_problem(p);
+  check_settings();
+  require(!p.lse, "lse was given; efficient attention is no softmax over keys and has no log-sum-exp");
   detail::check_lengths(lengths, p.q.batch, p.k.length);
 }
 

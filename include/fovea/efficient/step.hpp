@@ -67,6 +67,7 @@ inline std::size_t efficient_attention::state_bytes(const shape& s) const {
 inline state efficient_attention::make_state(const shape& s) const {
   require(s.B >= 0 && s.G >= 1 && s.H >= 1 && s.H % s.G == 0 && s.d >= 1 && s.e >= 1, "make_state: B, H, G, d, e are ", s.B, ", ", s.H, ", ", s.G, ", ", s.d, ", ", s.e,
           "; wanted positive sizes, H a multiple of G");
+  check_settings();
   state made(tag(), s, state_bytes(s));
   const auto clear = [&]<class Acc>(Acc* at) {
     for (isize x = 0; x < s.B * s.G; ++x) kernel::channel_state<Acc>::at(at + x * kernel::channel_state<Acc>::size(s.d, s.e), s.d, s.e).clear();
@@ -100,24 +101,6 @@ inline void efficient_attention::merge(state& earlier, const state& later) const
   earlier.set_tokens(earlier.tokens() + later.tokens());
 }
 
-namespace detail {
-/// Keys and values for a state: shapes, types, nulls.
-inline void check_absorbed(const char* mechanism, std::uint64_t tag, const tensor_ref& k, const tensor_ref& v, const state& s) {
-  check_tensor("k", k), check_tensor("v", v);
-  require(k.batch == v.batch && k.heads == v.heads && k.length == v.length && k.type == v.type, "k is ", describe(k), " and v is ", describe(v),
-          "; their batch, heads, length and type must be equal");
-  s.check(tag, {k.batch, s.sizes().H, k.heads, k.length, k.length, k.width, v.width, k.type}, mechanism);
-}
-inline void check_asked(const char* mechanism, std::uint64_t tag, const tensor_ref& q, const tensor_mut& out, const state& s) {
-  check_tensor("q", q), check_tensor("out", out);
-  s.check(tag, {q.batch, q.heads, s.sizes().G, q.length, 0, q.width, out.width, q.type}, mechanism);
-  require(out.batch == q.batch && out.heads == q.heads && out.length == q.length, "out is ", describe(out), "; wanted [", q.batch, ", ", q.heads, ", ", q.length, ", ",
-          s.sizes().e, "]");
-  require((out.type == dtype::f64) == (q.type == dtype::f64), "out is ", name_of(out.type), " and q is ", name_of(q.type), "; f64 goes with f64 only");
-  check_apart("out", out, "q", q);
-}
-}  // namespace detail
-
 inline void absorb(exec_ref exec, const efficient_attention& m, tensor_ref k, tensor_ref v, state& s) {
   detail::check_absorbed(m.name, m.tag(), k, v, s);
   if (k.batch == 0 || k.length == 0) return;
@@ -125,7 +108,7 @@ inline void absorb(exec_ref exec, const efficient_attention& m, tensor_ref k, te
 }
 
 inline void attend(exec_ref exec, const efficient_attention& m, tensor_ref q, tensor_mut out, const state& s) {
-  detail::check_asked(m.name, m.tag(), q, out, s);
+  detail::check_asked(m.name, m.tag(), q, out, {}, s);
   require(m.lengths.empty(), "lengths were given to attend; a state holds what it has absorbed");
   if (q.batch == 0 || q.heads == 0 || q.length == 0) return;
   q.type == dtype::f64 ? detail::efficient_attend<double>(m, exec, q, out, s) : detail::efficient_attend<float>(m, exec, q, out, s);
