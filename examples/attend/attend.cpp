@@ -69,7 +69,7 @@ int main(int argc, char** argv) {
   app.add_option("--threads", a.threads, "threads (default 1); the result does not depend on it")
       ->check(CLI::Range(1, 1024));
   app.add_option("--decode", a.decode, "prefill the first P tokens, then step through the rest one by one")
-      ->check(CLI::NonNegativeNumber);
+      ->check(CLI::Range(fovea::isize{0}, fovea::isize{1} << 40));
   app.set_version_flag("--version", FOVEA_VERSION_STRING);
   try {
     app.parse(argc, argv);
