@@ -12,6 +12,8 @@
 #include <span>
 
 #include <fovea/core/any.hpp>
+#include <fovea/efficient/configure.hpp>
+#include <fovea/linformer/configure.hpp>
 #include <fovea/softmax/configure.hpp>
 
 namespace fovea {
@@ -26,6 +28,8 @@ struct registered_mechanism {
 inline std::span<const registered_mechanism> registered_mechanisms() {
   static constexpr registered_mechanism table[] = {
       {"softmax", configure_softmax},
+      {"linformer", configure_linformer},
+      {"efficient", configure_efficient},
   };
   return table;
 }
