@@ -18,6 +18,8 @@
 ///   bool surveys()                        a number is wanted from all keys before any feature is made, so no state can be kept
 ///   Acc survey<Arch, Acc>(block, scratch) that number for one block of keys (the largest over the blocks is handed to `apply`)
 ///   double define_survey(site, x, d)      the same for one row
+///   double macs(d)                        multiply-adds of one row, for reports (default 0)
+///   bool trained()                        false: the weights were drawn, not learned (default true)
 ///
 /// Contract   rows are independent: row t of the result depends on row t of the input alone (and on `survey`). A NaN stays in its row.
 /// Cost       one indirect call per block of tokens and head; features of a whole sequence are never stored.
@@ -96,6 +98,8 @@ struct feature_map_table {
   double (*survey_f64)(const void*, const feature_block<double>&, double*);
   double (*define)(const void*, const feature_site&, const double*, isize, double*);
   double (*define_survey)(const void*, const feature_site&, const double*, isize);
+  double (*macs)(const void*, isize);
+  bool (*trained)(const void*);
   void (*check)(const void*, const shape&);
   void (*fingerprint)(const void*, detail::fingerprint&);
 };
@@ -128,6 +132,16 @@ inline constexpr feature_map_table feature_map_table_of{
       (void)p, (void)at, (void)x, (void)d;
       return 0.0;
     },
+    [](const void* p, isize d) {
+      if constexpr (requires { static_cast<const P*>(p)->macs(d); }) return static_cast<double>(static_cast<const P*>(p)->macs(d));
+      (void)p, (void)d;
+      return 0.0;
+    },
+    [](const void* p) {
+      if constexpr (requires { static_cast<const P*>(p)->trained(); }) return static_cast<const P*>(p)->trained();
+      (void)p;
+      return true;
+    },
     [](const void* p, const shape& s) { static_cast<const P*>(p)->check(s); },
     [](const void* p, detail::fingerprint& f) { static_cast<const P*>(p)->fingerprint(f); }};
 
@@ -148,6 +162,8 @@ class feature_map {
   bool surveys() const { return table_->surveys(storage_); }
   isize features(isize d) const { return table_->features(storage_, d); }
   isize scratch(isize d) const { return table_->scratch(storage_, d); }
+  double macs(isize d) const { return table_->macs(storage_, d); }
+  bool trained() const { return table_->trained(storage_); }
   void check(const shape& s) const { table_->check(storage_, s); }
   void fingerprint(detail::fingerprint& f) const { table_->fingerprint(storage_, f); }
 
