@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  Scratch of one thread of DiJiang attention, and the row operations that move features in and out of the log domain.
+
+#include <fovea/dijiang/state.hpp>
+#include <fovea/kernel/linear_weights.hpp>
+#include <fovea/simd/convert.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+namespace detail {
+
+template <class Arch, class Acc>
+struct dijiang_scratch {
+  static constexpr int T = kernel::sweep_shape<Arch>::T;
+  static constexpr isize steps = feature_rows / T;
+
+  isize stride, q_head, e_stride;
+  Acc *x, *map;               // converted rows; the transforms' own
+  Acc *k, *q, *channel;       // [tokens][stride]; q [heads]
+  Acc *v, *out;               // [tokens][e_stride]; out [heads]
+  Acc *decay, *gain, *zeros;  // [tokens]; gain and zeros [heads][tokens]
+  Acc *fade, *scale, *keep;   // [stride], [stride], [steps][stride]
+  Acc* state;                 // where the caller keeps none
+  kernel::step_weights<Acc, T>* step;
+  kernel::read_weights<Acc, T>* read;
+
+  dijiang_scratch(arena& a, const dijiang_sizes& n, isize d) {
+    stride = n.rows * static_cast<isize>(sizeof(Acc)) % 1024 == 0 ? n.rows + 16 : n.rows;  // rows 1 KB apart would share cache sets
+    q_head = feature_rows * stride, e_stride = n.panels * n.width;
+    x = a.take<Acc>(feature_rows * d), map = a.take<Acc>(2 * feature_rows * d);
+    k = a.take<Acc>(q_head), q = a.take<Acc>(n.R * q_head), channel = a.take<Acc>(q_head);
+    v = a.take<Acc>(feature_rows * e_stride), out = a.take<Acc>(n.R * feature_rows * e_stride);
+    decay = a.take<Acc>(feature_rows), gain = a.take<Acc>(n.R * feature_rows), zeros = a.take<Acc>(n.R * feature_rows);
+    fade = a.take<Acc>(stride), scale = a.take<Acc>(stride), keep = a.take<Acc>(steps * stride);
+    state = a.take<Acc>(n.head_elements());
+    step = a.take<kernel::step_weights<Acc, T>>(steps), read = a.take<kernel::read_weights<Acc, T>>(n.R * steps);
+  }
+  /// Kernels read whole vectors: zeros behind r and behind e.
+  void clear(const dijiang_sizes& n) {
+    for (isize t = 0; t < feature_rows; ++t) {
+      for (isize f = n.r; f < stride; ++f) {
+        k[t * stride + f] = Acc(0), channel[t * stride + f] = Acc(1);
+        for (isize h = 0; h < n.R; ++h) q[h * q_head + t * stride + f] = Acc(0);
+      }
+      for (isize c = n.e; c < e_stride; ++c) v[t * e_stride + c] = Acc(0);
+    }
+    for (isize t = 0; t < n.R * feature_rows; ++t) zeros[t] = Acc(0);
+  }
+};
+
+/// The fade of what was written under reference c when an exponent x arrives; raises c where x is above it.
+template <class Acc>
+FOVEA_INLINE Acc raise_one(double x, Acc& c) {
+  const Acc before = c;
+  if (!(x > static_cast<double>(c))) return Acc(1);
+  c = static_cast<Acc>(x + dijiang_margin);
+  return static_cast<Acc>(std::exp(static_cast<double>(before) - static_cast<double>(c)));
+}
+
+/// The same for a row of features; false (and `fade` untouched) if none is above its reference. A NaN raises nothing.
+template <class Arch, class Acc>
+FOVEA_INLINE bool raise(const Acc* log_phi, isize r, Acc* c, Acc* fade) {
+  using P = simd::pack<Acc, Arch>;
+  P excess(Acc(-1));
+  for (isize f = 0; f < r; f += P::size) excess = simd::max(simd::load_n<P>(log_phi + f, r - f) - simd::load_n<P>(c + f, r - f), excess);
+  if (!(simd::reduce_max(excess) > Acc(0))) return false;
+  for (isize f = 0; f < r; ++f) fade[f] = raise_one(static_cast<double>(log_phi[f]), c[f]);
+  return true;
+}
+
+/// out = e^(log_phi - c), <= 1
+template <class Arch, class Acc>
+FOVEA_INLINE void key_row(const Acc* log_phi, const Acc* c, isize r, Acc* out) {
+  using P = simd::pack<Acc, Arch>;
+  for (isize f = 0; f < r; f += P::size) simd::store_n(out + f, simd::exp(simd::load_n<P>(log_phi + f, r - f) - simd::load_n<P>(c + f, r - f)), r - f);
+}
+
+/// out = e^(log_phi + c - top), <= 1; returns top, the largest of log_phi + c.
+template <class Arch, class Acc>
+FOVEA_INLINE Acc query_row(const Acc* log_phi, const Acc* c, isize r, Acc* out) {
+  using P = simd::pack<Acc, Arch>;
+  for (isize f = 0; f < r; f += P::size) simd::store_n(out + f, simd::load_n<P>(log_phi + f, r - f) + simd::load_n<P>(c + f, r - f), r - f);
+  const Acc top = std::max(feature::row_max<Arch, Acc>(out, r), static_cast<Acc>(4 * dijiang_never));  // finite where nothing is visible
+  feature::row_exp<Arch, Acc>(out, r, Acc(1), top, out);
+  return top;
+}
+
+template <class Arch, class Acc>
+FOVEA_INLINE Acc row_dot(const Acc* a, const Acc* b, isize n) {
+  using P = simd::pack<Acc, Arch>;
+  P sum(Acc(0));
+  for (isize c = 0; c < n; c += P::size) sum = simd::fma(simd::load_n<P>(a + c, n - c), simd::load_n<P>(b + c, n - c), sum);
+  return simd::reduce_add(sum);
+}
+
+}  // namespace detail
+}  // namespace FOVEA_ABI
+}  // namespace fovea
