@@ -242,10 +242,11 @@ inline fovea::any_attention cut(const fovea::any_attention& a, const question& a
   return changed ? fovea::any_attention::make(a.config(), weights) : a;
 }
 
-inline void check_decode(const fovea::any_attention& a, isize n, isize m, isize first) {
+inline void check_decode(const fovea::any_attention& a, const question& ask, isize first) {
+  const isize n = ask.q.dim(-2), m = ask.k.dim(-2);
+  if (!a.streaming()) (void)a.make_state(shape_of(ask, m));  // the mechanism's own sentence, where it has one
   const std::string asked = "--decode " + std::to_string(first) + ": ";
-  require(a.streaming(), asked, "this ", a.name(),
-          " keeps no state to decode with; wanted a mechanism and a mask that are causal");
+  require(a.streaming(), asked, "this ", a.name(), " keeps no state to decode with; wanted causal settings");
   require(first <= m, asked, "there are ", m, " tokens");
   require(n <= m, asked, "q has ", n, " tokens and k has ", m, "; wanted no more queries than keys");
 }
@@ -255,7 +256,7 @@ inline void check_decode(const fovea::any_attention& a, isize n, isize m, isize 
 template <class Exec>
 arrays decode(const Exec& exec, const fovea::any_attention& a, question ask, isize first) {
   const isize n = ask.q.dim(-2), m = ask.k.dim(-2);
-  check_decode(a, n, m, first);
+  check_decode(a, ask, first);
   fovea::detail::check_problem(
       {view_of("q", ask.q), view_of("k", ask.k), view_of("v", ask.v), answer(a, ask, n).out(), {}, {}});
   const fovea::gates gates = gates_of(ask);

@@ -13,6 +13,7 @@
 
 #include <fovea/core/any.hpp>
 #include <fovea/efficient/configure.hpp>
+#include <fovea/linear/configure.hpp>
 #include <fovea/linformer/configure.hpp>
 #include <fovea/softmax/configure.hpp>
 
@@ -28,8 +29,10 @@ struct registered_mechanism {
 inline std::span<const registered_mechanism> registered_mechanisms() {
   static constexpr registered_mechanism table[] = {
       {"softmax", configure_softmax},
+      {"linear", configure_linear},
       {"linformer", configure_linformer},
       {"efficient", configure_efficient},
+      {"kfree_reconstruction", configure_kfree_reconstruction},
   };
   return table;
 }

@@ -118,6 +118,8 @@ class Case:
         """Can prefill and steps over one state give these rows?"""
         c, x = self.config, self.inputs
         tokens, keys = x["q"].shape[-2], x["k"].shape[-2]
+        if c.get("map") == "favor":  # its features need the largest exponent of all keys at once
+            return False
         return (c.get("causal", False) and c.get("align", "bottom_right") == "bottom_right" and tokens <= keys
                 and not {"cu", "cu_q", "cu_k", "blocks"} & set(x) and c["mechanism"] != "linformer")
 
