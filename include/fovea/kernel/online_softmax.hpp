@@ -20,6 +20,7 @@
 #include <fovea/score/score.hpp>
 #include <fovea/simd/convert.hpp>
 #include <fovea/simd/exp.hpp>
+#include <fovea/simd/transpose.hpp>
 #include <fovea/tile/gemm.hpp>
 
 namespace fovea {
@@ -189,7 +190,9 @@ class online_softmax {
     s_ = memory.take<Acc>(T::keys * T::rows);
     k_ = memory.take<Acc>(T::keys * d);
     v_ = memory.take<Acc>(T::keys * e);
-    row_ = memory.take<Acc>(d > e ? d : e);
+    wide_ = d > e ? d : e;
+    rows_of_ = memory.take<Acc>(T::W * wide_);
+    zeros_ = memory.take<Acc>(d);
     lanes_ = memory.take<std::uint64_t>(T::keys);
   }
 
@@ -197,23 +200,23 @@ class online_softmax {
   void begin(const query_rows& rows, double scale, const float* sinks) noexcept {
     rows_ = rows;
     used_ = ceil_div(rows.last - rows.first, T::rows);
+    for (isize c = 0; c < d_; ++c) zeros_[c] = Acc(0);
     const Acc factor = static_cast<Acc>(scale * 1.4426950408889634074);
     for (isize t = 0; t < used_; ++t) {
-      Acc* qt = qt_ + t * d_ * T::rows;
       Acc* o = ot_ + t * e_ * T::rows;
       for (isize x = 0; x < e_ * T::rows; ++x) o[x] = Acc(0);
-      for (isize lane = 0; lane < T::rows; ++lane) {
-        const isize r = rows.first + t * T::rows + lane;
-        Acc &m = m_[t * T::rows + lane], &l = l_[t * T::rows + lane];
-        m = -std::numeric_limits<Acc>::infinity(), l = Acc(0);
-        if (r >= rows.last) {
-          for (isize c = 0; c < d_; ++c) qt[c * T::rows + lane] = Acc(0);
-          continue;
+      for (isize lane = 0; lane < T::rows; lane += T::W) {
+        const Acc* from[T::W];
+        for (isize l = 0; l < T::W; ++l) {
+          const isize at = t * T::rows + lane + l, r = rows.first + at;
+          const bool real = r < rows.last;
+          const isize h = rows.first_head + (real ? r / rows.q.length : 0);
+          m_[at] = -std::numeric_limits<Acc>::infinity(), l_[at] = Acc(0);
+          from[l] = zeros_;  // lanes without a row
+          if (real) from[l] = simd::row_as<Arch, Acc>(rows.q.type, rows.q.row(rows.b, h, r % rows.q.length), d_, rows_of_ + l * wide_);
+          if (real && sinks != nullptr) m_[at] = static_cast<Acc>(sinks[h]) * log2e, l_[at] = Acc(1);
         }
-        const isize h = rows.first_head + r / rows.q.length;
-        const Acc* q = simd::row_as<Arch, Acc>(rows.q.type, rows.q.row(rows.b, h, r % rows.q.length), d_, row_);
-        for (isize c = 0; c < d_; ++c) qt[c * T::rows + lane] = q[c] * factor;
-        if (sinks != nullptr) m = static_cast<Acc>(sinks[h]) * log2e, l = Acc(1);
+        simd::rows_to_columns<Acc, Arch>(from, d_, factor, qt_ + t * d_ * T::rows + lane, T::rows);
       }
     }
   }
@@ -234,19 +237,23 @@ class online_softmax {
 
   /// Writes out (and lse, where it is not null) of the rows that `begin` named.
   void finish(const tensor_mut& out, const tensor_mut& lse) noexcept {
+    const bool direct = out.type == dtype_of<Acc>;
     for (isize t = 0; t < used_; ++t)
-      for (isize lane = 0; lane < T::rows; ++lane) {
-        const isize r = rows_.first + t * T::rows + lane;
-        if (r >= rows_.last) return;
-        const isize h = rows_.first_head + r / rows_.q.length, i = r % rows_.q.length;
-        const Acc l = l_[t * T::rows + lane], m = m_[t * T::rows + lane];
-        const Acc inverse = l > Acc(0) ? Acc(1) / l : l * Acc(0);  // keeps NaN, gives 0 for a row that sees nothing
-        const Acc* o = ot_ + t * e_ * T::rows + lane;
-        const bool direct = out.type == dtype_of<Acc>;
-        Acc* to = direct ? static_cast<Acc*>(out.row(rows_.b, h, i)) : row_;
-        for (isize c = 0; c < e_; ++c) to[c] = o[c * T::rows] * inverse;
-        if (!direct) simd::store_row<Arch, Acc>(out.type, row_, e_, out.row(rows_.b, h, i));
-        if (lse) *static_cast<Acc*>(lse.row(rows_.b, h, i)) = m * ln2 + std::log(l);
+      for (isize lane = 0; lane < T::rows; lane += T::W) {
+        const isize first = rows_.first + t * T::rows + lane, left = rows_.last - first, count = left < T::W ? left : T::W;
+        if (count <= 0) break;
+        const Acc *l = l_ + t * T::rows + lane, *m = m_ + t * T::rows + lane;
+        Acc inverse[T::W];
+        Acc* to[T::W];
+        for (isize x = 0; x < T::W; ++x) {
+          inverse[x] = l[x] > Acc(0) ? Acc(1) / l[x] : l[x] * Acc(0);  // keeps NaN, gives 0 for a row that sees nothing
+          const isize h = rows_.first_head + (first + x) / rows_.q.length, i = (first + x) % rows_.q.length;
+          to[x] = direct && x < count ? static_cast<Acc*>(out.row(rows_.b, h, i)) : rows_of_ + x * wide_;
+          if (lse && x < count) *static_cast<Acc*>(lse.row(rows_.b, h, i)) = m[x] * ln2 + std::log(l[x]);
+        }
+        simd::columns_to_rows<Acc, Arch>(ot_ + t * e_ * T::rows + lane, T::rows, e_, inverse, to);
+        for (isize x = 0; !direct && x < count; ++x)
+          simd::store_row<Arch, Acc>(out.type, to[x], e_, out.row(rows_.b, rows_.first_head + (first + x) / rows_.q.length, (first + x) % rows_.q.length));
       }
   }
 
@@ -407,7 +414,9 @@ class online_softmax {
 
   isize d_, e_, tiles_, used_ = 0;
   query_rows rows_;
-  Acc *qt_, *ot_, *m_, *l_, *s_, *k_, *v_, *row_;
+  isize wide_;
+  Acc *qt_, *ot_, *m_, *l_, *s_, *k_, *v_;
+  Acc *rows_of_, *zeros_;  // W rows in Acc, on their way in or out; a row of zeros
   std::uint64_t* lanes_;
 };
 
