@@ -12,6 +12,7 @@
 #include <span>
 
 #include <fovea/core/any.hpp>
+#include <fovea/dijiang/configure.hpp>
 #include <fovea/efficient/configure.hpp>
 #include <fovea/linear/configure.hpp>
 #include <fovea/linformer/configure.hpp>
@@ -28,11 +29,9 @@ struct registered_mechanism {
 /// Every mechanism that a configuration can name.
 inline std::span<const registered_mechanism> registered_mechanisms() {
   static constexpr registered_mechanism table[] = {
-      {"softmax", configure_softmax},
-      {"linear", configure_linear},
-      {"linformer", configure_linformer},
-      {"efficient", configure_efficient},
-      {"kfree_reconstruction", configure_kfree_reconstruction},
+      {"softmax", configure_softmax},     {"dijiang", configure_dijiang},
+      {"linear", configure_linear},       {"linformer", configure_linformer},
+      {"efficient", configure_efficient}, {"kfree_reconstruction", configure_kfree_reconstruction},
   };
   return table;
 }
