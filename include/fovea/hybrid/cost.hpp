@@ -32,10 +32,10 @@ inline double hybrid_selection_macs(const hybrid_attention& m, const shape& s, i
 struct hybrid_row_count {
   double keys = 0, pools = 0;
 };
-inline hybrid_row_count hybrid_selected(const kernel::block_rule& rule, range rows, isize i) {
-  const auto reach = rule.reach_of(rows);
+inline hybrid_row_count hybrid_selected(const kernel::block_rule& rule, isize block, isize i) {
+  const auto reach = rule.reach_of(block);
   isize candidates = 0;
-  for (isize J = 0; J < reach.past; ++J) candidates += rule.always(rows, J) ? 0 : 1;
+  for (isize J = 0; J < reach.past; ++J) candidates += rule.always(block, J) ? 0 : 1;
   const isize count = rule.count(candidates, reach.seen - reach.past), own = std::min(rule.causal ? i + rule.offset + 1 : rule.m, rule.m) - reach.past * rule.block_k;
   return {static_cast<double>((reach.past - candidates + count) * rule.block_k + std::max<isize>(own, 0)), rule.pool ? static_cast<double>(candidates - count) : 0.0};
 }
@@ -46,13 +46,13 @@ inline double hybrid_given_macs(const hybrid_attention& m, const shape& s, const
   const isize head = t.heads == s.H ? h : t.heads == 1 ? 0 : h / s.group();
   double sum = 0;
   for (isize i = 0; i < s.n; ++i) {
-    const isize block = (i + rule.origin) / rule.block_q, end = std::min(rule.causal ? i + rule.offset + 1 : s.m, s.m), open = rule.rows(block).first + rule.offset;
+    const isize block = (i + rule.origin) / rule.block_q, end = std::min(rule.causal ? i + rule.offset + 1 : s.m, s.m), open = rule.start(block);
     double keys = 0, pools = 0;
     for (isize J = 0; J < rule.blocks(); ++J) {
       const isize last = std::min((J + 1) * rule.block_k, s.m);
       if (t.row(t.batch == 1 ? 0 : b, head, block)[J] != 0)
         keys += static_cast<double>(std::max<isize>(std::min(last, end) - J * rule.block_k, 0));
-      else if (rule.pool && (!rule.causal || last - 1 <= open))
+      else if (rule.pool && (!rule.causal || (J + 1) * rule.block_k - 1 <= open))
         pools += 1;
     }
     sum += hybrid_row_macs(m, s, keys, pools);
@@ -79,9 +79,9 @@ inline double hybrid_macs(const hybrid_attention& m, const shape& s) {
       sum += hybrid_row_macs(m, s, seen, 0);
       continue;
     }
-    const range rows = rule.rows(i / rule.block_q);
-    const auto count = hybrid_selected(rule, rows, i);
-    sum += hybrid_row_macs(m, s, count.keys, count.pools) + hybrid_selection_macs(m, s, rule.reach_of(rows).past);
+    const isize block = (i + rule.origin) / rule.block_q;
+    const auto count = hybrid_selected(rule, block, i);
+    sum += hybrid_row_macs(m, s, count.keys, count.pools) + hybrid_selection_macs(m, s, rule.reach_of(block).past);
   }
   return sum * static_cast<double>(s.B * s.H);
 }

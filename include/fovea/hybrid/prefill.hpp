@@ -190,10 +190,8 @@ struct hybrid_run {
     const auto& t = m.blocks;
     const isize head = t.heads == s.H ? h : t.heads == 1 ? 0 : h / s.group();
     const std::uint8_t* given = t.row(t.batch == 1 ? 0 : b, head, block);
-    const range r = rule.rows(block);
     for (isize J = 0; J < rule.blocks(); ++J) {
-      const isize last = std::min((J + 1) * rule.block_k, s.m) - 1;
-      const bool open = !rule.causal || last <= r.first + rule.offset;
+      const bool open = !rule.causal || (J + 1) * rule.block_k - 1 <= rule.start(block);  // whole and past, as it will stay
       fate[J] = given[J] != 0 ? kernel::computed : rule.pool && open ? kernel::pooled : kernel::skipped;
     }
   }

@@ -48,14 +48,20 @@ inline std::vector<block_of_keys> blocks_of(const hybrid_attention& m, const pro
   return all;
 }
 
-/// A row rounded to `levels` on either side of zero, in units of its largest element.
-inline std::vector<double> rounded(const std::vector<double>& x, double levels) {
+/// A row rounded to `levels` on either side of zero, in units of its largest element. Which integer is nearest is asked in the
+/// precision of the vector path, so that both round alike.
+template <class T>
+std::vector<double> rounded(const std::vector<double>& x, double levels) {
   double top = 0;
   for (const double y : x) top = std::max(top, std::fabs(y));
   std::vector<double> out;
-  for (const double y : x) out.push_back(top > 0 ? std::nearbyint(y / top * levels) * top / levels : 0.0);
+  for (const double y : x) {
+    const T quotient = static_cast<T>(y) * static_cast<T>(levels) / static_cast<T>(top);
+    out.push_back(top > 0 ? std::nearbyint(static_cast<double>(quotient)) * top / levels : 0.0);
+  }
   return out;
 }
+inline std::vector<double> rounded(const std::vector<double>& x, double levels, dtype type) { return type == dtype::f64 ? rounded<double>(x, levels) : rounded<float>(x, levels); }
 
 inline std::vector<double> row_of(const tensor_ref& t, isize b, isize h, isize i) {
   std::vector<double> x;
@@ -89,7 +95,7 @@ inline double log_mass(const hybrid_attention& m, const problem& p, const block_
   std::vector<double> logits;
   for (isize j = x.first; j < x.last; ++j) {
     const std::vector<double> k = row_of(p.k, b, h / s.group(), j);
-    logits.push_back(scale * (levels > 0 ? dot(rounded(q, levels), rounded(k, levels)) : dot(q, k)));
+    logits.push_back(scale * (levels > 0 ? dot(rounded(q, levels, p.q.type), rounded(k, levels, p.q.type)) : dot(q, k)));
   }
   const double top = *std::max_element(logits.begin(), logits.end());
   double sum = 0;
@@ -132,7 +138,7 @@ inline std::vector<std::vector<int>> block_fates(const hybrid_attention& m, cons
     if (m.select == block_selector::given) {
       for (isize J = 0; J < count; ++J) {
         const isize head = m.blocks.heads == 1 ? 0 : m.blocks.heads == s.H ? h : h / s.group();
-        const bool past = !m.is_causal || blocks[static_cast<std::size_t>(J)].last - 1 <= p0;
+        const bool past = !m.is_causal || (J + 1) * m.block_k - 1 <= p0;
         at(J) = m.blocks(m.blocks.batch == 1 ? 0 : b, head, i0 / m.block_q, J) != 0 ? 1 : past ? rest : 0;
       }
       fates.push_back(fate);

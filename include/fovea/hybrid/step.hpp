@@ -29,6 +29,8 @@ inline void hybrid_attention::check(const problem& p, const state& s) const {
   s.check(tag(), p.shape(), name);
   require(is_causal && align.how == alignment_of_rows::kind::bottom_right, "a hybrid_attention with a state must be causal (is_causal = true) and bottom-right");
   kv_cache::check_room(p, s);
+  require(s.bytes() == detail::hybrid_state_bytes(*this, s.sizes()), "the state holds ", s.bytes(), " bytes; this hybrid wants ",
+          detail::hybrid_state_bytes(*this, s.sizes()), " (use make_state)");
   const isize all = s.tokens() + p.k.length;
   if (select == block_selector::given) detail::check_given_blocks(*this, p.shape(), all, all, false);
 }

@@ -41,19 +41,21 @@ struct block_rule {
 
   FOVEA_HD isize blocks() const { return ceil_div(m, block_k); }
   FOVEA_HD range rows(isize block) const { return meet({block * block_q - origin, (block + 1) * block_q - origin}, {0, n}); }
-  /// Blocks [0, past) are wholly visible to all the rows; [past, seen) hold keys that only some may see, or their own keys.
+  /// Position of the first row of a query block, which may have come in an earlier call.
+  FOVEA_HD isize start(isize block) const { return block * block_q - origin + offset; }
+  /// Blocks [0, past) are wholly before the query block; [past, seen) hold its own keys, or keys that only some rows may see.
   struct reach {
     isize past, seen;
   };
-  FOVEA_HD reach reach_of(range r) const {
+  FOVEA_HD reach reach_of(isize block) const {
     if (!causal) return {blocks(), blocks()};
-    const isize p0 = r.first + offset, p1 = r.last - 1 + offset;
+    const isize p0 = start(block), p1 = rows(block).last - 1 + offset;
     const isize past = p0 < 0 ? 0 : p0 / block_k, seen = p1 < 0 ? 0 : p1 / block_k + 1;
     return {past < blocks() ? past : blocks(), seen < blocks() ? seen : blocks()};
   }
-  /// Is block J < past computed whatever its score?
-  FOVEA_HD bool always(range r, isize J) const {
-    const isize j0 = J * block_k, j1 = j0 + block_k - 1, p0 = r.first + offset, p1 = r.last - 1 + offset;
+  /// Is key block J < past computed whatever its score?
+  FOVEA_HD bool always(isize block, isize J) const {
+    const isize j0 = J * block_k, j1 = j0 + block_k - 1, p0 = start(block), p1 = rows(block).last - 1 + offset;
     return j0 < first || (window > 0 && j1 > p0 - window && (causal || j0 < p1 + window));
   }
   /// How many of the candidates are computed, given how many own blocks are.
@@ -105,7 +107,7 @@ class block_select {
         for (isize x = 0; x < take; ++x) load(q, b, h, r.first + done + x, lanes + x);
         const bool opens = done == 0, closes = done + take == all;
         segments_[segments++] = {block, lanes, take, opens, closes};
-        past = std::max(past, rule_.reach_of(r).past);
+        past = std::max(past, rule_.reach_of(block).past);
         lanes += take, done = closes ? 0 : done + take, block += closes ? 1 : 0;
       }
       const isize width = ceil_div(lanes, W) * W;
@@ -212,7 +214,7 @@ class block_select {
   P mass_at(isize J, isize lane) const noexcept { return per_token_ ? P::load(mass_ + J * rows + lane) : P(mass_[J]); }
 
   void vote(const segment& g) noexcept {
-    const isize past = rule_.reach_of(rule_.rows(g.block)).past;
+    const isize past = rule_.reach_of(g.block).past;
     if (g.opens)
       for (isize J = 0; J < past; ++J) votes_[J] = Acc(0);
     if (rule_.block_q == 1) {  // one row: the order of the masses themselves, which cannot underflow
@@ -234,14 +236,12 @@ class block_select {
   }
 
   void choose(isize block, std::uint8_t* fate) noexcept {
-    const range r = rule_.rows(block);
     const isize blocks = rule_.blocks();
     for (isize J = 0; J < blocks; ++J) fate[J] = skipped;
-    if (r.empty()) return;
-    const auto reach = rule_.reach_of(r);
+    const auto reach = rule_.reach_of(block);
     isize candidates = 0;
     for (isize J = 0; J < reach.past; ++J) {
-      const bool always = rule_.always(r, J);
+      const bool always = rule_.always(block, J);
       fate[J] = always ? computed : rule_.pool ? pooled : skipped;
       if (!always) order_[candidates++] = static_cast<std::int32_t>(J);
     }

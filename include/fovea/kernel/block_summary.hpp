@@ -9,6 +9,8 @@
 ///            into calls. Equal rows give exactly that row as mean and a spread of 0. The last block may be incomplete.
 /// Cost       O(d + e) a token.      Source  Welford's recurrence (1962).
 
+#include <limits>
+
 #include <fovea/core/view.hpp>
 #include <fovea/core/workspace.hpp>
 #include <fovea/simd/convert.hpp>
@@ -76,7 +78,7 @@ FOVEA_INLINE void copy(const Acc* from, isize width, Acc* to) noexcept {
 
 }  // namespace detail
 
-/// out[c] = round(x[c] / step), |out| <= levels; returns step (0 for a zero row; NaN, with zeros, where x is not finite).
+/// out[c] = round(x[c] / step), |out| <= levels; returns step (0 for a zero row; NaN, with zeros, where levels * x is not finite).
 template <class Arch, class Acc, class Code>
 FOVEA_NOINLINE Acc round_row(const Acc* x, isize width, int levels, Code* out) noexcept {
   constexpr Acc magic = sizeof(Acc) == 4 ? static_cast<Acc>(12582912.0) : static_cast<Acc>(6755399441055744.0);  // 1.5 * 2^(mantissa bits)
@@ -86,9 +88,11 @@ FOVEA_NOINLINE Acc round_row(const Acc* x, isize width, int levels, Code* out) n
     top = size > top ? size : top;
     sum += size * Acc(0);  // NaN if any is NaN or infinite
   }
-  const Acc inverse = top > 0 && sum == 0 ? static_cast<Acc>(levels) / top : Acc(0);
-  for (isize c = 0; c < width; ++c) out[c] = inverse > 0 ? static_cast<Code>(static_cast<int>((x[c] * inverse + magic) - magic)) : Code(0);
-  return sum == 0 ? top / static_cast<Acc>(levels) : sum;
+  // Divided, not multiplied by an inverse: then ties of 16-bit elements are exact, and every compiler rounds them alike.
+  const Acc scale = static_cast<Acc>(levels);
+  const bool usable = top > 0 && sum == 0 && top < std::numeric_limits<Acc>::max() / scale;
+  for (isize c = 0; c < width; ++c) out[c] = usable ? static_cast<Code>(static_cast<int>((x[c] * scale / top + magic) - magic)) : Code(0);
+  return usable || top == 0 ? top / scale : std::numeric_limits<Acc>::quiet_NaN();
 }
 
 /// Folds in tokens first, first + 1, ...: rows [0, count) of head g of k and v. `row` is scratch of max(d, e).
