@@ -32,6 +32,7 @@ struct promise {
   bool permutable = false;  ///< the order of the keys does not matter
   bool lse = false;         ///< gives a log-sum-exp
   bool streams = false;     ///< takes a state
+  bool merges = true;       ///< where the type has merge: this setting has it too
   bool logits = false;      ///< exponentials of q.k: tried with logits of +-1e4
   double c = 32;            ///< bound: c * eps(accumulator) * largest |want|
 };
@@ -148,7 +149,7 @@ subject subject_of() {
   using I = detail::instance_of<Case>;
   subject s;
   s.name = Case::name, s.promises = Case::promises;
-  s.streaming = I::streams, s.mergeable = I::streams && mergeable_mechanism<typename I::M>;
+  s.streaming = I::streams, s.mergeable = I::streams && Case::promises.merges && mergeable_mechanism<typename I::M>;
   s.accepts = [](const shape& x) {
     if constexpr (requires(const Case& c) { c.accepts(x); }) return Case{}.accepts(x);
     return (void)x, true;

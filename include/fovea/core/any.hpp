@@ -120,7 +120,14 @@ class any_attention {
       else
         return streams;
     }
-    bool mergeable() const override { return merges && streaming(); }
+    bool mergeable() const override {
+      if constexpr (merges && requires(const M& m) {
+                      { m.mergeable() } -> std::same_as<bool>;
+                    })
+        return streaming() && held.mergeable();
+      else
+        return merges && streaming();
+    }
     bool loads_state() const override { return loads; }
     bool stores_state() const override { return stores; }
     bool has_lse() const override {
