@@ -69,6 +69,7 @@ struct linear_attention {
   /// Joins the states of two neighbouring stretches, for rules none, decay and gla and maps that do not know positions. Delta rules
   /// have no such merge: a stretch acts on the state before it by an r x r matrix, which the state does not hold.
   void merge(state& earlier, const state& later) const;
+  bool mergeable() const { return streaming() && !is_delta(rule) && !phi().positional(); }
   /// S0 [B, G, r, e] and z0 [B, G, r] in, S and z out.
   void load_state(state& s, const arrays& from) const;
   arrays store_state(const state& s) const;

@@ -9,6 +9,7 @@ inline namespace FOVEA_ABI {
 namespace detail {
 
 inline void check_gate(const char* name, const tensor_ref& gate, const char* why, bool wanted, const problem& p, isize width, isize other_width) {
+  if (p.k.length == 0 && !gate) return;  // no token, no gates
   require(static_cast<bool>(gate) == wanted, name, wanted ? " is missing; " : " was given; ", why);
   if (!wanted) return;
   check_tensor(name, gate);
@@ -20,10 +21,9 @@ inline void check_gate(const char* name, const tensor_ref& gate, const char* why
 
 inline void check_gates(const linear_attention& m, const problem& p, isize r) {
   const rule u = m.rule;
-  const std::string why = sentence("rule ", name_of(u), is_delta(u) || by_channel(u) || u == rule::decay ? " takes other gates" : " takes no gates");
   const bool decays = u == rule::gla || u == rule::gated_delta || u == rule::kda || u == rule::gdn2 || (u == rule::decay && m.gamma.empty());
   const isize width = by_channel(u) ? r : 1;
-  const std::string needs = sentence("rule ", name_of(u), decays ? " needs it" : m.gamma.empty() ? " has no decay" : " was given gamma");
+  const std::string needs = sentence("rule ", name_of(u), decays ? u == rule::decay ? " needs it, or gamma" : " needs it" : m.gamma.empty() ? " has no decay" : " was given gamma");
   check_gate("log_decay (g)", p.gates.log_decay, needs.c_str(), decays, p, width, u == rule::gdn2 ? 1 : width);
   const bool has_beta = is_delta(u) && u != rule::gdn2, wide = u == rule::gdn2;
   check_gate("beta", p.gates.beta, sentence("rule ", name_of(u), has_beta ? " needs it" : " has none").c_str(), has_beta, p, 1, 1);
@@ -65,7 +65,6 @@ inline void check_linear(const linear_attention& m, const problem& p) {
   require(r >= 1, "the feature map makes ", r, " features of rows of width ", p.q.width, "; wanted at least one");
   require(m.gamma.size() <= 1 || static_cast<isize>(m.gamma.size()) == p.v.heads, "gamma holds ", m.gamma.size(), " numbers; wanted one, or one for each of ", p.v.heads,
           " KV heads");
-  require(m.rule != rule::decay || !m.gamma.empty() || p.gates.log_decay, "rule decay needs log_decay (g) of the call, or gamma");
   check_gates(m, p, r);
 }
 
