@@ -14,6 +14,7 @@
 #include <fovea/core/any.hpp>
 #include <fovea/dijiang/configure.hpp>
 #include <fovea/efficient/configure.hpp>
+#include <fovea/hybrid/configure.hpp>
 #include <fovea/linear/configure.hpp>
 #include <fovea/linformer/configure.hpp>
 #include <fovea/softmax/configure.hpp>
@@ -31,6 +32,7 @@ inline std::span<const registered_mechanism> registered_mechanisms() {
   static constexpr registered_mechanism table[] = {
       {"softmax", configure_softmax},     {"dijiang", configure_dijiang},
       {"linear", configure_linear},       {"linformer", configure_linformer},
+      {"hybrid", configure_hybrid},
       {"efficient", configure_efficient}, {"kfree_reconstruction", configure_kfree_reconstruction},
   };
   return table;

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  hybrid_attention from a configuration.
+///
+/// Keys       block_q, block_k, causal, align ("bottom_right" | "top_left" | "none"), scale,
+///            pattern ("local" | "strided" | "sparse" | "fixed") with stride,
+///            or select ("given" | "mean" | "variance" | "bound" | "int8" | "int4" | "exact") with top (blocks) or budget (share of the
+///            candidate blocks), at_least (keys), first and window (keys always computed),
+///            compensate ("none" | "zeroth" | "cumulant").
+/// Tensors    blocks (u8 or bool, [.., query blocks, key blocks], broadcast to [B, H or G, ..], 1 = computed): makes select "given".
+/// Defaults   select int8, block_q = block_k = 16, budget 1/4, at_least 256, first 16, window 64, compensate zeroth. With `top`, MoBA's
+///            form: select mean, block_q 1, no floor, no first keys, no window. Compensation of a pattern, a given mask and of `top`: none.
+
+#include <fovea/core/any.hpp>
+#include <fovea/hybrid.hpp>
+#include <fovea/softmax/configure.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+namespace detail {
+
+inline void configure_hybrid_pattern(configuration_reader& c, hybrid_attention& m) {
+  require(!c.has("select"), "configuration of hybrid: pattern and select were both given; wanted one of them");
+  m.select = block_selector::pattern;
+  m.pattern = c.choice("pattern", {{"local", hsa_mode::local}, {"strided", hsa_mode::strided}, {"sparse", hsa_mode::sparse}, {"fixed", hsa_mode::fixed}}, m.pattern);
+  m.stride = c.integer("stride", m.stride);
+}
+
+inline void configure_hybrid_budget(configuration_reader& c, hybrid_attention& m) {
+  using enum block_selector;
+  const bool by_top = c.has("top");
+  require(!by_top || !c.has("budget"), "configuration of hybrid: top and budget were both given; wanted one of them");
+  m.select = c.choice("select", {{"given", given}, {"mean", mean}, {"variance", variance}, {"bound", bound}, {"int8", int8}, {"int4", int4}, {"exact", exact}}, by_top ? mean : int8);
+  require(m.select != given, "configuration of hybrid: select is \"given\" and the tensor blocks is missing");
+  if (by_top) m.budget = 0, m.at_least = m.first = m.window = 0, m.compensate = compensation::none;
+  m.top = c.integer("top", 0);
+  require(!by_top || m.top >= 1, "configuration of hybrid: top is ", m.top, "; it counts blocks, the own one included, and must be at least 1");
+  m.budget = c.number("budget", m.budget);
+  m.at_least = c.integer("at_least", m.at_least);
+  m.first = c.integer("first", m.first);
+  m.window = c.integer("window", m.window);
+}
+
+inline void configure_hybrid_blocks(configuration_reader& c, hybrid_attention& m, const array& blocks) {
+  c.choice("select", {{"given", 0}}, 0);
+  require(blocks.type() == element::u8 || blocks.type() == element::boolean, "blocks is ", blocks.describe(), "; wanted u8 or bool");
+  require(blocks.rank() >= 2 && blocks.rank() <= 4, "blocks is ", blocks.describe(), "; wanted 2 to 4 dimensions that broadcast to [B, H, query blocks, key blocks]");
+  m.select = block_selector::given, m.compensate = compensation::none;
+  m.blocks = bhnd(blocks.as<std::uint8_t>(), blocks.dim(-4), blocks.dim(-3), blocks.dim(-2), blocks.dim(-1));
+}
+
+}  // namespace detail
+
+inline any_attention configure_hybrid(configuration_reader& c) {
+  hybrid_attention m;
+  m.scale = c.number("scale");
+  m.is_causal = c.flag("causal", false);
+  m.align = detail::configure_align(c, m.is_causal);
+  const array* blocks = c.tensor("blocks");
+  require(blocks == nullptr || !c.has("pattern"), "configuration of hybrid: the tensor blocks and a pattern were both given; wanted one of them");
+  if (c.has("pattern")) {
+    detail::configure_hybrid_pattern(c, m);
+    m.compensate = compensation::none;
+  } else if (blocks != nullptr) {
+    detail::configure_hybrid_blocks(c, m, *blocks);
+  } else {
+    detail::configure_hybrid_budget(c, m);
+    m.block_q = m.top > 0 ? 1 : m.block_q;
+  }
+  m.block_q = c.integer("block_q", m.block_q);
+  m.block_k = c.integer("block_k", m.block_k);
+  m.compensate = c.choice("compensate", {{"none", compensation::none}, {"zeroth", compensation::zeroth}, {"cumulant", compensation::cumulant}}, m.compensate);
+  detail::check_hybrid_options(m);
+  return any_attention::hold(m, blocks != nullptr ? blocks->owner() : nullptr);
+}
+
+}  // namespace FOVEA_ABI
+}  // namespace fovea
