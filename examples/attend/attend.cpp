@@ -40,7 +40,7 @@ auto naming(const std::string& where, F&& what) {
 void run(const arguments& a) {
   const fovea::configuration config = fovea::read_configuration(a.config);
   fovea::safetensors_file in = fovea::read_safetensors(a.input);
-  attend::question ask = naming(a.input, [&] { return attend::take_inputs(in.tensors, config); });
+  attend::question ask = naming(a.input, [&] { return attend::take_inputs(std::move(in.tensors)); });
   const auto mechanism = naming(a.config + ", " + a.input, [&] { return attend::make(config, ask); });
   const fovea::threads pool(a.threads);
   const fovea::arrays out = naming(a.input, [&] {

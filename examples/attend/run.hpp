@@ -51,21 +51,7 @@ inline fovea::tensor_mut view_to(array& a) {
   return {a.mutable_data(), r.type, r.batch, r.heads, r.length, r.width, r.batch_stride, r.head_stride, r.row_stride};
 }
 
-/// Every head of a [.., G, n, d] array `times` times in a row: value heads that share a key head.
-inline array repeat_heads(const array& a, isize times) {
-  std::vector<isize> dims = a.dims();
-  const isize H = a.dim(-3), items = a.rank() == 4 ? a.dim(0) : 1;
-  dims[dims.size() - 3] = H * times;
-  array out(a.type(), dims);
-  const auto bytes = static_cast<std::size_t>(a.dim(-2) * a.dim(-1)) * fovea::size_of(a.type());
-  if (bytes == 0) return out;
-  for (isize x = 0; x < items * H * times; ++x)
-    std::memcpy(static_cast<std::byte*>(out.mutable_data()) + static_cast<std::size_t>(x) * bytes,
-                static_cast<const std::byte*>(a.data()) + static_cast<std::size_t>(x / times) * bytes, bytes);
-  return out;
-}
-
-inline question take_inputs(arrays tensors, const fovea::configuration& config) {
+inline question take_inputs(arrays tensors) {
   question ask;
   require(!tensors.contains("do"), "tensor do asks for gradients; this version computes none");
   const auto take = [&](const char* name) {
@@ -81,12 +67,6 @@ inline question take_inputs(arrays tensors, const fovea::configuration& config) 
   ask.batched = ask.q.rank() == 4;
   require(ask.k.rank() == ask.q.rank() && ask.v.rank() == ask.q.rank(), "q, k, v have ", ask.q.rank(), ", ",
           ask.k.rank(), ", ", ask.v.rank(), " dimensions; wanted the same number");
-  // Recurrent models may have more value heads than key heads: each query and key head then serves several.
-  const isize keys = ask.k.dim(-3), values = ask.v.dim(-3);
-  if (config.mechanism == "linear" && keys > 0 && values > keys && values % keys == 0 && ask.q.dim(-3) == keys) {
-    ask.q = repeat_heads(ask.q, values / keys);
-    ask.k = repeat_heads(ask.k, values / keys);
-  }
   ask.others = std::move(tensors);
   return ask;
 }
@@ -118,7 +98,9 @@ struct answer {
 
   answer(const fovea::any_attention& a, const question& ask, isize rows) : has_lse(a.has_lse()) {
     const element type = ask.q.type() == element::f64 ? element::f64 : element::f32;
-    std::vector<isize> dims = {ask.q.rank() == 4 ? ask.q.dim(0) : 1, ask.q.dim(-3), rows, ask.v.dim(-1)};
+    // Recurrent models may have more value heads than query heads: then the output has theirs.
+    const isize heads = std::max(ask.q.dim(-3), a.name() == std::string("linear") ? ask.v.dim(-3) : 0);
+    std::vector<isize> dims = {ask.q.rank() == 4 ? ask.q.dim(0) : 1, heads, rows, ask.v.dim(-1)};
     o = array(type, dims);
     dims[3] = 1;
     lse = array(type, dims);
@@ -151,8 +133,8 @@ struct answer {
 };
 
 inline fovea::shape shape_of(const question& ask, isize tokens) {
-  const fovea::tensor_ref q = view_of("q", ask.q), k = view_of("k", ask.k), v = view_of("v", ask.v);
-  return {q.batch, q.heads, k.heads, q.length, tokens, q.width, v.width, q.type};
+  const fovea::tensor_ref q = view_of("q", ask.q), v = view_of("v", ask.v);
+  return {q.batch, q.heads, v.heads, q.length, tokens, q.width, v.width, q.type};
 }
 
 /// A state with S0 and z0 in it, if they were given.
@@ -257,8 +239,11 @@ template <class Exec>
 arrays decode(const Exec& exec, const fovea::any_attention& a, question ask, isize first) {
   const isize n = ask.q.dim(-2), m = ask.k.dim(-2);
   check_decode(a, ask, first);
-  fovea::detail::check_problem(
-      {view_of("q", ask.q), view_of("k", ask.k), view_of("v", ask.v), answer(a, ask, n).out(), {}, {}});
+  {  // what prefill and step would refuse later is refused for the question as it was asked
+    answer y(a, ask, n);
+    a.check(fovea::problem{view_of("q", ask.q), view_of("k", ask.k), view_of("v", ask.v), y.out(), y.out_lse(),
+                           gates_of(ask)});
+  }
   const fovea::gates gates = gates_of(ask);
   fovea::state s = begin(a, ask, m);
   if (n < m) ask.q = pad_queries(ask.q, m);
