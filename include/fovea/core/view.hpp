@@ -108,10 +108,10 @@ struct shape {
 
 /// Per-token gates of the recurrent rules (linear_attention says which it takes); null where there is none.
 struct gates {
-  tensor_ref log_decay;  ///< g [B, G, n, 1] (scalar) or [B, G, n, d] (a key channel), natural log, <= 0
-  tensor_ref beta;       ///< write strength [B, G, n, 1]
-  tensor_ref erase;      ///< b [B, G, n, d]
-  tensor_ref write;      ///< w [B, G, n, e]
+  tensor_ref log_decay = {};  ///< g [B, G, n, 1] (scalar) or [B, G, n, d] (a key channel), natural log, <= 0
+  tensor_ref beta = {};       ///< write strength [B, G, n, 1]
+  tensor_ref erase = {};      ///< b [B, G, n, d]
+  tensor_ref write = {};      ///< w [B, G, n, e]
   bool any() const { return log_decay || beta || erase || write; }
 };
 
