@@ -30,10 +30,13 @@ struct registered_mechanism {
 /// Every mechanism that a configuration can name.
 inline std::span<const registered_mechanism> registered_mechanisms() {
   static constexpr registered_mechanism table[] = {
-      {"softmax", configure_softmax},     {"dijiang", configure_dijiang},
-      {"linear", configure_linear},       {"linformer", configure_linformer},
+      {"softmax", configure_softmax},
+      {"dijiang", configure_dijiang},
+      {"linear", configure_linear},
+      {"linformer", configure_linformer},
       {"hybrid", configure_hybrid},
-      {"efficient", configure_efficient}, {"kfree_reconstruction", configure_kfree_reconstruction},
+      {"efficient", configure_efficient},
+      {"kfree_reconstruction", configure_kfree_reconstruction},
   };
   return table;
 }

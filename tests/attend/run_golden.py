@@ -121,7 +121,7 @@ class Case:
         if c.get("map") == "favor":  # its features need the largest exponent of all keys at once
             return False
         return (c.get("causal", False) and c.get("align", "bottom_right") == "bottom_right" and tokens <= keys
-                and not {"cu", "cu_q", "cu_k", "blocks"} & set(x) and c["mechanism"] != "linformer")
+                and not {"cu", "cu_q", "cu_k"} & set(x) and c["mechanism"] != "linformer")
 
 
 def difference(got, want):
