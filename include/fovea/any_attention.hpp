@@ -31,12 +31,12 @@ struct registered_mechanism {
 inline std::span<const registered_mechanism> registered_mechanisms() {
   static constexpr registered_mechanism table[] = {
       {"softmax", configure_softmax},
-      {"dijiang", configure_dijiang},
       {"linear", configure_linear},
+      {"dijiang", configure_dijiang},
       {"linformer", configure_linformer},
-      {"hybrid", configure_hybrid},
       {"efficient", configure_efficient},
       {"kfree_reconstruction", configure_kfree_reconstruction},
+      {"hybrid", configure_hybrid},
   };
   return table;
 }
