@@ -2,9 +2,10 @@
 #pragma once
 /// @file  hybrid_attention: contract, then for each superblock of query rows plan, absorb keys, absorb pooled tokens, finish.
 
+#include <fovea/core/partial.hpp>
 #include <fovea/hybrid/plan.hpp>
 #include <fovea/hybrid/summaries.hpp>
-#include <fovea/kernel/online_softmax.hpp>
+#include <fovea/kernel/decode.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -92,42 +93,58 @@ struct hybrid_run {
   bool plans() const { return m.select != block_selector::pattern; }
   bool cumulant() const { return m.compensate == compensation::cumulant; }
 
-  /// Scratch of one task; laid out over a null arena it measures.
-  struct slot {
-    loop run;
+  /// Scratch of the plan of one task; laid out over a null arena it measures.
+  struct planner {
     selector choose;
     std::uint8_t* fate;
     range* hull;
     isize* first_row;
     Acc *term, *squares, *row, *bias;
 
-    slot(arena& memory, const hybrid_run& x)
-        : run(memory, x.rows, x.s.d, x.s.e), choose(memory, x.m.selects() ? x.rule : kernel::block_rule{}, x.s.d) {
+    planner(arena& memory, const hybrid_run& x) : choose(memory, x.m.selects() ? x.rule : kernel::block_rule{}, x.s.d) {
       const isize blocks = x.plans() ? x.rule.blocks() : 0, table = x.plans() ? x.plan_rows : 0;
       fate = memory.take<std::uint8_t>(table * blocks);
       hull = memory.take<range>(2 * table);
       first_row = memory.take<isize>(x.s.group());
       term = memory.take<Acc>(x.cumulant() ? blocks * x.most : 0);
       squares = memory.take<Acc>(x.cumulant() ? x.s.d * 64 : 0);
-      row = memory.take<Acc>(x.s.d);
+      row = memory.take<Acc>(std::max(x.s.d, x.s.e));
       bias = memory.take<Acc>(x.rule.pool ? blocks : 0);
     }
   };
+  struct slot : planner {
+    loop run;
+    slot(arena& memory, const hybrid_run& x) : planner(memory, x), run(memory, x.rows, x.s.d, x.s.e) {}
+  };
+  /// A few rows, as in decoding: one row a task, run by run of computed blocks.
+  struct row_slot : planner {
+    kernel::decode_rows<simd::native, Acc> run;
+    Acc *o, *part;
+    row_slot(arena& memory, const hybrid_run& x) : planner(memory, x), run(memory, x.s.d, x.s.e), o(memory.take<Acc>(x.s.e)), part(memory.take<Acc>(x.s.e)) {}
+  };
+  bool few() const { return plans() && rows <= 16; }
   std::size_t slot_bytes() const {
     arena measure;
-    slot(measure, *this);
+    if (few())
+      row_slot(measure, *this);
+    else
+      slot(measure, *this);
     return measure.bytes();
   }
 
   /// Every superblock of every KV head; `summary(index)` gives the block summary of KV head b * G + g.
   template <class Summary>
   void attend(exec_ref exec, const problem& p, arena scratch, Summary&& summary) const {
-    const isize supers = ceil_div(rows, most), heads = s.B * s.G;
+    const isize step = few() ? 1 : most, supers = ceil_div(rows, step), heads = s.B * s.G;
     const std::size_t piece = slot_bytes();
     auto* base = scratch.take<std::byte>(static_cast<isize>(piece) * exec.concurrency());
     exec.for_tasks(heads * supers, [&](isize task, isize index) {
       const isize sb = supers - 1 - task / heads, b = task % heads / s.G, g = task % s.G;  // the longest rows first
       arena own(std::span<std::byte>(base + static_cast<std::size_t>(index) * piece, piece));
+      if (few()) {
+        row_slot at(own, *this);
+        return row(at, p, summary(b * s.G + g), b, g, sb);
+      }
       slot at(own, *this);
       superblock(at, p, summary(b * s.G + g), b, g, sb * most, std::min((sb + 1) * most, rows));
     });
@@ -136,10 +153,7 @@ struct hybrid_run {
   void superblock(slot& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b, isize g, isize r0, isize r1) const {
     const isize head0 = g * s.group();
     at.run.begin({p.q, b, head0, r0, r1}, rule.scale, nullptr);
-    kernel::key_set<Acc> keys;
-    keys.k = p.k.row(b, g, 0), keys.v = p.v.row(b, g, 0), keys.type = p.k.type;
-    keys.k_stride = p.k.row_stride, keys.v_stride = p.v.row_stride, keys.count = s.m;
-    keys.site = {b, 0, s.n, s.m, s.H, s.G};
+    kernel::key_set<Acc> keys = keys_of(p, b, g);
     if (s.m == 0) return at.run.finish(p.out, p.lse);
     if (!plans()) {
       const fovea::mask pattern = hsa_pattern{m.pattern, m.stride, m.align};
@@ -148,17 +162,70 @@ struct hybrid_run {
       return at.run.finish(p.out, p.lse);
     }
     const bool pooled = plan(at, p, summary, b, g, r0, r1);
-    const detail::planned_blocks plan{at.fate,   at.hull,     at.first_row, head0,           rule.blocks(),    rule.block_q,
-                                      rule.block_k, rule.origin, rule.offset,  kernel::computed, rule.causal};
+    planned_blocks plan{at.fate,       at.hull,     at.first_row, head0,            rule.blocks(), rule.block_q,
+                        rule.block_k, rule.origin, rule.offset,  kernel::computed, rule.causal};
     const fovea::mask visible = plan;
     keys.visible = &visible;
     at.run.absorb(keys);
-    if (pooled) absorb_pooled(at, p, summary, keys, plan, r0, r1);
+    if (pooled) {
+      plan.hull += plan_rows, plan.block_k = 1, plan.wanted = kernel::pooled, plan.causal = false;
+      const fovea::mask skipped = plan;
+      const score term = variance_term<Acc>{at.term, most, head0, r0};
+      kernel::key_set<Acc> pool = pool_of(at, p, summary, keys, head0, r0, r1);
+      pool.visible = &skipped, pool.modify = cumulant() ? &term : nullptr;
+      at.run.absorb(pool);
+    }
     at.run.finish(p.out, p.lse);
   }
 
+  /// Row r of the query group: runs of neighbouring blocks of one fate, joined into one (m, l, o).
+  void row(row_slot& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b, isize g, isize r) const {
+    const isize head0 = g * s.group(), h = head0 + r / s.n, i = r % s.n;
+    at.run.begin({p.q, b, head0, r, r + 1}, rule.scale);
+    partial<Acc> all{-std::numeric_limits<Acc>::infinity(), Acc(0), at.o};
+    for (isize c = 0; c < s.e; ++c) at.o[c] = Acc(0);
+    if (s.m > 0) {
+      const kernel::key_set<Acc> keys = keys_of(p, b, g);
+      const bool pooled = plan(at, p, summary, b, g, r, r + 1);
+      join_runs(at, keys, kernel::computed, rule.block_k, rule.causal ? std::min(i + rule.offset + 1, s.m) : s.m, all);
+      if (pooled) {
+        const score term = variance_term<Acc>{at.term, most, head0, r};
+        kernel::key_set<Acc> pool = pool_of(at, p, summary, keys, head0, r, r + 1);
+        pool.modify = cumulant() ? &term : nullptr;
+        join_runs(at, pool, kernel::pooled, 1, rule.blocks(), all);
+      }
+    }
+    const Acc lse = normalise(all, s.e);
+    simd::store_row<simd::native, Acc>(p.out.type, at.o, s.e, p.out.row(b, h, i));
+    if (p.lse) *static_cast<Acc*>(p.lse.row(b, h, i)) = lse;
+  }
+
+  void join_runs(row_slot& at, const kernel::key_set<Acc>& set, std::uint8_t wanted, isize block, isize end, partial<Acc>& all) const {
+    const range hull = at.hull[wanted == kernel::computed ? 0 : plan_rows];
+    for (isize J = hull.first; J < hull.last;) {
+      isize last = J;
+      while (last < hull.last && at.fate[last] == wanted) ++last;
+      const isize j0 = J * block, j1 = std::min(last * block, end);
+      if (j0 < j1) {
+        partial<Acc> one{Acc(0), Acc(0), at.part};
+        at.run.run(set, j0, j1, &one.m, &one.l, one.o);
+        one.m *= static_cast<Acc>(0.69314718055994530942);
+        merge(all, one, s.e);
+      }
+      J = last > J ? last : J + 1;
+    }
+  }
+
+  kernel::key_set<Acc> keys_of(const problem& p, isize b, isize g) const {
+    kernel::key_set<Acc> keys;
+    keys.k = p.k.row(b, g, 0), keys.v = p.v.row(b, g, 0), keys.type = p.k.type;
+    keys.k_stride = p.k.row_stride, keys.v_stride = p.v.row_stride, keys.count = s.m;
+    keys.site = {b, 0, s.n, s.m, s.H, s.G};
+    return keys;
+  }
+
   /// Fills the fates and hulls of rows [r0, r1); true if any block is pooled.
-  bool plan(slot& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b, isize g, isize r0, isize r1) const {
+  bool plan(planner& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b, isize g, isize r0, isize r1) const {
     const isize blocks = rule.blocks();
     isize next = 0;
     at.choose.levels_ = summary.levels;
@@ -196,25 +263,19 @@ struct hybrid_run {
     }
   }
 
-  void absorb_pooled(slot& at, const problem& p, const kernel::block_summary<Acc>& summary, const kernel::key_set<Acc>& keys, detail::planned_blocks plan, isize r0,
-                     isize r1) const {
-    const isize blocks = rule.blocks();
-    for (isize J = 0; J < blocks; ++J) at.bias[J] = std::log(static_cast<Acc>(std::min(rule.block_k, s.m - J * rule.block_k)));
-    plan.hull += plan_rows, plan.block_k = 1, plan.wanted = kernel::pooled, plan.causal = false;
-    const fovea::mask visible = plan;
+  /// The pooled tokens of all blocks: mean key, mean value, log n_J, and the variance terms of rows [r0, r1) where asked for.
+  kernel::key_set<Acc> pool_of(planner& at, const problem& p, const kernel::block_summary<Acc>& summary, const kernel::key_set<Acc>& keys, isize head0, isize r0, isize r1) const {
     kernel::key_set<Acc> pool = keys;
     pool.k = summary.mean_k, pool.v = summary.mean_v, pool.type = dtype_of<Acc>;
-    pool.k_stride = s.d, pool.v_stride = s.e, pool.count = blocks;
-    pool.visible = &visible, pool.bias = at.bias, pool.site.m = blocks;
-    if (!cumulant()) return at.run.absorb(pool);
-    variances(at, p, summary, keys.site.b, plan.first_head, r0, r1);
-    const score term = detail::variance_term<Acc>{at.term, most, plan.first_head, r0};
-    pool.modify = &term;
-    at.run.absorb(pool);
+    pool.k_stride = s.d, pool.v_stride = s.e, pool.count = rule.blocks(), pool.site.m = rule.blocks();
+    for (isize J = 0; J < rule.blocks(); ++J) at.bias[J] = std::log(static_cast<Acc>(std::min(rule.block_k, s.m - J * rule.block_k)));
+    pool.bias = at.bias;
+    if (cumulant()) variances(at, p, summary, keys.site.b, head0, r0, r1);
+    return pool;
   }
 
   /// term[J][r - r0] = scale^2 / 2 sum_c q_rc^2 var_c(k_J), nats.
-  void variances(slot& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b, isize head0, isize r0, isize r1) const {
+  void variances(planner& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b, isize head0, isize r0, isize r1) const {
     const isize blocks = rule.blocks();
     const Acc half = static_cast<Acc>(rule.scale * rule.scale / 2);
     for (isize x = r0; x < r1; x += 64) {
