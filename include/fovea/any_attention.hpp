@@ -30,12 +30,9 @@ struct registered_mechanism {
 /// Every mechanism that a configuration can name.
 inline std::span<const registered_mechanism> registered_mechanisms() {
   static constexpr registered_mechanism table[] = {
-      {"softmax", configure_softmax},
-      {"linear", configure_linear},
-      {"dijiang", configure_dijiang},
-      {"linformer", configure_linformer},
-      {"efficient", configure_efficient},
-      {"kfree_reconstruction", configure_kfree_reconstruction},
+      {"softmax", configure_softmax},     {"linear", configure_linear},
+      {"dijiang", configure_dijiang},     {"linformer", configure_linformer},
+      {"efficient", configure_efficient}, {"kfree_reconstruction", configure_kfree_reconstruction},
       {"hybrid", configure_hybrid},
   };
   return table;
