@@ -17,7 +17,7 @@ struct dijiang_scratch {
 
   isize stride, q_head, e_stride;
   Acc *x, *map;               // converted rows; the transforms' own
-  Acc *k, *q, *channel;       // [tokens][stride]; q [heads]
+  Acc *k, *q;                 // [tokens][stride]; q [heads]
   Acc *v, *out;               // [tokens][e_stride]; out [heads]
   Acc *decay, *gain, *zeros;  // [tokens]; gain and zeros [heads][tokens]
   Acc *fade, *scale, *keep;   // [stride], [stride], [steps][stride]
@@ -29,7 +29,7 @@ struct dijiang_scratch {
     stride = n.rows * static_cast<isize>(sizeof(Acc)) % 1024 == 0 ? n.rows + 16 : n.rows;  // rows 1 KB apart would share cache sets
     q_head = feature_rows * stride, e_stride = n.panels * n.width;
     x = a.take<Acc>(feature_rows * d), map = a.take<Acc>(2 * feature_rows * d);
-    k = a.take<Acc>(q_head), q = a.take<Acc>(n.R * q_head), channel = a.take<Acc>(q_head);
+    k = a.take<Acc>(q_head), q = a.take<Acc>(n.R * q_head);
     v = a.take<Acc>(feature_rows * e_stride), out = a.take<Acc>(n.R * feature_rows * e_stride);
     decay = a.take<Acc>(feature_rows), gain = a.take<Acc>(n.R * feature_rows), zeros = a.take<Acc>(n.R * feature_rows);
     fade = a.take<Acc>(stride), scale = a.take<Acc>(stride), keep = a.take<Acc>(steps * stride);
@@ -40,7 +40,7 @@ struct dijiang_scratch {
   void clear(const dijiang_sizes& n) {
     for (isize t = 0; t < feature_rows; ++t) {
       for (isize f = n.r; f < stride; ++f) {
-        k[t * stride + f] = Acc(0), channel[t * stride + f] = Acc(1);
+        k[t * stride + f] = Acc(0);
         for (isize h = 0; h < n.R; ++h) q[h * q_head + t * stride + f] = Acc(0);
       }
       for (isize c = n.e; c < e_stride; ++c) v[t * e_stride + c] = Acc(0);
@@ -58,15 +58,13 @@ FOVEA_INLINE Acc raise_one(double x, Acc& c) {
   return static_cast<Acc>(std::exp(static_cast<double>(before) - static_cast<double>(c)));
 }
 
-/// The same for a row of features; false (and `fade` untouched) if none is above its reference. A NaN raises nothing.
+/// Is any exponent of the row above its reference? A NaN is not.
 template <class Arch, class Acc>
-FOVEA_INLINE bool raise(const Acc* log_phi, isize r, Acc* c, Acc* fade) {
+FOVEA_INLINE bool above(const Acc* log_phi, isize r, const Acc* c) {
   using P = simd::pack<Acc, Arch>;
   P excess(Acc(-1));
   for (isize f = 0; f < r; f += P::size) excess = simd::max(simd::load_n<P>(log_phi + f, r - f) - simd::load_n<P>(c + f, r - f), excess);
-  if (!(simd::reduce_max(excess) > Acc(0))) return false;
-  for (isize f = 0; f < r; ++f) fade[f] = raise_one(static_cast<double>(log_phi[f]), c[f]);
-  return true;
+  return simd::reduce_max(excess) > Acc(0);
 }
 
 /// out = e^(log_phi - c), <= 1

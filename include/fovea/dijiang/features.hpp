@@ -2,7 +2,7 @@
 #pragma once
 /// @file  DiJiang's features of a block of rows, as logarithms, and the same as a feature map for linear_attention.
 ///
-///   out[t][f] = ln phi_f(x_t)         (released: the features themselves, a softmax)
+///   out[t][f] = ln phi_f(x_t)         or phi_f(x_t) itself, where `logarithms` is false (released form only: it is a softmax)
 ///
 /// Cost       per row: blocks * (transform.macs() + 2 d) multiply-adds, r exponentials.
 /// Reference  dijiang_tables::define.
@@ -30,7 +30,7 @@ FOVEA_INLINE void dijiang_row(const Acc* x, const Acc* w, const Acc* add, isize 
 /// `scratch` holds 2 * rows * d elements.
 template <class Arch, class Acc>
 void dijiang_features(const dijiang_tables& m, isize kv_head, const Acc* x, isize x_stride, isize rows, Acc* out, isize out_stride,
-                      Acc* scratch) noexcept {
+                      Acc* scratch, bool logarithms) noexcept {
   const auto& table = m.transform.template table<Acc>();
   const auto& c = m.constants<Acc>();
   const Acc *after = c.after.data() + m.pick(kv_head) * m.r, *offset = c.offset.data() + m.pick(kv_head) * m.r;
@@ -51,8 +51,11 @@ void dijiang_features(const dijiang_tables& m, isize kv_head, const Acc* x, isiz
   if (m.form != dijiang_form::released) return;
   for (isize t = 0; t < rows; ++t) {
     Acc* y = out + t * out_stride;
-    const Acc sum = feature::row_exp<Arch, Acc>(y, m.r, Acc(1), feature::row_max<Arch, Acc>(y, m.r), y);
-    feature::row_scale<Arch, Acc>(y, m.r, 1 / sum);
+    const Acc top = feature::row_max<Arch, Acc>(y, m.r);
+    if (logarithms)
+      feature::row_shift<Arch, Acc>(y, m.r, -(top + std::log(feature::row_sum_exp<Arch, Acc>(y, m.r, top))));
+    else
+      feature::row_scale<Arch, Acc>(y, m.r, 1 / feature::row_exp<Arch, Acc>(y, m.r, Acc(1), top, y));
   }
 }
 
@@ -81,7 +84,7 @@ struct dijiang_map {
 
   template <class Arch, class Acc>
   void apply(const feature_block<Acc>& b, Acc* scratch) const noexcept {
-    detail::dijiang_features<Arch, Acc>(*tables, b.kv_head, b.x, b.x_stride, b.rows, b.out, b.out_stride, scratch);
+    detail::dijiang_features<Arch, Acc>(*tables, b.kv_head, b.x, b.x_stride, b.rows, b.out, b.out_stride, scratch, tables->logarithmic());
     for (isize t = 0; t < b.rows; ++t) {
       Acc* y = b.out + t * b.out_stride;
       b.log_scale[t] = tables->logarithmic() ? feature::row_max<Arch, Acc>(y, tables->r) : Acc(0);

@@ -15,7 +15,7 @@ template <class Arch, class Acc>
 class dijiang_sweeper {
  public:
   dijiang_sweeper(const dijiang_attention& m, const problem& p, state* s, arena scratch)
-      : m_(m), p_(p), t_(*m.tables), n_(sizes_of(m, p.shape())), state_(s == nullptr ? nullptr : s->as<Acc>()), past_(s == nullptr ? 0 : s->tokens()), memory_(scratch) {}
+      : m_(m), p_(p), t_(*m.tables), n_(sizes_of(m, p.shape())), log_(m.tables->logarithmic() || m.normalise), state_(s == nullptr ? nullptr : s->as<Acc>()), past_(s == nullptr ? 0 : s->tokens()), memory_(scratch) {}
 
   void run(exec_ref exec) const {
     exec.for_tasks(n_.B * n_.G, [&](isize task, isize slot) { sequence(task, slot); });
@@ -49,12 +49,10 @@ class dijiang_sweeper {
     absorb(here, 0, first);
     const isize empty = n > m ? n - m : 0;  // queries that see none
     for (isize i = 0; i < empty; ++i) zero_row(here, i);
-    for (isize i = empty; i < n; i += feature_rows) {
-      const isize count = std::min(feature_rows, n - i);
-      if (count == 1)
-        single(here, i, i + m - n);
-      else
-        block(here, i, i + m - n, count);
+    for (isize i = empty, most = feature_rows; i < n;) {
+      const isize done = block(here, i, i + m - n, std::min(most, n - i));
+      most = std::min(feature_rows, done == most ? 2 * most : std::max(isize{4}, 2 * done));  // rising exponents: shorter blocks waste less
+      i += done;
     }
   }
 
@@ -63,7 +61,7 @@ class dijiang_sweeper {
     for (isize h = 0; h < n_.R; ++h) simd::store_row<Arch, Acc>(p_.out.type, at.s.out, n_.e, p_.out.row(at.b, at.g * n_.R + h, i));
   }
 
-  /// Features of keys [j, j + count), and of queries [i, i + count) of each head, as logarithms (released: as they are).
+  /// Features of keys [j, j + count), and of queries [i, i + count) of each head, as logarithms where log_.
   void keys(site& at, isize j, isize count) const { features(at, p_.k, at.g, j, count, at.s.k); }
   void queries(site& at, isize i, isize count) const {
     for (isize h = 0; h < n_.R; ++h) features(at, p_.q, at.g * n_.R + h, i, count, at.s.q + h * at.s.q_head);
@@ -75,7 +73,7 @@ class dijiang_sweeper {
       for (isize i = 0; i < count; ++i) simd::load_row<Arch, Acc>(from.type, from.row(at.b, head, first + i), t_.d, at.s.x + i * t_.d);
       x = at.s.x, stride = t_.d;
     }
-    dijiang_features<Arch, Acc>(t_, at.g, x, stride, count, out, at.s.stride, at.s.map);
+    dijiang_features<Arch, Acc>(t_, at.g, x, stride, count, out, at.s.stride, at.s.map, log_);
   }
 
   /// ln of the gain of a query or key at a position.
@@ -84,71 +82,69 @@ class dijiang_sweeper {
   }
   double rate(isize g) const { return t_.gamma.empty() ? 1.0 : t_.gamma[t_.gamma.size() == 1 ? 0 : static_cast<std::size_t>(g)]; }
 
-  /// Token i of the block enters: references, decays and the key's row become final; then the rows of its queries.
-  void settle(site& at, isize i, isize query, isize key, bool& channel, bool& decays) const {
+  /// Does key j (row i of s.k) lie above a reference?
+  bool rises(const site& at, isize i, isize j) const {
+    if (log_ && above<Arch, Acc>(at.s.k + i * at.s.stride, n_.r, at.head.c)) return true;
+    return t_.gains() && gain(t_.log_d2, at.g, past_ + j) > static_cast<double>(at.head.g[0]);
+  }
+  /// Raises the references to key j (row i of s.k) and brings the state under them.
+  void raise(site& at, isize i, isize j) const {
+    auto& s = at.s;
+    const Acc common = t_.gains() ? raise_one(gain(t_.log_d2, at.g, past_ + j), at.head.g[0]) : Acc(1);
+    for (isize f = 0; f < n_.r; ++f)
+      s.fade[f] = common * (log_ ? raise_one(static_cast<double>(s.k[i * s.stride + f]), at.head.c[f]) : Acc(1));
+    rescale(at, s.fade);
+  }
+  /// Row i of s.k becomes the key's final row; then the rows of its queries.
+  void settle(site& at, isize i, isize j) const {
     auto& s = at.s;
     Acc* k = s.k + i * s.stride;
-    Acc decay = static_cast<Acc>(rate(at.g));
-    Acc own(1);
-    if (t_.gains()) {
-      const double b = gain(t_.log_d2, at.g, past_ + key);
-      decay *= raise_one(b, at.head.g[0]);
-      own = static_cast<Acc>(std::exp(b - static_cast<double>(at.head.g[0])));
-    }
-    const bool raised = t_.logarithmic() && raise<Arch, Acc>(k, n_.r, at.head.c, s.fade);
-    if (t_.logarithmic()) key_row<Arch, Acc>(k, at.head.c, n_.r, k);
-    if (own != Acc(1)) feature::row_scale<Arch, Acc>(k, n_.r, own);
-    if (raised && !channel) {  // the block's first: until here every channel had decayed alike
-      channel = true;
-      for (isize t = 0; t < i; ++t) fill(s.channel + t * s.stride, s.decay[t]);
-    }
-    s.decay[i] = decay;
-    decays = decays || decay != Acc(1);
-    if (channel) {
-      Acc* a = s.channel + i * s.stride;
-      fill(a, decay);
-      for (isize f = 0; raised && f < n_.r; ++f) a[f] *= s.fade[f];
-    }
-    for (isize h = 0; h < n_.R; ++h) query_weight(at, h, i, query + i, past_ + key);
-  }
-  void fill(Acc* a, Acc x) const {
-    for (isize f = 0; f < n_.rows; ++f) a[f] = x;
+    if (log_) key_row<Arch, Acc>(k, at.head.c, n_.r, k);
+    if (t_.gains()) feature::row_scale<Arch, Acc>(k, n_.r, static_cast<Acc>(std::exp(gain(t_.log_d2, at.g, past_ + j) - static_cast<double>(at.head.g[0]))));
+    for (isize h = 0; h < n_.R; ++h) query_weight(at, h, i, past_ + j);
   }
 
   /// Row i of head h of the queries: its features relative to the references, and what multiplies its output.
-  void query_weight(site& at, isize h, isize i, isize, isize position) const {
+  void query_weight(site& at, isize h, isize i, isize position) const {
     auto& s = at.s;
     Acc* q = s.q + h * s.q_head + i * s.stride;
     double log_gain = 0;
-    if (t_.logarithmic()) log_gain = static_cast<double>(query_row<Arch, Acc>(q, at.head.c, n_.r, q));
+    if (log_) log_gain = static_cast<double>(query_row<Arch, Acc>(q, at.head.c, n_.r, q));
     if (t_.gains()) log_gain += gain(t_.log_d1, at.g * n_.R + h, position) + static_cast<double>(at.head.g[0]);
     s.gain[h * feature_rows + i] = m_.normalise ? Acc(1) : log_gain == 0 ? Acc(1) : static_cast<Acc>(std::exp(log_gain));
   }
 
-  /// Causal: queries [i, i + count) against keys up to [j, j + count), which join the state.
-  void block(site& at, isize i, isize j, isize count) const {
+  /// Causal: up to `count` queries from i on, against keys up to their own (from j on), which join the state. Returns how many were
+  /// done: a key that raises a reference begins a block, so that no row depends on a later key, not even by rounding.
+  isize block(site& at, isize i, isize j, isize count) const {
+    keys(at, j, count), queries(at, i, count);
+    if (rises(at, 0, j)) raise(at, 0, j);
+    isize done = 0;
+    do settle(at, done, j + done);
+    while (++done < count && !rises(at, done, j + done));
+    load_values(at, j, done, ceil_div(done, isize{T}) * T);
+    if (count == 1)
+      single(at, i);
+    else
+      sweep(at, i, done);
+    return done;
+  }
+
+  void sweep(site& at, isize i, isize count) const {
     auto& s = at.s;
     const isize padded = ceil_div(count, isize{T}) * T;
-    keys(at, j, count), queries(at, i, count);
-    bool channel = false, decays = false;
-    for (isize t = 0; t < count; ++t) settle(at, t, i, j + t, channel, decays);
+    const bool decays = rate(at.g) != 1.0;
+    for (isize t = 0; t < padded; ++t) s.decay[t] = t < count ? static_cast<Acc>(rate(at.g)) : Acc(1);
     for (isize t = count; t < padded; ++t) {
-      s.decay[t] = Acc(1);
-      if (channel) fill(s.channel + t * s.stride, Acc(1));
       clear_row(s.k + t * s.stride);
       for (isize h = 0; h < n_.R; ++h) clear_row(s.q + h * s.q_head + t * s.stride), s.gain[h * feature_rows + t] = Acc(0);
     }
-    load_values(at, j, count, padded);
-    const kernel::sweep_block<Acc, T> sweep{padded / T, n_.r, s.stride, s.k, s.k, s.step, n_.R, s.q, s.q_head, s.read, feature_rows / T};
-    const kernel::weight_block<Acc> w{decays ? s.decay : nullptr, s.channel, nullptr, m_.normalise, s.gain, s.zeros, s.zeros, at.head.z, s.scale, s.keep};
-    if (channel)
-      kernel::channel_weights<Arch, Acc, false>(sweep, w, s.k, s.q, nullptr, s.step, s.read);
-    else
-      kernel::scalar_weights<Arch, Acc, false>(sweep, w, s.step, s.read);
+    const kernel::sweep_block<Acc, T> b{padded / T, n_.r, s.stride, s.k, s.k, s.step, n_.R, s.q, s.q_head, s.read, feature_rows / T};
+    const kernel::weight_block<Acc> w{decays ? s.decay : nullptr, nullptr, nullptr, m_.normalise, s.gain, s.zeros, s.zeros, at.head.z, s.scale, s.keep};
+    kernel::scalar_weights<Arch, Acc, false>(b, w, s.step, s.read);
     constexpr isize columns = kernel::sweep_shape<Arch>::NR * simd::pack<Acc, Arch>::size;
-    for (isize c = 0; c < n_.panels * n_.width; c += columns)
-      kernel::sweep_panel<Arch, Acc, false>(sweep, at.head.S + c / n_.width * n_.r * n_.width + c % n_.width, s.v + c, s.e_stride, s.out + c, s.e_stride,
-                                            feature_rows * s.e_stride);
+    for (isize c = 0; c < s.e_stride; c += columns)
+      kernel::sweep_panel<Arch, Acc, false>(b, at.head.S + c / n_.width * n_.r * n_.width + c % n_.width, s.v + c, s.e_stride, s.out + c, s.e_stride, feature_rows * s.e_stride);
     for (isize h = 0; h < n_.R; ++h)
       for (isize t = 0; t < count; ++t)
         simd::store_row<Arch, Acc>(p_.out.type, s.out + (h * feature_rows + t) * s.e_stride, n_.e, p_.out.row(at.b, at.g * n_.R + h, i + t));
@@ -162,19 +158,14 @@ class dijiang_sweeper {
     for (isize c = count * s.e_stride; c < padded * s.e_stride; ++c) s.v[c] = Acc(0);
   }
 
-  /// One token: the decode step.
-  void single(site& at, isize i, isize j) const {
+  /// A block of one token: the decode step.
+  void single(site& at, isize i) const {
     auto& s = at.s;
-    keys(at, j, 1), queries(at, i, 1);
-    bool channel = false, decays = false;
-    settle(at, 0, i, j, channel, decays);
-    const Acc* keep = channel ? s.channel : s.decay;
-    const isize keep_step = channel ? 1 : 0;
-    for (isize f = 0; f < n_.r; ++f) at.head.z[f] = keep[f * keep_step] * at.head.z[f] + s.k[f];
-    load_values(at, j, 1, 1);
+    const Acc keep = static_cast<Acc>(rate(at.g));
+    for (isize f = 0; f < n_.r; ++f) at.head.z[f] = keep * at.head.z[f] + s.k[f];
     for (isize panel = 0; panel < n_.panels; ++panel)
-      kernel::step_panel<Arch, Acc>(n_.r, at.head.S + panel * n_.r * n_.width, keep, keep_step, s.k, s.v + panel * n_.width, n_.R, s.q, s.q_head,
-                                    s.out + panel * n_.width, feature_rows * s.e_stride);
+      kernel::step_panel<Arch, Acc>(n_.r, at.head.S + panel * n_.r * n_.width, &keep, 0, s.k, s.v + panel * n_.width, n_.R, s.q, s.q_head, s.out + panel * n_.width,
+                                    feature_rows * s.e_stride);
     for (isize h = 0; h < n_.R; ++h) finish(at, h, 0, i);
   }
   /// Divides row t of head h by its sum and stores it as output row i.
@@ -190,25 +181,21 @@ class dijiang_sweeper {
     simd::store_row<Arch, Acc>(p_.out.type, out, n_.e, p_.out.row(at.b, at.g * n_.R + h, i));
   }
 
-  /// Keys [first, last) join the state; every later query sees them all, so a block is brought to its own largest exponents.
+  /// Keys [first, last) join the state; every later query sees them all.
   void absorb(site& at, isize first, isize last) const {
     auto& s = at.s;
     for (isize j = first; j < last; j += feature_rows) {
       const isize count = std::min(feature_rows, last - j);
       keys(at, j, count);
-      double fade = 1;
-      for (isize t = 0; t < count; ++t) {
-        fade *= rate(at.g) * (t_.gains() ? static_cast<double>(raise_one(gain(t_.log_d2, at.g, past_ + j + t), at.head.g[0])) : 1.0);
-        if (t_.logarithmic() && raise<Arch, Acc>(s.k + t * s.stride, n_.r, at.head.c, s.fade)) rescale(at, s.fade);
-      }
-      if (fade != 1) {
-        fill(s.fade, static_cast<Acc>(fade));
-        rescale(at, s.fade);
-      }
+      for (isize t = 0; t < count; ++t)
+        if (rises(at, t, j + t)) raise(at, t, j + t);
+      const double g = rate(at.g);
+      for (isize f = 0; f < n_.r; ++f) s.fade[f] = static_cast<Acc>(std::pow(g, static_cast<double>(count)));
+      rescale(at, s.fade);
       for (isize t = 0; t < count; ++t) {
         Acc* k = s.k + t * s.stride;
-        if (t_.logarithmic()) key_row<Arch, Acc>(k, at.head.c, n_.r, k);
-        const double own = std::pow(rate(at.g), static_cast<double>(count - 1 - t)) *
+        if (log_) key_row<Arch, Acc>(k, at.head.c, n_.r, k);
+        const double own = std::pow(g, static_cast<double>(count - 1 - t)) *
                            (t_.gains() ? std::exp(gain(t_.log_d2, at.g, past_ + j + t) - static_cast<double>(at.head.g[0])) : 1.0);
         if (own != 1) feature::row_scale<Arch, Acc>(k, n_.r, static_cast<Acc>(own));
         for (isize f = 0; f < n_.r; ++f) at.head.z[f] += k[f];
@@ -231,7 +218,7 @@ class dijiang_sweeper {
     auto& s = at.s;
     queries(at, i, count);
     for (isize h = 0; h < n_.R; ++h) {
-      for (isize t = 0; t < count; ++t) query_weight(at, h, t, i + t, 0);
+      for (isize t = 0; t < count; ++t) query_weight(at, h, t, 0);
       for (isize panel = 0; panel < n_.panels; ++panel)
         tile::gemm<Arch, Acc>(count, n_.width, n_.r, s.q + h * s.q_head, s.stride, isize{1}, at.head.S + panel * n_.r * n_.width, n_.width,
                               s.out + h * feature_rows * s.e_stride + panel * n_.width, s.e_stride, false);
@@ -243,6 +230,7 @@ class dijiang_sweeper {
   const problem& p_;
   const dijiang_tables& t_;
   dijiang_sizes n_;
+  bool log_;  // features as logarithms: exponentials, and the released form's softmax where a quotient of tiny products is wanted
   Acc* state_;
   isize past_;
   arena memory_;

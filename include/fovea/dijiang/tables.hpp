@@ -87,7 +87,7 @@ struct dijiang_tables {
         double y = 0;
         for (isize n = 0; n < d; ++n) {
           const isize k = form == dijiang_form::released ? n : j, at = form == dijiang_form::released ? j : n;
-          const double c = std::sqrt((k == 0 ? 1.0 : 2.0) / width) * std::cos(pi * static_cast<double>((2 * at + 1) * k) / (2 * width));
+          const double c = std::sqrt((k == 0 ? 1.0 : 2.0) / width) * std::cos(pi * static_cast<double>((2 * at + 1) * k % (4 * d)) / (2 * width));
           y += c * static_cast<double>(signs[static_cast<std::size_t>(b * d + n)]) * shrink * x[n];
         }
         const isize f = b * d + j;

@@ -56,6 +56,14 @@ FOVEA_INLINE void row_scale(Acc* x, isize n, Acc scale) {
   row_affine<Arch, Acc>(x, nullptr, n, scale, x);
 }
 
+/// x += by
+template <class Arch, class Acc>
+FOVEA_INLINE void row_shift(Acc* x, isize n, Acc by) {
+  using P = simd::pack<Acc, Arch>;
+  const P s(by);
+  for (isize c = 0; c < n; c += P::size) simd::store_n(x + c, simd::load_n<P>(x + c, n - c) + s, n - c);
+}
+
 /// out = e^(scale * x - shift); returns the sum. Exponents below the range of Acc give 0.
 template <class Arch, class Acc>
 FOVEA_INLINE Acc row_exp(const Acc* x, isize n, Acc scale, Acc shift, Acc* out) {
@@ -65,6 +73,19 @@ FOVEA_INLINE Acc row_exp(const Acc* x, isize n, Acc scale, Acc shift, Acc* out) 
   for (isize c = 0; c < n; c += P::size) {
     const P e = simd::exp(simd::load_n<P>(x + c, n - c) * s - m);
     simd::store_n(out + c, e, n - c);
+    sum = sum + (n - c >= P::size ? e : simd::select((1U << (n - c)) - 1U, e, zero));
+  }
+  return simd::reduce_add(sum);
+}
+
+/// The sum of e^(x - shift).
+template <class Arch, class Acc>
+FOVEA_INLINE Acc row_sum_exp(const Acc* x, isize n, Acc shift) {
+  using P = simd::pack<Acc, Arch>;
+  const P m(shift), zero(Acc(0));
+  P sum = zero;
+  for (isize c = 0; c < n; c += P::size) {
+    const P e = simd::exp(simd::load_n<P>(x + c, n - c) - m);
     sum = sum + (n - c >= P::size ? e : simd::select((1U << (n - c)) - 1U, e, zero));
   }
   return simd::reduce_add(sum);
