@@ -5,8 +5,10 @@
 /// Contract   every message names the argument, the value it had and what was wanted.
 /// Errors     builds with -fno-exceptions call FOVEA_ABORT(message) instead (core/config.hpp).
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -57,6 +59,21 @@ std::string describe(const erased_view<Void>& t) {
   return sentence("[", t.batch, ", ", t.heads, ", ", t.length, ", ", t.width, "] ", name_of(t.type));
 }
 
+/// Elements of an output share no memory: each stride spans all that the smaller ones reach.
+inline bool elements_apart(const tensor_mut& t) {
+  struct axis {
+    isize count, stride;
+  } axes[] = {{t.batch, t.batch_stride}, {t.heads, t.head_stride}, {t.length, t.row_stride}};
+  std::sort(std::begin(axes), std::end(axes), [](const axis& a, const axis& b) { return a.stride < b.stride; });
+  isize reach = t.width;
+  for (const axis& a : axes) {
+    if (a.count <= 1) continue;
+    if (a.stride < reach) return false;
+    reach += (a.count - 1) * a.stride;
+  }
+  return true;
+}
+
 template <class Void>
 void check_tensor(const char* name, const erased_view<Void>& t) {
   require(t.batch >= 0 && t.heads >= 0 && t.length >= 0 && t.width >= 0, name, " is ", describe(t), "; sizes must not be negative");
@@ -64,12 +81,17 @@ void check_tensor(const char* name, const erased_view<Void>& t) {
   require(t.data != nullptr || empty, name, " is null; wanted memory for ", describe(t));
   require(t.length <= 1 || t.row_stride >= t.width, name, " has a row stride of ", t.row_stride, " elements; rows of width ", t.width,
           " must not overlap");
+  require((t.batch <= 1 || t.batch_stride >= 0) && (t.heads <= 1 || t.head_stride >= 0), name, " has batch and head strides of ", t.batch_stride,
+          ", ", t.head_stride, "; strides must not be negative");
+  if constexpr (!std::is_const_v<Void>)
+    require(empty || elements_apart(t), name, " has strides of ", t.batch_stride, ", ", t.head_stride, ", ", t.row_stride, " elements for ",
+            describe(t), "; elements of an output must not share memory");
 }
 
 struct byte_range {
   std::uintptr_t first = 0, last = 0;  // [first, last)
 };
-/// The smallest byte range that holds every element (strides are not negative by check_tensor and the H, B strides of outputs).
+/// The smallest byte range that holds every element (no stride is negative, by check_tensor).
 template <class Void>
 byte_range extent(const erased_view<Void>& t) {
   if (t.data == nullptr || t.batch <= 0 || t.heads <= 0 || t.length <= 0 || t.width <= 0) return {};
