@@ -37,6 +37,7 @@ struct alibi {
   isize count = 0;                ///< how many there are; 0: not checked
   void check(const mask_site& at) const {
     require(slopes != nullptr && (count == 0 || count == at.H), "alibi has ", slopes == nullptr ? 0 : count, " slopes; wanted one for each of ", at.H, " heads");
+    for (isize h = 0; h < at.H; ++h) require(std::isfinite(slopes[h]), "alibi slopes[", h, "] is ", slopes[h], "; it must be finite");
   }
   template <class T>
   FOVEA_HD T operator()(const mask_site& at, isize i, isize j, T s) const {

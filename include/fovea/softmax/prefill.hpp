@@ -17,6 +17,8 @@ inline void softmax_attention::check_values(const shape& s) const {
   }
   const mask_site at = site(s, 0);
   require(sinks == nullptr || sink_count == 0 || sink_count == at.H, "sinks holds ", sink_count, " logits; wanted one for each of ", at.H, " heads");
+  for (isize h = 0; sinks != nullptr && h < at.H; ++h)
+    require(sinks[h] < std::numeric_limits<float>::infinity(), "sinks[", h, "] is ", sinks[h], "; it must be a number below infinity");
   mask.check(at);
   score.check(at);
 }
