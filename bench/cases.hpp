@@ -5,7 +5,8 @@
 #include <string>
 #include <vector>
 
-#include <fovea/fovea.hpp>
+#include <fovea/any_attention.hpp>
+#include <fovea/core/kv_cache.hpp>
 
 namespace bench {
 

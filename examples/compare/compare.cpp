@@ -8,7 +8,7 @@
 #include <iostream>
 #include <memory>
 
-#include <fovea/fovea.hpp>
+#include <fovea/any_attention.hpp>
 #include <fovea/interop/json.hpp>
 
 #include "common/machine.hpp"

@@ -52,7 +52,7 @@ namespace detail {
 
 template <class Arch, class Acc>
 struct softmax_tile {
-  static constexpr int MR = tile::tile_shape<Arch>::MR, NR = tile::tile_shape<Arch>::NR;
+  static constexpr int MR = tile::tile_shape<Arch, Acc>::MR, NR = tile::tile_shape<Arch, Acc>::NR;
   static constexpr isize W = simd::pack<Acc, Arch>::size, rows = NR * W;  // queries of a tile
   static constexpr isize keys = 128;                                      // keys of a block: S stays in L1
   static constexpr isize most_panels = keys;

@@ -15,14 +15,11 @@ namespace fovea {
 inline namespace FOVEA_ABI {
 namespace tile {
 
-/// Rows and vectors of the register tile.
-template <class Arch>
+/// Rows and vectors of the register tile. double takes half the rows: as many chains as the adder needs, half the code.
+template <class Arch, class T>
 struct tile_shape {
-  static constexpr int MR = Arch::registers >= 32 ? 8 : 6, NR = 2;
-};
-template <>
-struct tile_shape<simd::scalar> {
-  static constexpr int MR = 4, NR = 2;
+  static constexpr int full = std::is_same_v<Arch, simd::scalar> ? 4 : Arch::registers >= 32 ? 8 : 6;
+  static constexpr int MR = std::is_same_v<T, double> ? 4 : full, NR = 2;
 };
 
 /// Splits `total` into equal groups of at most MR: 64 by 12 gives 11, 11, 11, 11, 10, 10, never a short last one.
@@ -82,7 +79,7 @@ FOVEA_NOINLINE void gemm_edge(isize K, const T* a, isize a_row, isize a_col, con
 template <class Arch, class T>
 void gemm(isize M, isize N, isize K, const T* a, isize a_row, isize a_col, const T* b, isize ldb, T* c, isize ldc, bool add) noexcept {
   using P = simd::pack<T, Arch>;
-  constexpr int MR = tile_shape<Arch>::MR, NR = tile_shape<Arch>::NR;
+  constexpr int MR = tile_shape<Arch, T>::MR, NR = tile_shape<Arch, T>::NR;
   const balanced rows(M, MR);
   isize j = 0;
   while (j < N) {
