@@ -20,6 +20,10 @@ struct planned_blocks {
   std::uint8_t wanted = kernel::computed;
   bool causal = false;
 
+  /// Hulls are widened to the key blocks of kernel/online_softmax.hpp: its panels then start at the same keys whatever is selected
+  /// for other rows of a tile, and a row's bits depend on nothing that the row may not see.
+  static constexpr isize unit = 128;
+
   isize row(const mask_site& at, isize i) const { return first_row[at.h - first_head] + (i + origin) / block_q; }
 
   bool visible(const mask_site& at, isize i, isize j) const {
@@ -29,7 +33,9 @@ struct planned_blocks {
     range all{blocks, 0};
     for (isize r = row(at, i0); r <= row(at, i1 - 1); ++r)
       if (!hull[r].empty()) all = {std::min(all.first, hull[r].first), std::max(all.last, hull[r].last)};
-    return meet({all.first * block_k, all.last * block_k}, {0, causal ? i1 + offset : at.m});
+    if (all.empty()) return {0, 0};
+    const range wide{all.first * block_k / unit * unit, ceil_div(all.last * block_k, unit) * unit};
+    return meet(wide, {0, causal ? i1 + offset : at.m});
   }
   tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
     if (causal && j0 > i1 - 1 + offset) return tile_kind::empty;

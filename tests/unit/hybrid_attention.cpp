@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: MIT
+/// @file  hybrid_attention beyond golden data and laws: identities of pooling, edges, contract, recall, cost, states, configuration.
+
+#include <fovea/hybrid.hpp>
+#include <fovea/hybrid/configure.hpp>
+#include <fovea/hybrid/reference.hpp>
+#include <fovea/softmax.hpp>
+
+#include "support/catch.hpp"
+#include "support/errors.hpp"
+#include "support/tensors.hpp"
+
+namespace {
+
+using namespace fovea;
+using test::dtype;
+using test::tensor;
+
+struct call {
+  tensor q, k, v, out, lse;
+  call(isize H, isize G, isize n, isize m, isize d, isize e, std::uint64_t seed = 1, dtype type = dtype::f32) {
+    test::random r(seed);
+    q = test::normal(r, type, 1, H, n, d), k = test::normal(r, type, 1, G, m, d), v = test::normal(r, type, 1, G, m, e);
+    out = test::unwritten(type, 1, H, n, e), lse = test::unwritten(type == dtype::f64 ? type : dtype::f32, 1, H, n, 1);
+  }
+  template <class M>
+  const tensor& run(const M& m) {
+    fovea::prefill(serial, m, q, k, v, out, {.lse = lse});
+    return out;
+  }
+  test::array dense(bool is_causal) {
+    softmax_attention exact;
+    if (is_causal) exact.mask = causal{};
+    return run(exact).values();
+  }
+};
+
+/// A mask in which every query block computes the diagonal block only.
+std::vector<std::uint8_t> diagonal(isize rows, isize columns) {
+  std::vector<std::uint8_t> t(static_cast<std::size_t>(rows * columns));
+  for (isize i = 0; i < rows; ++i) t[static_cast<std::size_t>(i * columns + std::min(i, columns - 1))] = 1;
+  return t;
+}
+view<const std::uint8_t> as_blocks(const std::vector<std::uint8_t>& t, isize rows, isize columns) { return bhnd(t.data(), 1, 1, rows, columns); }
+
+}  // namespace
+
+TEST_CASE("hybrid: everything computed is dense attention") {
+  for (const bool is_causal : {false, true}) {
+    call c(4, 2, 150, 150, 24, 40);
+    const auto want = c.dense(is_causal);
+    const std::vector<std::uint8_t> all(10 * 10, 1);
+    CHECK_CLOSE(c.run(hybrid_attention::over(as_blocks(all, 10, 10), 16, 16, is_causal)).values(), want, {.c = 16});
+    for (const auto select : {block_selector::mean, block_selector::bound, block_selector::int8, block_selector::exact})
+      for (const isize block_q : {isize{1}, isize{16}, isize{64}})
+        CHECK_CLOSE(c.run(hybrid_attention{.select = select, .block_q = block_q, .block_k = 16, .is_causal = is_causal, .budget = 1.0}).values(), want, {.c = 16});
+  }
+}
+
+TEST_CASE("hybrid: equal keys within a block make pooling exact, and constant values come out constant") {
+  call c(2, 1, 80, 75, 16, 8);
+  for (isize j = 0; j < 75; ++j)
+    for (isize x = 0; x < 16; ++x) c.k.set(0, 0, j, x, c.k.get(0, 0, j / 16 * 16, x));
+  const auto mask = diagonal(5, 5);
+  for (const auto rest : {compensation::zeroth, compensation::cumulant}) {  // no spread: the variance term is exactly 0
+    auto m = hybrid_attention::over(as_blocks(mask, 5, 5), 16, 16, false);
+    m.compensate = rest;
+    const auto want = c.dense(false);
+    CHECK_CLOSE(c.run(m).values(), want, {.c = 16});
+  }
+  c.v.fill([] { return 3.0; });
+  for (const auto rest : {compensation::none, compensation::zeroth, compensation::cumulant}) {
+    test::random r(4);
+    c.k.fill_normal(r);
+    auto m = hybrid_attention::over(as_blocks(mask, 5, 5), 16, 16, false);
+    m.compensate = rest;
+    for (const double x : c.run(m).values().data) CHECK(x == Approx(3.0).epsilon(1e-6));
+  }
+}
+
+TEST_CASE("hybrid: pooling takes the true size of the last block") {
+  // 20 equal keys of score 0 in blocks of 16: nothing computed, the two pooled tokens weigh 16 and 4.
+  call c(1, 1, 1, 20, 4, 1);
+  c.q.fill([] { return 0.0; });
+  isize j = 0;
+  c.v.fill([&] { return j++ < 16 ? 1.0 : 11.0; });
+  const std::vector<std::uint8_t> nothing(2, 0);
+  auto m = hybrid_attention::over(as_blocks(nothing, 1, 2), 1, 16, false);
+  CHECK(c.run(m).get(0, 0, 0, 0) == 0);  // dropped: a row with no key
+  CHECK(c.lse.get(0, 0, 0, 0) == -HUGE_VAL);
+  m.compensate = compensation::zeroth;
+  CHECK(c.run(m).get(0, 0, 0, 0) == Approx((16 * 1.0 + 4 * 11.0) / 20));
+  CHECK(c.lse.get(0, 0, 0, 0) == Approx(std::log(20.0)));
+}
+
+TEST_CASE("hybrid: a needle that mean keys hide is found by token scores") {
+  // 64 blocks; one key of block 20 answers the queries, its 15 neighbours point away, so the block's mean key is unremarkable.
+  const isize m = 1024, d = 32;
+  call c(1, 1, 16, m, d, 4, 7);
+  for (isize i = 0; i < 16; ++i)
+    for (isize x = 0; x < d; ++x) c.q.set(0, 0, i, x, x == 0 ? 12.0 : 0.0);
+  for (isize j = 320; j < 336; ++j) c.k.set(0, 0, j, 0, j == 327 ? 9.0 : -1.5);
+  const hybrid_attention base{.block_q = 16, .block_k = 16, .is_causal = true, .budget = 0.05, .at_least = 0, .compensate = compensation::none};
+  tensor recall = test::unwritten(dtype::f32, 1, 1, 16, 1);
+  const auto kept = [&](block_selector select) {
+    hybrid_attention h = base;
+    h.select = select;
+    mass_recall(serial, h, c.q, c.k, c.v, recall);
+    return recall.get(0, 0, 3, 0);
+  };
+  CHECK(kept(block_selector::exact) > 0.99);
+  CHECK(kept(block_selector::int8) > 0.99);
+  CHECK(kept(block_selector::int4) > 0.99);
+  CHECK(kept(block_selector::bound) > 0.99);
+  CHECK(kept(block_selector::mean) < 0.01);
+}
+
+TEST_CASE("hybrid: recall is the mass of the computed keys") {
+  call c(2, 1, 48, 96, 8, 8, 3);
+  hybrid_attention m{.select = block_selector::mean, .block_q = 8, .block_k = 8, .is_causal = true, .budget = 0.2, .at_least = 0, .first = 8, .window = 8};
+  tensor recall = test::unwritten(dtype::f32, 1, 2, 48, 1);
+  mass_recall(serial, m, c.q, c.k, c.v, recall);
+  c.run(m);
+  const problem p{c.q, c.k, c.v, c.out, c.lse, {}};
+  for (isize h = 0; h < 2; ++h) {
+    const auto fates = reference::block_fates(m, p, 0, h);
+    for (isize i = 0; i < 48; ++i) {
+      double some = 0, all = 0;
+      for (isize j = 0; j <= i + 48; ++j) {
+        double dot = 0;
+        for (isize x = 0; x < 8; ++x) dot += c.q.get(0, h, i, x) * c.k.get(0, 0, j, x);
+        const double w = std::exp(dot / std::sqrt(8.0));
+        all += w;
+        if (fates[static_cast<std::size_t>(i / 8)][static_cast<std::size_t>(j / 8)] == 1) some += w;
+      }
+      CHECK(recall.get(0, h, i, 0) == Approx(some / all).epsilon(1e-5));
+    }
+  }
+  m.budget = 1;
+  mass_recall(serial, m, c.q, c.k, c.v, recall);
+  for (const double x : recall.values().data) CHECK(x == Approx(1.0).epsilon(1e-5));
+}
+
+TEST_CASE("hybrid: a shared selection does not see keys of its own block, or later ones") {
+  const hybrid_attention m{.select = block_selector::exact, .block_q = 16, .block_k = 8, .is_causal = true, .budget = 0.3, .at_least = 0, .first = 0, .window = 0};
+  call a(1, 1, 96, 96, 8, 8, 9), b(1, 1, 96, 96, 8, 8, 9);
+  for (isize j = 71; j < 96; ++j)
+    for (isize x = 0; x < 8; ++x) b.k.set(0, 0, j, x, 50.0), b.v.set(0, 0, j, x, -50.0);
+  a.run(m), b.run(m);
+  CHECK_SAME_BITS(test::rows_of(a.out, 0, 71), test::rows_of(b.out, 0, 71));  // rows 64 to 70 share their block with row 71
+}
+
+TEST_CASE("hybrid: NaN in a skipped block stays there") {
+  call c(1, 1, 64, 64, 16, 16, 2);
+  const auto mask = diagonal(4, 4);
+  const auto m = hybrid_attention::over(as_blocks(mask, 4, 4), 16, 16, false);
+  for (isize j = 32; j < 48; ++j) c.k.set(0, 0, j, 3, NAN), c.v.set(0, 0, j, 2, HUGE_VAL);
+  c.run(m);
+  for (isize i = 0; i < 64; ++i) CHECK(std::isfinite(c.out.get(0, 0, i, 0)) == (i < 32 || i >= 48));
+}
+
+TEST_CASE("hybrid: ragged, rectangular and shared blocks against the twin") {
+  test::random r(11);
+  for (int round = 0; round < 60; ++round) {
+    const isize G = r.integer(1, 2), H = G * r.integer(1, 3), n = r.integer(1, 90), m = r.integer(1, 120), d = r.integer(1, 40), e = r.integer(1, 40);
+    call c(H, G, n, m, d, e, 100 + static_cast<std::uint64_t>(round), round % 3 == 0 ? dtype::f64 : dtype::f32);
+    hybrid_attention h;
+    h.select = static_cast<block_selector>(r.integer(2, 7)), h.compensate = static_cast<compensation>(r.integer(0, 2));
+    h.block_q = r.integer(1, 40), h.block_k = r.integer(1, 40), h.is_causal = r.coin(), h.budget = r.uniform(), h.at_least = r.integer(0, 20);
+    h.top = r.coin(0.3) ? r.integer(1, 5) : 0, h.first = r.integer(0, 9), h.window = r.integer(0, 20);
+    if (r.coin(0.2)) h.align = top_left;
+    tensor want = test::unwritten(dtype::f64, 1, H, n, e), sums = test::unwritten(dtype::f64, 1, H, n, 1);
+    reference::prefill(h, {c.q, c.k, c.v, want, sums, {}});
+    c.run(h);
+    CAPTURE(round, H, G, n, m, d, e, static_cast<int>(h.select), h.block_q, h.block_k, h.is_causal, h.budget, h.top);
+    CHECK_CLOSE(c.out.values(), want.values(), {.c = 128, .acc = c.q.type()});
+    CHECK_CLOSE(c.lse.values(), sums.values(), {.c = 128, .acc = c.q.type(), .scale = 4});
+  }
+}
+
+TEST_CASE("hybrid: multiply-adds follow the plan") {
+  const shape s{1, 4, 2, 96, 96, 16, 24};
+  call c(4, 2, 96, 96, 16, 24, 5);
+  hybrid_attention m{.select = block_selector::mean, .block_q = 8, .block_k = 8, .is_causal = true, .budget = 0.25, .at_least = 16, .first = 8, .window = 8};
+  double want = 0;
+  for (isize h = 0; h < 4; ++h) {
+    const auto fates = reference::block_fates(m, {c.q, c.k, c.v, c.out, c.lse, {}}, 0, h);
+    for (isize i = 0; i < 96; ++i) {
+      want += static_cast<double>(i / 8) * 16;  // mean keys of the blocks before its own
+      for (isize J = 0; J < 12; ++J) {
+        const int fate = fates[static_cast<std::size_t>(i / 8)][static_cast<std::size_t>(J)];
+        want += fate == 2 ? 40 : fate == 1 ? 40.0 * static_cast<double>(std::min<isize>(8, i + 1 - J * 8)) : 0;
+      }
+    }
+  }
+  CHECK(m.macs(s) == want);
+  CHECK(hybrid_attention::hsa(hsa_mode::local, 10).macs(s) == 4.0 * 40 * (96 * 10 - 45));
+  CHECK(m.step_macs({1, 4, 2, 1, 97, 16, 24}) < m.step_macs({1, 4, 2, 1, 960, 16, 24}));
+  CHECK(m.state_bytes({1, 4, 2, 1, 4096, 16, 24}) == m.make_state({1, 4, 2, 1, 4096, 16, 24}).bytes());
+}
+
+TEST_CASE("hybrid: a call that breaks the contract is refused by a sentence, and writes nothing") {
+  call c(4, 2, 32, 32, 8, 8);
+  const auto before = c.out.bytes();
+  const std::vector<std::uint8_t> table(4, 1);
+  const auto refused = [&](const hybrid_attention& m, const char* word) {
+    const std::string said = test::refusal([&] { c.run(m); });
+    CAPTURE(said);
+    CHECK(said.find(word) != std::string::npos);
+    CHECK(c.out.bytes() == before);
+  };
+  refused({.block_q = 0}, "block_q");
+  refused({.block_k = -3}, "block_k");
+  refused({.top = -1}, "top");
+  refused({.budget = 1.5}, "budget");
+  refused({.budget = NAN}, "budget");
+  refused({.at_least = -1}, "at_least");
+  refused({.window = -1}, "window");
+  refused({.scale = -1.0}, "scale");
+  refused({.scale = HUGE_VAL}, "scale");
+  refused({.select = block_selector::given}, "blocks is null");
+  refused(hybrid_attention::over(as_blocks(table, 2, 2), 16, 8, false), "blocks is [1, 1, 2, 2]");
+  refused(hybrid_attention::over(bhnd(table.data(), 1, 3, 1, 1), 32, 32, false), "blocks has 3 heads");
+  refused(hybrid_attention::hsa(hsa_mode::local, 0), "stride");
+  auto open = hybrid_attention::hsa(hsa_mode::fixed, 4);
+  open.is_causal = false;
+  refused(open, "causal by definition");
+  auto pooled = hybrid_attention::hsa(hsa_mode::fixed, 4);
+  pooled.compensate = compensation::zeroth;
+  refused(pooled, "single tokens");
+  CHECK(test::refusal([&] { hybrid_attention{}.make_state(shape{}); }).find("causal") != std::string::npos);
+}
+
+TEST_CASE("hybrid: a state of another recipe is refused") {
+  const shape s{1, 2, 1, 8, 32, 8, 8};
+  call c(2, 1, 8, 8, 8, 8);
+  hybrid_attention m{.block_q = 1, .block_k = 8, .is_causal = true};
+  state st = m.make_state(s);
+  fovea::prefill(serial, m, c.q, c.k, c.v, c.out, st);
+  m.budget = 0.5;
+  CHECK(test::refusal([&] { fovea::prefill(serial, m, c.q, c.k, c.v, c.out, st); }).find("hyper-parameters") != std::string::npos);
+}
+
+TEST_CASE("hybrid: decoding with a shared selection gives finite rows and follows the keys") {
+  // Selection is shared by 16 rows in a prefill and made row by row in steps: other blocks, the same budget (see the contract).
+  call c(3, 1, 200, 200, 16, 16, 8);
+  const hybrid_attention m{.is_causal = true, .budget = 0.25, .at_least = 64};
+  const auto want = c.dense(true);
+  state st = m.make_state({1, 3, 1, 200, 200, 16, 16});
+  double error = 0, size = 0;
+  for (isize i = 0; i < 200; ++i) fovea::step(serial, m, c.q.ref().slice(i, 1), c.k.ref().slice(i, 1), c.v.ref().slice(i, 1), c.out.ref().slice(i, 1), st);
+  const auto got = c.out.values();
+  for (std::size_t x = 0; x < want.data.size(); ++x) error += std::pow(got.data[x] - want.data[x], 2), size += std::pow(want.data[x], 2);
+  CHECK(std::sqrt(error / size) < 0.5);
+}
+
+TEST_CASE("hybrid: from a configuration") {
+  const auto make = [](const configuration& c, const arrays& tensors = {}) {
+    configuration_reader reader(c, tensors);
+    any_attention a = configure_hybrid(reader);
+    reader.finish();
+    return a;
+  };
+  const auto recipe = make({"hybrid", {{"causal", true}}});
+  const auto* m = recipe.as<hybrid_attention>();
+  CHECK((m->select == block_selector::int8 && m->block_q == 16 && m->budget == 0.25 && m->at_least == 256 && m->compensate == compensation::zeroth));
+  const auto moba = make({"hybrid", {{"causal", true}, {"top", 3.0}, {"block_k", 64.0}}});
+  m = moba.as<hybrid_attention>();
+  CHECK((m->select == block_selector::mean && m->block_q == 1 && m->block_k == 64 && m->top == 3 && m->window == 0 && m->compensate == compensation::none));
+  const auto hsa = make({"hybrid", {{"causal", true}, {"pattern", std::string("fixed")}, {"stride", 32.0}}});
+  CHECK(hsa.as<hybrid_attention>()->pattern == hsa_mode::fixed);
+  const arrays table{{"blocks", array({2, 2}, std::vector<std::uint8_t>{1, 0, 1, 1})}};
+  CHECK(make({"hybrid", {{"compensate", std::string("zeroth")}}}, table).as<hybrid_attention>()->select == block_selector::given);
+  const auto refused = [&](const configuration& c, const char* word, const arrays& tensors = {}) { CHECK(test::refusal([&] { make(c, tensors); }).find(word) != std::string::npos); };
+  refused({"hybrid", {{"error", 0.01}}}, "error");
+  refused({"hybrid", {{"keep_small_values", 0.1}}}, "keep_small_values");
+  refused({"hybrid", {{"select", std::string("given")}}}, "blocks is missing");
+  refused({"hybrid", {{"select", std::string("int2")}}}, "int2");
+  refused({"hybrid", {{"top", 3.0}, {"budget", 0.5}}}, "one of them");
+  refused({"hybrid", {{"pattern", std::string("local")}, {"causal", true}}}, "one of them", table);
+}
