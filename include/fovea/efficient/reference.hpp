@@ -22,21 +22,28 @@ inline void softmax(std::vector<double>& x) {
   for (double& y : x) y /= sum;
 }
 
-/// context[c][x] over keys [0, count) of KV head g.
-inline std::vector<double> channel_context(const efficient_attention& m, const problem& p, isize b, isize g, isize count) {
-  const isize d = p.q.width, e = p.v.width;
+/// All rows of one head.
+inline std::vector<double> numbers(const tensor_ref& x, isize b, isize g) {
+  std::vector<double> out;
+  for (isize j = 0; j < x.length; ++j)
+    for (isize c = 0; c < x.width; ++c) out.push_back(x.get(b, g, j, c));
+  return out;
+}
+
+/// context [d x e] over keys [0, count) of k [m x d] and v [m x e].
+inline std::vector<double> channel_context(bool exponential, const std::vector<double>& k, const std::vector<double>& v, isize d, isize e, isize count) {
+  const double none = -std::numeric_limits<double>::infinity();
   std::vector<double> context(static_cast<std::size_t>(d * e), 0.0);
   for (isize c = 0; c < d; ++c) {
-    double top = -std::numeric_limits<double>::infinity(), sum = 0;
-    for (isize j = 0; j < count; ++j) top = p.k.get(b, g, j, c) > top ? p.k.get(b, g, j, c) : top;
+    double top = none, sum = 0;
+    for (isize j = 0; j < count; ++j) top = std::fmax(top, k[static_cast<std::size_t>(j * d + c)]);
     for (isize j = 0; j < count; ++j) {
-      const double key = p.k.get(b, g, j, c);
-      double w = key;
-      if (m.normalisation == efficient_normalisation::softmax) w = key == -std::numeric_limits<double>::infinity() ? 0.0 : std::exp(key - top);
+      const double key = k[static_cast<std::size_t>(j * d + c)];
+      const double w = !exponential ? key : key == none ? 0.0 : std::exp(key - top);
       sum += w;
-      for (isize x = 0; x < e; ++x) context[static_cast<std::size_t>(c * e + x)] += w * p.v.get(b, g, j, x);
+      for (isize x = 0; x < e; ++x) context[static_cast<std::size_t>(c * e + x)] += w * v[static_cast<std::size_t>(j * e + x)];
     }
-    if (m.normalisation == efficient_normalisation::scaling) sum = static_cast<double>(count);
+    if (!exponential) sum = static_cast<double>(count);
     for (isize x = 0; x < e; ++x) {
       double& y = context[static_cast<std::size_t>(c * e + x)];
       y = sum == 0 ? 0.0 : y / sum;
@@ -50,19 +57,23 @@ inline std::vector<double> channel_context(const efficient_attention& m, const p
 inline void prefill(const efficient_attention& m, const problem& p) {
   const shape s = p.shape();
   for (isize b = 0; b < s.B; ++b)
-    for (isize h = 0; h < s.H; ++h)
+    for (isize h = 0; h < s.H; ++h) {
+      const bool exponential = m.normalisation == efficient_normalisation::softmax;
+      const auto k = detail::numbers(p.k, b, h / s.group()), v = detail::numbers(p.v, b, h / s.group());
+      std::vector<double> context;
       for (isize i = 0; i < s.n; ++i) {
         const isize seen = m.causal ? i + s.m - s.n + 1 : m.keys_of(b, s.m);
-        const auto context = detail::channel_context(m, p, b, h / s.group(), seen);
+        if (m.causal || i == 0) context = detail::channel_context(exponential, k, v, s.d, s.e, seen);
         std::vector<double> weight(static_cast<std::size_t>(s.d));
         for (isize c = 0; c < s.d; ++c) weight[static_cast<std::size_t>(c)] = m.scale_for() * p.q.get(b, h, i, c);
-        if (m.normalisation == efficient_normalisation::softmax) detail::softmax(weight);
+        if (exponential) detail::softmax(weight);
         for (isize x = 0; x < s.e; ++x) {
           double o = 0;
           for (isize c = 0; c < s.d; ++c) o += weight[static_cast<std::size_t>(c)] * context[static_cast<std::size_t>(c * s.e + x)];
           p.out.set(b, h, i, x, o);
         }
       }
+    }
 }
 
 inline void prefill(const kfree_reconstruction& m, const problem& p) {

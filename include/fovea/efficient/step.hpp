@@ -80,6 +80,7 @@ inline void efficient_attention::check(const problem& p, const state& s) const {
   check(p);
   require(causal, "a state was given to the bidirectional form of efficient attention; set causal = true, or use absorb and attend");
   s.check(tag(), p.shape(), name);
+  require(s.bytes() == state_bytes(s.sizes()), "the state holds ", s.bytes(), " bytes and its shape needs ", state_bytes(s.sizes()), "; it is damaged");
 }
 
 inline void efficient_attention::prefill(exec_ref exec, const problem& p, state& s, arena scratch) const {

@@ -82,23 +82,27 @@ inline void attend_row(const problem& p, isize b, isize h, isize i, double scale
 inline void prefill(const linformer_attention& m, const problem& p) {
   const shape s = p.shape();
   for (isize b = 0; b < s.B; ++b)
-    for (isize h = 0; h < s.H; ++h)
-      for (isize i = 0; i < s.n; ++i) {
-        const isize g = h / s.group(), position = i + s.m - s.n;
-        detail::rows keys, values;
-        if (!m.causal) {
-          keys = detail::project(m, false, p.k, b, g, 0, m.keys_of(b, s.m));
-          values = detail::project(m, true, p.v, b, g, 0, m.keys_of(b, s.m));
-        } else if (position >= 0) {
-          const isize own = position / m.block * m.block;
-          for (isize first = 0; first < own; first += m.block) {
-            detail::append_rows(keys, detail::project(m, false, p.k, b, g, first, m.block));
-            detail::append_rows(values, detail::project(m, true, p.v, b, g, first, m.block));
-          }
-          for (isize j = own; j <= position; ++j) keys.push_back(detail::row_of(p.k, b, g, j)), values.push_back(detail::row_of(p.v, b, g, j));
-        }
-        detail::attend_row(p, b, h, i, m.scale_for(s), keys, values);
+    for (isize g = 0; g < s.G; ++g) {
+      std::vector<detail::rows> keys, values;  // one entry: everything; or one for each block that is whole
+      for (isize first = 0; m.causal ? first + m.block <= s.m : first == 0; first += m.causal ? m.block : 1) {
+        keys.push_back(detail::project(m, false, p.k, b, g, first, m.causal ? m.block : m.keys_of(b, s.m)));
+        values.push_back(detail::project(m, true, p.v, b, g, first, m.causal ? m.block : m.keys_of(b, s.m)));
       }
+      for (isize h = g * s.group(); h < (g + 1) * s.group(); ++h)
+        for (isize i = 0; i < s.n; ++i) {
+          const isize position = i + s.m - s.n, own = m.causal && position >= 0 ? position / m.block : m.causal ? 0 : 1;
+          detail::rows seen_keys, seen_values;
+          for (isize x = 0; x < own; ++x) {
+            detail::append_rows(seen_keys, keys[static_cast<std::size_t>(x)]);
+            detail::append_rows(seen_values, values[static_cast<std::size_t>(x)]);
+          }
+          for (isize j = own * m.block; m.causal && j <= position; ++j) {
+            seen_keys.push_back(detail::row_of(p.k, b, g, j));
+            seen_values.push_back(detail::row_of(p.v, b, g, j));
+          }
+          detail::attend_row(p, b, h, i, m.scale_for(s), seen_keys, seen_values);
+        }
+    }
 }
 
 }  // namespace reference

@@ -129,6 +129,7 @@ inline void linformer_attention::check(const problem& p, const state& s) const {
   check(p);
   require(causal, "a state was given to the bidirectional form of linformer, whose slots mix all positions; set causal = true and a block, or use absorb and attend");
   s.check(tag(), p.shape(), name);
+  require(s.bytes() == state_bytes(s.sizes()), "the state holds ", s.bytes(), " bytes and its shape needs ", state_bytes(s.sizes()), "; it is damaged");
   require(s.tokens() + p.k.length <= s.sizes().m, "the state has room for ", s.sizes().m, " tokens, holds ", s.tokens(), " and the call brings ", p.k.length,
           "; make it with a larger m");
 }
