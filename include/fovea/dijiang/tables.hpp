@@ -134,10 +134,8 @@ void require_all_finite(const char* name, const std::vector<T>& x) {
   for (const T value : x) require(std::isfinite(value), "dijiang: ", name, " holds ", value, "; wanted finite numbers");
 }
 
-inline void check_dijiang_options(const dijiang_options& o) {
-  require(o.head_dim >= 1 && o.head_dim <= 1024, "dijiang: head_dim is ", o.head_dim, "; wanted 1 to 1024");
-  require(o.features >= 0 && o.features % o.head_dim == 0 && o.features <= 64 * o.head_dim, "dijiang: features is ", o.features,
-          "; wanted a multiple of head_dim = ", o.head_dim, ", at most 64 times it");
+/// All that does not depend on the sizes.
+inline void check_dijiang_values(const dijiang_options& o) {
   require_all_finite("t", o.t), require_all_finite("D", o.D), require_all_finite("log_d1", o.log_d1), require_all_finite("log_d2", o.log_d2);
   for (const float s : o.signs) require(s == 1.0F || s == -1.0F, "dijiang: a sign is ", s, "; wanted 1 or -1");
   for (const double g : o.gamma) require(g > 0 && g <= 1, "dijiang: gamma holds ", g, "; wanted numbers in (0, 1]");
@@ -147,10 +145,16 @@ inline void check_dijiang_options(const dijiang_options& o) {
   require(o.is_causal || (o.gamma.empty() && o.log_d1.empty()), "dijiang: gamma or gains with is_causal = false; decay by position needs an order");
 }
 
+inline void check_dijiang_sizes(const dijiang_options& o) {
+  require(o.head_dim >= 1 && o.head_dim <= 1024, "dijiang: head_dim is ", o.head_dim, "; wanted 1 to 1024");
+  require(o.features >= 0 && o.features % o.head_dim == 0 && o.features <= 64 * o.head_dim, "dijiang: features is ", o.features,
+          "; wanted a multiple of head_dim = ", o.head_dim, ", at most 64 times it");
+}
+
 }  // namespace detail
 
 inline std::shared_ptr<const dijiang_tables> make_dijiang_tables(const dijiang_options& o) {
-  detail::check_dijiang_options(o);
+  detail::check_dijiang_sizes(o), detail::check_dijiang_values(o);
   auto m = std::make_shared<dijiang_tables>();
   m->form = o.form, m->d = o.head_dim, m->r = o.features == 0 ? o.head_dim : o.features, m->blocks = m->r / m->d;
   m->trained = !o.D.empty() || !o.t.empty() || !o.log_d1.empty();

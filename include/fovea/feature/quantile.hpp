@@ -5,7 +5,7 @@
 ///   normal_quantile(t)      z with Phi(z) = t
 ///   chi_quantile(d, t)      r with P(|g| <= r) = t for g ~ N(0, I_d):   r = sqrt(2 P^-1(d/2, t)),  P the regularised incomplete gamma
 ///
-/// Contract   t in (0, 1), d >= 1; a cold path, in double.
+/// Contract   t in (0, 1), for chi at least 1e-100; d >= 1; a cold path, in double.
 /// Numerics   both to about 1e-14 relative (tested against published values); the tail beyond 1/2 is solved through 1 - P.
 /// Source     normal: Wichura, algorithm AS 241 (1988). Incomplete gamma: power series for x < a + 1, Lentz's continued fraction
 ///            above; its inverse by Halley's iteration from the Wilson-Hilferty cube.
@@ -77,7 +77,7 @@ inline double normal_quantile(double t) {
 
 inline double chi_quantile(isize degrees, double t) {
   require(degrees >= 1, "chi_quantile: the degrees of freedom are ", degrees, "; wanted at least 1");
-  require(t > 0 && t < 1, "chi_quantile: t is ", t, "; it must lie inside (0, 1)");
+  require(t >= 1e-100 && t < 1, "chi_quantile: t is ", t, "; it must lie in [1e-100, 1)");
   const double a = static_cast<double>(degrees) / 2, k = 2 / (9 * static_cast<double>(degrees));
   const double root = 1 - k + normal_quantile(t) * std::sqrt(k);
   double x = root > 0.1 ? a * root * root * root : std::exp((std::log(t) + std::lgamma(a + 1)) / a);  // small x: P ~ x^a / Gamma(a + 1)
