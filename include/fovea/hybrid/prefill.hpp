@@ -2,7 +2,9 @@
 #pragma once
 /// @file  hybrid_attention: contract, then for each superblock of query rows plan, absorb keys, absorb pooled tokens, finish.
 
+#include <fovea/core/kv_cache.hpp>
 #include <fovea/core/partial.hpp>
+#include <fovea/hybrid.hpp>
 #include <fovea/hybrid/plan.hpp>
 #include <fovea/hybrid/summaries.hpp>
 #include <fovea/kernel/decode.hpp>
@@ -60,6 +62,31 @@ inline void check_given_blocks(const hybrid_attention& m, const shape& s, isize 
           exact_fit ? " want [..., " : " want at least [..., ", rows, ", ", columns, "]");
   require(t.batch == 1 || t.batch == s.B, "blocks has ", t.batch, " batch items; wanted 1 or B = ", s.B);
   require(t.heads == 1 || t.heads == s.H || t.heads == s.G, "blocks has ", t.heads, " heads; wanted 1, G = ", s.G, " or H = ", s.H);
+}
+
+/// What the selector and the pooling ask of the block summaries.
+inline kernel::summary_needs hybrid_needs(const hybrid_attention& m) {
+  const bool pools = m.compensate != compensation::none;
+  kernel::summary_needs needs;
+  needs.means = pools || m.select == block_selector::mean || m.select == block_selector::variance;
+  needs.spread = m.compensate == compensation::cumulant || m.select == block_selector::variance;
+  needs.range = m.select == block_selector::bound;
+  needs.levels = m.select == block_selector::int8 ? 127 : m.select == block_selector::int4 ? 7 : 0;
+  return needs;
+}
+
+/// The summaries that lie in a state, behind its KV cache.
+template <class Acc>
+hybrid_summaries<Acc> hybrid_summaries_of(const hybrid_attention& m, const state& s) {
+  hybrid_summaries<Acc> all(hybrid_needs(m), m.block_k, s.sizes(), s.sizes().m);
+  all.base = s.as<std::byte>() + round_up(kv_cache::bytes(s.sizes()), alignment);
+  return all;
+}
+
+inline std::size_t hybrid_state_bytes(const hybrid_attention& m, const shape& s) {
+  const auto needs = hybrid_needs(m);
+  const std::size_t cache = round_up(kv_cache::bytes(s), alignment);
+  return cache + (s.type == dtype::f64 ? hybrid_summaries<double>(needs, m.block_k, s, s.m).bytes(s.B * s.G) : hybrid_summaries<float>(needs, m.block_k, s, s.m).bytes(s.B * s.G));
 }
 
 /// What one call works on: the problem with all its keys, `past` tokens of them from earlier calls.
@@ -298,7 +325,7 @@ struct hybrid_run {
   struct shared {  // scratch of the whole call, before the slots: summaries of a call without a state, rows for folding
     hybrid_summaries<Acc> all;
     Acc* fold;
-    shared(arena& memory, const hybrid_run& x, int threads) : all(x.m, x.s, x.s.m) {
+    shared(arena& memory, const hybrid_run& x, int threads) : all(hybrid_needs(x.m), x.m.block_k, x.s, x.s.m) {
       all.base = memory.take<std::byte>(all.any() ? static_cast<isize>(all.bytes(x.s.B * x.s.G)) : 0);
       fold = memory.take<Acc>(std::max(x.s.d, x.s.e) * threads);
     }

@@ -2,6 +2,8 @@
 #pragma once
 /// @file  hybrid_attention with a state: the KV cache grows, block summaries follow, query blocks are aligned to absolute positions.
 
+#include <vector>
+
 #include <fovea/hybrid/prefill.hpp>
 
 namespace fovea {
