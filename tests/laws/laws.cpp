@@ -246,11 +246,11 @@ std::string later_keys_change_nothing(const subject& subject) {
       const result before = call(subject, *m, serial, x, t);
       for (const isize from : {isize{1}, t.s.m / 2, t.s.m - 1}) {
         inputs y = make_inputs(subject, t, 5);
-        for (tensor* z : {&y.k, &y.v, &y.beta, &y.erase, &y.write})
+        for (tensor* z : {&y.k, &y.v, &y.beta, &y.erase, &y.write, &y.log_decay})
           for (isize b = 0; b < z->batch(); ++b)
             for (isize g = 0; g < z->heads(); ++g)
               for (isize j = from; j < z->length(); ++j)
-                for (isize c = 0; c < z->width(); ++c) z->set(b, g, j, c, plant[round]);
+                for (isize c = 0; c < z->width(); ++c) z->set(b, g, j, c, z == &y.log_decay ? -std::fabs(plant[round]) : plant[round]);
         const result after = call(subject, *m, serial, y, t);
         const isize rows = std::clamp<isize>(from - (t.s.m - t.s.n), 0, t.s.n);  // rows before position `from`
         const std::string out = test::bits_differ(test::rows_of(before.out, 0, rows), test::rows_of(after.out, 0, rows));

@@ -66,6 +66,19 @@ struct gla_case : linear_base {
   linear_attention make(const shape&) { return {.rule = rule::gla}; }
   void adjust(test::random& r, laws::inputs& x) { add_decay(r, x, x.k.width()); }
 };
+/// Decays from 1 down to e^-100 and 0, side by side in one token: no factor may leave the range of float.
+void add_extreme_decay(test::random& r, laws::inputs& x, isize width) {
+  x.log_decay = like_keys(x, width);
+  x.log_decay.fill([&] { return r.coin(0.05) ? -std::numeric_limits<double>::infinity() : r.coin() ? -100.0 * r.uniform() : 0.0; });
+}
+struct gla_extreme_case : gla_case {
+  static constexpr const char* name = "linear, gla, decays of 1 to e^-100 and 0";
+  void adjust(test::random& r, laws::inputs& x) { add_extreme_decay(r, x, x.k.width()); }
+};
+struct decay_extreme_case : decay_case {
+  static constexpr const char* name = "linear, decays of 1 to e^-100 and 0";
+  void adjust(test::random& r, laws::inputs& x) { add_extreme_decay(r, x, 1); }
+};
 struct gla_normalised_case : gla_case {
   static constexpr const char* name = "linear, gla, elu + 1, normalised";
   linear_attention make(const shape&) { return {.map = elu1{}, .rule = rule::gla, .normalise = true, .key_sum_eps = 1e-3}; }
@@ -81,6 +94,10 @@ struct gated_delta_case : linear_base {
   static constexpr laws::promise promises{.causal = true, .streams = true, .merges = false};
   linear_attention make(const shape&) { return {.rule = rule::gated_delta}; }
   void adjust(test::random& r, laws::inputs& x) { add_decay(r, x, 1), add_beta(r, x), normalise_keys(x); }
+};
+struct gated_delta_extreme_case : gated_delta_case {
+  static constexpr const char* name = "linear, gated delta rule, decays of 1 to e^-100 and 0";
+  void adjust(test::random& r, laws::inputs& x) { add_extreme_decay(r, x, 1), add_beta(r, x), normalise_keys(x); }
 };
 struct kda_case : linear_base {
   static constexpr const char* name = "linear, kda";
@@ -116,7 +133,9 @@ struct cosformer_case : linear_base {
   linear_attention make(const shape&) { return {.map = cosformer{200}, .clamp = 1e-6}; }
 };
 
-using law_cases = std::tuple<elu_case, all_keys_case, decay_case, retention_case, gla_case, gla_normalised_case, delta_case, gated_delta_case, kda_case, gdn2_case, favor_case, cosformer_case>;
+using law_cases = std::tuple<elu_case, all_keys_case, decay_case, retention_case, gla_case,
+                             decay_extreme_case, gla_extreme_case, gla_normalised_case, delta_case, gated_delta_case,
+                             gated_delta_extreme_case, kda_case, gdn2_case, favor_case, cosformer_case>;
 
 }  // namespace
 
