@@ -45,24 +45,19 @@ struct exp2_constants<double> {
                                  1.3691488853904128881e-12};
 };
 
-}  // namespace detail
-
+/// 2^(n + r) from t = n + magic, whose low bits are n + bias - 1: shifted up they are the float 2^(n-1), and 0 for n = least.
 template <class T, class A>
-FOVEA_INLINE pack<T, A> exp2(pack<T, A> x) {
+FOVEA_INLINE pack<T, A> exp2_parts(pack<T, A> t, pack<T, A> r) {
   using P = pack<T, A>;
-  using K = detail::exp2_constants<T>;
+  using K = exp2_constants<T>;
   constexpr int degree = static_cast<int>(sizeof(K::c) / sizeof(T)) - 1;
-  x = max(P(K::least), x);  // x second: NaN survives
-  const P t = x + P(K::magic);
-  const P r = x - (t - P(K::magic));
   P p(2 * K::c[degree]);
   for (int i = degree - 1; i >= 0; --i) p = fma(p, r, P(2 * K::c[i]));
-  // The low bits of t are n + bias - 1: shifted up they are the float 2^(n-1), and 0 for n = least.
   if constexpr (std::is_same_v<A, scalar>) {
     using U = std::make_unsigned_t<typename K::word>;
     return p * P(std::bit_cast<T>(static_cast<U>(std::bit_cast<U>(t.v) << K::mantissa)));
   } else {
-    using words = xsimd::batch<typename K::word, typename detail::xsimd_of<A>::type>;
+    using words = xsimd::batch<typename K::word, typename xsimd_of<A>::type>;
     static_assert(sizeof(words) == sizeof(t.v));
     words w;
     std::memcpy(static_cast<void*>(&w), &t.v, sizeof w);
@@ -73,10 +68,26 @@ FOVEA_INLINE pack<T, A> exp2(pack<T, A> x) {
   }
 }
 
-/// e^x = 2^(x log2 e); for x in [-87, 88] (float). Relative error grows with |x|: |x| * 2^-24.
+}  // namespace detail
+
+template <class T, class A>
+FOVEA_INLINE pack<T, A> exp2(pack<T, A> x) {
+  using P = pack<T, A>;
+  using K = detail::exp2_constants<T>;
+  x = max(P(K::least), x);  // x second: NaN survives
+  const P t = x + P(K::magic);
+  return detail::exp2_parts(t, x - (t - P(K::magic)));
+}
+
+/// e^x = 2^(x log2 e), the product in one rounding with n; for x in [-86.9, 88] (float), 0 below. Relative error up to |x| 2^-26.
 template <class T, class A>
 FOVEA_INLINE pack<T, A> exp(pack<T, A> x) {
-  return exp2(x * pack<T, A>(static_cast<T>(1.4426950408889634074)));
+  using P = pack<T, A>;
+  using K = detail::exp2_constants<T>;
+  const P log2e(static_cast<T>(1.4426950408889634074));
+  x = max(P(static_cast<T>(K::least * 0.69314718055994530942)), x);
+  const P t = fma(x, log2e, P(K::magic));
+  return detail::exp2_parts(t, fma(x, log2e, P(K::magic) - t));
 }
 
 }  // namespace simd
