@@ -20,7 +20,7 @@
 ///            multiple of the heads of q and k (grouped values): state, gates and output are then per head of v. Query i sees keys
 ///            up to i + m - n. is_causal = false sums over all keys (rule none only). A denominator of exactly 0 gives 0.
 ///            A NaN in a token reaches no earlier token. log_decay <= 0 is expected; -inf forgets everything.
-/// Cost       n r (2 e + ...) multiply-adds per head (macs); memory beyond inputs and outputs does not depend on n.
+/// Cost       2 r e multiply-adds a token and head, delta rules 3 r e, and the map; memory beyond inputs and outputs is independent of n.
 /// Numerics   state in float (double for f64); no exponent is ever positive; docs/numerics.md.
 /// Reference  linear/reference.hpp.   Source  docs/mechanisms/linear.md lists the papers behind each row.
 

@@ -119,8 +119,8 @@ inline constexpr Acc least_scale = Acc(1e-6);
 
 }  // namespace detail
 
-/// No decay, or one number per token.
-template <class Arch, class Acc, bool Delta>
+/// One decay per token, or none.
+template <class Arch, class Acc, bool Delta, bool Decay>
 FOVEA_NOINLINE void scalar_weights(const sweep_block<Acc, sweep_shape<Arch>::T>& b, weight_block<Acc> w,
                                    step_weights<Acc, sweep_shape<Arch>::T>* step,
                                    read_weights<Acc, sweep_shape<Arch>::T>* read) noexcept {
@@ -132,7 +132,7 @@ FOVEA_NOINLINE void scalar_weights(const sweep_block<Acc, sweep_shape<Arch>::T>&
     auto& s = step[t];
     Acc D[T][T], g[T], since[T];  // D_ij, a_0..a_i, decay from j to the end of the step
     for (int i = 0; i < T; ++i) {
-      const Acc a = w.decay == nullptr ? Acc(1) : w.decay[token + i];
+      const Acc a = Decay ? w.decay[token + i] : Acc(1);
       for (int j = 0; j < i; ++j) D[i][j] = a * D[i - 1][j];
       D[i][i] = Acc(1);
       g[i] = i == 0 ? a : a * g[i - 1];
@@ -147,7 +147,7 @@ FOVEA_NOINLINE void scalar_weights(const sweep_block<Acc, sweep_shape<Arch>::T>&
         detail::step_products<Arch, Acc, T, true>(b.r, q, b.k + token * ld, ld, w.z, products);
       else
         detail::step_products<Arch, Acc, T, false>(b.r, q, b.k + token * ld, ld, nullptr, products);
-      if (w.decay != nullptr)
+      if constexpr (Decay)
         for (int i = 0; i < T; ++i) {
           for (int j = 0; j <= i; ++j) products[detail::pair_at(i, j)] *= D[i][j];
           if (w.normalise) products[detail::lower<T> + i] *= g[i];
@@ -165,8 +165,12 @@ FOVEA_NOINLINE void scalar_weights(const sweep_block<Acc, sweep_shape<Arch>::T>&
       }
     }
     if (w.normalise) detail::advance_sum<Arch, Acc, T>(b.r, w.z, g[T - 1], since, b.k + token * ld, ld);
-    const Acc next = c * g[T - 1];
     s.keep = nullptr;
+    if constexpr (!Decay) {
+      for (int j = 0; j < T; ++j) s.x_gain[j] = Acc(1);
+      continue;
+    }
+    const Acc next = c * g[T - 1];
     const bool settle = t + 1 == b.steps || !(next >= detail::least_scale<Acc>);
     if (settle && next != Acc(1)) {
       Acc* keep = w.keep + t * ld;

@@ -213,8 +213,10 @@ class linear_sweeper {
     kernel::weight_block<Acc> w{s.decays ? s.decay : nullptr, s.channel, s.beta, m_.normalised(), s.gain, s.add, s.floor, at.tail.z, s.scale, s.keep};
     if (channel_)
       delta_ ? kernel::channel_weights<Arch, Acc, true>(b, w, s.k, s.q, s.u, s.step, s.read) : kernel::channel_weights<Arch, Acc, false>(b, w, s.k, s.q, s.u, s.step, s.read);
+    else if (s.decays)
+      delta_ ? kernel::scalar_weights<Arch, Acc, true, true>(b, w, s.step, s.read) : kernel::scalar_weights<Arch, Acc, false, true>(b, w, s.step, s.read);
     else
-      delta_ ? kernel::scalar_weights<Arch, Acc, true>(b, w, s.step, s.read) : kernel::scalar_weights<Arch, Acc, false>(b, w, s.step, s.read);
+      delta_ ? kernel::scalar_weights<Arch, Acc, true, false>(b, w, s.step, s.read) : kernel::scalar_weights<Arch, Acc, false, false>(b, w, s.step, s.read);
     isize v_stride = 0, out_stride = s.e_stride, out_head = feature_rows * s.e_stride;
     const Acc* v = values(at, t, count, padded, v_stride);
     Acc* out = s.out;
