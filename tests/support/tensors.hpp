@@ -5,6 +5,7 @@
 /// Contract   memory that holds no element is filled with 0xff bytes (a NaN in every type): reading it poisons the result, and
 ///            `guards_intact` sees any write. An unaligned tensor starts one element behind a 64-byte boundary.
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -96,18 +97,13 @@ class tensor {
 
   /// Every byte that belongs to no element still holds 0xff.
   bool guards_intact() const {
-    std::vector<bool> element(memory_.size(), false);
+    std::vector<std::byte> copy = bytes();
     const fovea::tensor_ref r = ref();
     const std::size_t row = static_cast<std::size_t>(width()) * fovea::size_of(type());
     for (isize b = 0; b < batch(); ++b)
       for (isize h = 0; h < heads(); ++h)
-        for (isize i = 0; i < length(); ++i) {
-          const std::size_t at = offset_ + static_cast<std::size_t>(r.offset(b, h, i)) * fovea::size_of(type());
-          for (std::size_t x = 0; x < row; ++x) element[at + x] = true;
-        }
-    for (std::size_t x = 0; x < memory_.size(); ++x)
-      if (!element[x] && memory_.data()[x] != std::byte{0xff}) return false;
-    return true;
+        for (isize i = 0; i < length(); ++i) std::memset(copy.data() + offset_ + static_cast<std::size_t>(r.offset(b, h, i)) * fovea::size_of(type()), 0xff, row);
+    return std::all_of(copy.begin(), copy.end(), [](std::byte x) { return x == std::byte{0xff}; });
   }
   /// All memory, guards included: to see that nothing was touched.
   std::vector<std::byte> bytes() const { return {memory_.data(), memory_.data() + memory_.size()}; }
