@@ -373,6 +373,37 @@ inline safetensors_file read_safetensors(const std::string& path) {
   return f;
 }
 
+namespace detail {
+
+/// The JSON of a header for these arrays, in this order, padded so that the data is aligned.
+inline std::string safetensors_header_text(const std::vector<const arrays::value_type*>& order,
+                                           const safetensors_metadata& metadata) {
+  std::string text = "{";
+  const auto put = [&](std::initializer_list<std::string_view> parts) {
+    if (text.back() != '{') text += ',';
+    for (const std::string_view part : parts) text += part;
+  };
+  if (!metadata.empty()) {
+    text += "\"__metadata__\":{";
+    for (const auto& [key, value] : metadata) put({json_string(key), ":", json_string(value)});
+    text += '}';
+  }
+  std::uint64_t at = 0;
+  for (const auto* t : order) {
+    const array& a = t->second;
+    const auto* type = std::find_if(std::begin(safetensors_types), std::end(safetensors_types),
+                                    [&](const auto& x) { return x.second == a.type(); });
+    put({json_string(t->first), ":{\"dtype\":\"", type->first, "\",\"shape\":", list(a.dims()), ",\"data_offsets\":[",
+         std::to_string(at), ",", std::to_string(at + a.bytes()), "]}"});
+    at += a.bytes();
+  }
+  text += '}';
+  text.resize((text.size() + 7) / 8 * 8, ' ');
+  return text;
+}
+
+}  // namespace detail
+
 inline void write_safetensors(const std::string& path, const arrays& tensors,
                               const safetensors_metadata& metadata = {}) {
   std::vector<const arrays::value_type*> order;
@@ -380,25 +411,7 @@ inline void write_safetensors(const std::string& path, const arrays& tensors,
   // Large elements first, so that every tensor of a mapped file is aligned to its element.
   std::stable_sort(order.begin(), order.end(),
                    [](const auto* a, const auto* b) { return size_of(a->second.type()) > size_of(b->second.type()); });
-  std::string text = "{";
-  if (!metadata.empty()) {
-    text += "\"__metadata__\":{";
-    for (const auto& [key, value] : metadata)
-      text += (text.back() == '{' ? "" : ",") + detail::json_string(key) + ":" + detail::json_string(value);
-    text += "}";
-  }
-  std::uint64_t at = 0;
-  for (const auto* t : order) {
-    const array& a = t->second;
-    const auto* type = std::find_if(std::begin(detail::safetensors_types), std::end(detail::safetensors_types),
-                                    [&](const auto& x) { return x.second == a.type(); });
-    text += (text.size() == 1 ? "" : ",") + detail::json_string(t->first) + ":{\"dtype\":\"" + type->first +
-            "\",\"shape\":" + detail::list(a.dims()) + ",\"data_offsets\":[" + std::to_string(at) + "," +
-            std::to_string(at + a.bytes()) + "]}";
-    at += a.bytes();
-  }
-  text += "}";
-  text.resize((text.size() + 7) / 8 * 8, ' ');
+  const std::string text = detail::safetensors_header_text(order, metadata);
   write_whole(path, [&](std::ofstream& out) {
     const std::uint64_t length = text.size();
     out.write(reinterpret_cast<const char*>(&length), sizeof length);
