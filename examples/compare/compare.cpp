@@ -190,8 +190,8 @@ int main(int argc, char** argv) {
   app.add_option("files", o.files, "safetensors files with q [H, n, d], k [G, n, d], v [G, n, e]; none: the built-in ones");
   app.add_option("--report", o.folder, "folder for report.html and report.json");
   app.add_option("--budget", o.budget, "propose for each head the cheapest setting within this error, as 0.01, and write it as policy.json")->check(CLI::Range(1e-9, 10.0));
-  app.add_option("--budget-on", o.error_of, "which error of a head the budget bounds")->check(CLI::IsMember({"median", "p95"}));
-  app.add_option("--cost", o.cost_of, "what cheap means to --budget")->check(CLI::IsMember({"prefill", "step", "memory"}));
+  app.add_option("--budget-on", o.error_of, "which error of a head the budget bounds")->check(CLI::IsMember(std::vector<std::string>{"median", "p95"}));
+  app.add_option("--cost", o.cost_of, "what cheap means to --budget")->check(CLI::IsMember(std::vector<std::string>{"prefill", "step", "memory"}));
   app.add_option("--policy", o.policy_file, "where --budget writes (REPORT/policy.json)");
   app.add_option("--settings", o.extra, "JSON file with more settings: [{\"label\": ..., \"attention\": {...}, \"weights\": FILE}]");
   app.add_option("--only", o.only, "only settings of this family, or with this text in their label (and exact)");

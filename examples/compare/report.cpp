@@ -205,7 +205,7 @@ json policy(const report& r) {
     if (in.layer >= 0) o["layers"] = {in.layer, in.layer};
     o["label"] = s.label;
     o["error"] = number(a.error);
-    o["attention"] = json::parse(fovea::to_json(s.configure(in)));
+    o["attention"] = json::parse(fovea::to_json(s.configure(in)).dump());
     j["overrides"].push_back(std::move(o));
   }
   return j;
