@@ -2,7 +2,6 @@
 /// @file  The golden low-rank vectors: whole Linformer modules, pooling and convolution, per-head projections; Efficient Attention.
 ///        Each case goes through the reference twin (f64), the f64 and f32 vector paths, and the mechanism made from a configuration.
 
-#include <fovea/any_attention.hpp>
 #include <fovea/efficient/configure.hpp>
 #include <fovea/efficient/reference.hpp>
 #include <fovea/linformer/configure.hpp>
