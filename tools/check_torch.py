@@ -227,6 +227,41 @@ def check_recurrences(check):
             check(f"linear {rule}{' from S0' if start else ''}", {**config, "rule": rule}, {**x, **inputs, **start}, recurrence(wide, delta), bound=1e-4)
 
 
+def dct_matrix(d):
+    """Orthonormal DCT-II: row u holds cos(pi (2 x + 1) u / 2 d)."""
+    u, x = torch.arange(d, dtype=torch.float64)[:, None], torch.arange(d, dtype=torch.float64)[None]
+    C = torch.cos(math.pi * (2 * x + 1) * u / (2 * d)) * math.sqrt(2 / d)
+    C[0] /= math.sqrt(2)
+    return C
+
+
+def check_dijiang(check):
+    B, H, G, n, d, e, blocks = 2, 4, 2, 60, 32, 24, 2
+    x = {"q": normal(B, H, n, d) / 2, "k": normal(B, G, n, d) / 2, "v": normal(B, G, n, e)}
+    t, D, r = normal(d), torch.rand(d, dtype=torch.float64) + 0.5, torch.rand(blocks * d, dtype=torch.float64) * d ** 0.5
+    signs = torch.where(torch.rand(blocks, d) < 0.5, 1.0, -1.0).double()
+    C = dct_matrix(d)
+
+    def paper(y, t, D):
+        return D * torch.exp(t * (y @ C.T))
+
+    def released(y, t):
+        return torch.softmax(t * (y @ C), -1)
+
+    def unbiased(y, r, signs):
+        y = y * d ** -0.25
+        half = (y * y).sum(-1, keepdim=True) / 2
+        parts = [torch.exp(r[b * d:(b + 1) * d] * ((y * signs[b]) @ C.T) - half) for b in range(blocks)]
+        return torch.cat(parts, -1) / math.sqrt(blocks * d)
+
+    for causal in (True, False):
+        config = {"mechanism": "dijiang", "causal": causal}
+        for form, phi, weights, divide in (("paper", paper, {"t": t, "D": D}, False), ("released", released, {"t": t}, False),
+                                           ("unbiased", unbiased, {"r": r, "signs": signs}, True)):
+            check(f"dijiang {form}, causal {causal}", {**config, "form": form, **({"blocks": blocks} if form == "unbiased" else {})}, {**x, **weights},
+                  linear_formula(phi, phi, causal=causal, normalise=divide), weights=tuple(weights), bound=1e-4)
+
+
 def check_projections(check):
     B, H, G, n, m, d, e, slots = 2, 4, 2, 30, 48, 32, 24, 8
     x = {"q": normal(B, H, n, d), "k": normal(B, G, m, d), "v": normal(B, G, m, e)}
@@ -299,7 +334,7 @@ def main():
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)
     check = Checks(options.attend, options.verbose)
-    for part in (check_softmax, check_linear, check_recurrences, check_projections, check_hybrid):
+    for part in (check_softmax, check_linear, check_recurrences, check_dijiang, check_projections, check_hybrid):
         part(check)
     print(f"PyTorch {torch.__version__}: {check.passed} comparisons passed, {check.failed} failed")
     return 1 if check.failed else 0
