@@ -134,7 +134,7 @@ void write_policy(const report& r, const std::string& path) {
     const auto c = fovea::configuration_from_json(nlohmann::json::parse(o["attention"].dump()));
     for (const assignment& a : r.budget->assignments) {
       const setting& s = r.settings[static_cast<std::size_t>(a.setting)];
-      if (s.label == o["label"]) {
+      if (s.label == o["label"].get<std::string>()) {
         (void)fovea::any_attention::make(c, s.weights(r.inputs[static_cast<std::size_t>(a.input)]));
         break;
       }
