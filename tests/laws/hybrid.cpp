@@ -53,7 +53,7 @@ struct given_base : hybrid_base {
 };
 struct given_causal : given_base {
   static constexpr const char* name = "hybrid, given mask 16 x 8, causal, zeroth";
-  static constexpr laws::promise promises = causal_stream;
+  static constexpr laws::promise promises{.causal = true, .lse = true, .streams = true, .logits = true, .c = 64};  // one maximum for exact and pooled
   hybrid_attention make(const shape& s) { return given(s, 16, 8, true, compensation::zeroth); }
   bool accepts(const shape& s) const { return s.m >= s.n; }  // a row that sees nothing but pooled blocks has something to see
 };
