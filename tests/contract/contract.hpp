@@ -38,8 +38,8 @@ struct arguments {
 struct caller {
   std::string name;
   std::function<void(const problem&)> call;
-  bool lse = false;    ///< the mechanism gives one
-  bool gates = false;  ///< it may take gates
+  bool lse = false;                                         ///< the mechanism gives one
+  bool gates = false;                                       ///< it may take gates
   std::function<void(problem&)> prepare = [](problem&) {};  ///< adds the gates that a good call needs
   isize n = 3, m = 5, d = 8, e = 6;
 };
@@ -48,7 +48,8 @@ struct caller {
 void refuses_what_it_must(const caller&);
 
 /// One violation: `spoil` changes a good problem; each of `words` must stand in the sentence.
-void refuses(const caller&, const char* what, const std::function<void(problem&, arguments&)>& spoil, std::initializer_list<const char*> words);
+void refuses(const caller&, const char* what, const std::function<void(problem&, arguments&)>& spoil,
+             std::initializer_list<const char*> words);
 
 template <class M>
 caller caller_of(const M& m, bool lse = false) {
@@ -98,11 +99,13 @@ void refuses_foreign_states(const M& m) {
   CHECK_SAYS(with(state(good.tag() ^ 1U, good.sizes(), good.bytes())), std::string("not made by this ") + M::name);
   shape other = s;
   other.d = 16;
-  CHECK_SAYS(with(state(good.tag(), other, good.bytes())), "the state was made for B, H, G, d, e = 2, 4, 2, 16, 6; the call has 2, 4, 2, 8, 6");
+  CHECK_SAYS(with(state(good.tag(), other, good.bytes())),
+             "the state was made for B, H, G, d, e = 2, 4, 2, 16, 6; the call has 2, 4, 2, 8, 6");
   CHECK(with(state(good.tag(), good.sizes(), good.bytes() / 2)) != "accepted");
   CHECK(a.touched() == std::string());
   state x = good;
-  CHECK_SAYS(test::refusal([&] { fovea::step(serial, m, p.q, p.k, p.v, p.out, x); }), "step takes one token; q has 3 and k has 3");
+  CHECK_SAYS(test::refusal([&] { fovea::step(serial, m, p.q, p.k, p.v, p.out, x); }),
+             "step takes one token; q has 3 and k has 3");
   arguments longer(3, 5);
   problem l = longer.good(false);
   CHECK_SAYS(test::refusal([&] { fovea::prefill(serial, m, l.q, l.k, l.v, l.out, x); }), "q has 3 tokens and k has 5");

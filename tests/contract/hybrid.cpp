@@ -42,6 +42,8 @@ TEST_CASE("contract of hybrid: its own values") {
   refuses_value(H{.select = block_selector::pattern, .stride = 0}, {"stride", "0"});
   refuses_value(H{.select = block_selector::given}, {"blocks"});
   static const std::uint8_t table[64] = {};
-  refuses_value(H::over(bhnd<const std::uint8_t>(table, 1, 3, 2, 3), 2, 2, false), {"blocks", "3"});   // heads: H or G or 1
-  refuses_value(H::over(bhnd<const std::uint8_t>(table, 1, 2, 2, 2), 2, 2, false), {"blocks", "3"});   // 5 keys are 3 blocks
+  refuses_value(H::over(bhnd<const std::uint8_t>(table, 1, 3, 2, 3), 2, 2, false),
+                {"blocks", "3"});  // heads: H or G or 1
+  refuses_value(H::over(bhnd<const std::uint8_t>(table, 1, 2, 2, 2), 2, 2, false),
+                {"blocks", "3"});  // 5 keys are 3 blocks
 }

@@ -19,7 +19,9 @@ const float* weights() {
   return w.data();
 }
 linformer_attention projected() { return {.E = bhnd<const float>(weights(), 1, 1, 16, 4)}; }
-linformer_attention by_blocks() { return {.E = bhnd<const float>(weights(), 1, 1, 16, 4), .causal = true, .block = 16}; }
+linformer_attention by_blocks() {
+  return {.E = bhnd<const float>(weights(), 1, 1, 16, 4), .causal = true, .block = 16};
+}
 
 }  // namespace
 
@@ -38,7 +40,8 @@ TEST_CASE("contract of linformer: its own values") {
     return m;
   };
   using L = linformer_attention;
-  refuses_value(with([](L& m) { m.causal = true; }), {"causal", "block"});  // a plain causal mask: the sentence says why
+  refuses_value(with([](L& m) { m.causal = true; }),
+                {"causal", "block"});  // a plain causal mask: the sentence says why
   refuses_value(with([](L& m) { m.E = {}; }), {"E"});
   refuses_value(with([](L& m) { m.E.data = nullptr; }), {"E"});
   refuses_value(with([](L& m) { m.E.length = 4; }), {"E", "5"});  // more keys than rows
@@ -60,7 +63,8 @@ TEST_CASE("contract of efficient: calls, states and values") {
   using contract::refuses_value;
   using E = efficient_attention;
   contract::refuses_what_it_must(contract::caller_of(E{}));
-  contract::refuses_what_it_must(contract::caller_of(E{.normalisation = efficient_normalisation::scaling, .causal = true}));
+  contract::refuses_what_it_must(
+      contract::caller_of(E{.normalisation = efficient_normalisation::scaling, .causal = true}));
   contract::refuses_what_it_must(contract::streaming_caller_of(E{.causal = true}));
   contract::refuses_foreign_states(E{.causal = true});
   refuses_value(E{.scale = bad}, {"scale is nan"});

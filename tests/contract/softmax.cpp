@@ -35,7 +35,8 @@ TEST_CASE("contract of softmax: its own values") {
   refuses_value(S{.score = softcap{bad}}, {"softcap is nan"});
   refuses_value(S{.score = alibi{}}, {"alibi", "4 heads"});
   refuses_value(S{.score = additive_bias{}}, {"additive_bias has a null table", "3 x 5"});
-  const float sinks[] = {0.0F, 1.0F, std::numeric_limits<float>::quiet_NaN(), 0.0F}, slopes[] = {0.5F, std::numeric_limits<float>::infinity(), 0.1F, 0.1F};
+  const float sinks[] = {0.0F, 1.0F, std::numeric_limits<float>::quiet_NaN(), 0.0F},
+              slopes[] = {0.5F, std::numeric_limits<float>::infinity(), 0.1F, 0.1F};
   refuses_value(S{.sinks = sinks}, {"sinks[2] is nan"});
   refuses_value(S{.score = alibi{slopes}}, {"slopes[1] is inf"});
 }
@@ -45,11 +46,14 @@ TEST_CASE("contract of softmax: states") {
   contract::arguments a(3, 3);
   problem p = a.good(false);
   state s = softmax_attention{}.make_state(p.shape());
-  CHECK_SAYS(test::refusal([&] { fovea::prefill(serial, softmax_attention{}, p.q, p.k, p.v, p.out, s); }), "must be causal");
+  CHECK_SAYS(test::refusal([&] { fovea::prefill(serial, softmax_attention{}, p.q, p.k, p.v, p.out, s); }),
+             "must be causal");
   shape small = p.shape();
   small.m = 2;
   state two = softmax_attention{}.make_state(small);
-  CHECK_SAYS(test::refusal([&] { fovea::prefill(serial, softmax_attention{.mask = causal{}}, p.q, p.k, p.v, p.out, two); }), "the state holds 0 of at most 2 tokens; 3 more do not fit");
+  CHECK_SAYS(
+      test::refusal([&] { fovea::prefill(serial, softmax_attention{.mask = causal{}}, p.q, p.k, p.v, p.out, two); }),
+      "the state holds 0 of at most 2 tokens; 3 more do not fit");
   CHECK_SAYS(test::refusal([&] { softmax_attention{}.make_state({1, 1, 0, 1, 1, 8, 8, dtype::f32}); }), "make_state");
   CHECK(a.touched() == std::string());
 }

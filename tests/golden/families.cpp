@@ -5,7 +5,8 @@
 #include "support/golden.hpp"
 
 TEST_CASE("golden: five families, 144 cases, shapes as announced") {
-  const std::pair<const char*, std::size_t> wanted[] = {{"softmax", 54}, {"linear", 32}, {"dijiang", 22}, {"lowrank", 15}, {"sparse", 21}};
+  const std::pair<const char*, std::size_t> wanted[] = {
+      {"softmax", 54}, {"linear", 32}, {"dijiang", 22}, {"lowrank", 15}, {"sparse", 21}};
   for (const auto& [name, count] : wanted) {
     CAPTURE(name);
     CHECK(golden::family(name).size() == count);

@@ -29,7 +29,8 @@ struct made {
 template <class Policy>
 Policy table_of(const test::array& a, Policy p) {
   const isize keys = a.dims[3], rows = a.dims[2] * keys, heads = a.dims[1] * rows;
-  p.batch_stride = a.dims[0] == 1 ? 0 : heads, p.head_stride = a.dims[1] == 1 ? 0 : rows, p.row_stride = a.dims[2] == 1 ? 0 : keys, p.key_stride = keys == 1 ? 0 : 1;
+  p.batch_stride = a.dims[0] == 1 ? 0 : heads, p.head_stride = a.dims[1] == 1 ? 0 : rows,
+  p.row_stride = a.dims[2] == 1 ? 0 : keys, p.key_stride = keys == 1 ? 0 : 1;
   return p;
 }
 
@@ -46,11 +47,14 @@ fovea::mask mask_of(const golden::test_case& c, made& x) {
   }
   const fovea::alignment_of_rows align = c.text("align", "none") == "top_left" ? fovea::top_left : fovea::bottom_right;
   if (c.has("cu") || c.has("cu_q")) {
-    x.cu_q = c.list<std::int32_t>(c.has("cu") ? "cu" : "cu_q"), x.cu_k = c.list<std::int32_t>(c.has("cu") ? "cu" : "cu_k");
+    x.cu_q = c.list<std::int32_t>(c.has("cu") ? "cu" : "cu_q"),
+    x.cu_k = c.list<std::int32_t>(c.has("cu") ? "cu" : "cu_k");
     return fovea::packed{x.cu_q.data(), x.cu_k.data(), static_cast<isize>(x.cu_q.size()) - 1, c.flag("causal")};
   }
-  if (c.params.contains("left")) return with_table(fovea::two_sided{c.integer("left", 0), c.integer("right", 0), align}, table);
-  if (c.params.contains("window")) return with_table(fovea::window{c.integer("window", 0), c.integer("first", 0), align}, table);
+  if (c.params.contains("left"))
+    return with_table(fovea::two_sided{c.integer("left", 0), c.integer("right", 0), align}, table);
+  if (c.params.contains("window"))
+    return with_table(fovea::window{c.integer("window", 0), c.integer("first", 0), align}, table);
   if (c.flag("causal")) return with_table(fovea::causal{align}, table);
   return table ? fovea::mask(*table) : fovea::mask(fovea::no_mask{});
 }
@@ -75,7 +79,17 @@ std::unique_ptr<made> make(const golden::test_case& c) {
   return x;
 }
 
-const char* const known[] = {"scale", "align", "causal", "window", "first", "left", "right", "softcap", "torch_gives_for_dead_rows", "torch_bool_mask_dead_rows", "torch_float_mask_dead_rows"};
+const char* const known[] = {"scale",
+                             "align",
+                             "causal",
+                             "window",
+                             "first",
+                             "left",
+                             "right",
+                             "softcap",
+                             "torch_gives_for_dead_rows",
+                             "torch_bool_mask_dead_rows",
+                             "torch_float_mask_dead_rows"};
 
 double largest(const test::array& a) {
   double top = 0;
@@ -154,7 +168,8 @@ TEST_CASE("golden softmax: split keys, each part against its golden part, merged
   const test::array& part_lse = c.at("part_lse");
   for (const dtype type : {dtype::f64, dtype::f32}) {
     const test::tensor q = c.tensor("q", type), k = c.tensor("k", type), v = c.tensor("v", type);
-    const std::size_t rows = static_cast<std::size_t>(q.batch() * q.heads() * q.length()), e = static_cast<std::size_t>(v.width());
+    const std::size_t rows = static_cast<std::size_t>(q.batch() * q.heads() * q.length()),
+                      e = static_cast<std::size_t>(v.width());
     std::vector<double> o(rows * e, 0.0), lse(rows, -HUGE_VAL);
     for (std::size_t p = 0; p + 1 < cuts.size(); ++p) {
       CAPTURE(p, fovea::name_of(type));
@@ -168,8 +183,11 @@ TEST_CASE("golden softmax: split keys, each part against its golden part, merged
       };
       CHECK_CLOSE(got.out.values(), {c.at("o").dims, at(part_o, rows * e)}, {.c = 64, .acc = type});
       const test::array got_o = got.out.values(), got_lse = got.lse.values();
-      CHECK_CLOSE({{static_cast<isize>(rows)}, got_lse.data}, {{static_cast<isize>(rows)}, at(part_lse, rows)}, {.c = 16, .acc = type});
-      for (std::size_t r = 0; r < rows; ++r) fovea::merge_normalised(o.data() + r * e, lse[r], got_o.data.data() + r * e, got_lse.data[r], static_cast<isize>(e));
+      CHECK_CLOSE({{static_cast<isize>(rows)}, got_lse.data}, {{static_cast<isize>(rows)}, at(part_lse, rows)},
+                  {.c = 16, .acc = type});
+      for (std::size_t r = 0; r < rows; ++r)
+        fovea::merge_normalised(o.data() + r * e, lse[r], got_o.data.data() + r * e, got_lse.data[r],
+                                static_cast<isize>(e));
     }
     CHECK_CLOSE({c.at("o").dims, o}, c.at("o"), {.c = 64, .acc = type});
     CHECK_CLOSE({c.at("lse").dims, lse}, c.at("lse"), {.c = 16, .acc = type});

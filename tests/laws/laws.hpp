@@ -40,8 +40,8 @@ struct promise {
 /// Arguments of one call; a gate tensor of length 0 is absent.
 struct inputs {
   tensor q, k, v, log_decay, beta, erase, write;
-  inputs tokens(isize first, isize count) const;        ///< rows [first, first + count) of everything
-  inputs item(isize b) const;                           ///< batch item b alone
+  inputs tokens(isize first, isize count) const;  ///< rows [first, first + count) of everything
+  inputs item(isize b) const;                     ///< batch item b alone
   fovea::gates gates() const;
 };
 
@@ -118,7 +118,9 @@ struct instance_of final : instance {
 
   explicit instance_of(const shape& s) : m(made.make(s)) {}
 
-  void prefill(exec_ref exec, const inputs& x, tensor_mut out, const call_options& o) const override { fovea::prefill(exec, m, x.q, x.k, x.v, out, o); }
+  void prefill(exec_ref exec, const inputs& x, tensor_mut out, const call_options& o) const override {
+    fovea::prefill(exec, m, x.q, x.k, x.v, out, o);
+  }
   void reference(const inputs& x, tensor_mut out, tensor_mut lse) const override {
     const problem p{x.q, x.k, x.v, out, lse, x.gates()};
     made.reference(m, p);
@@ -155,7 +157,7 @@ subject subject_of() {
     return (void)x, true;
   };
   s.adjust = [](test::random& r, inputs& x) {
-    if constexpr (requires(Case& c) { c.adjust(r, x); }) Case{}.adjust(r, x);
+    if constexpr (requires(Case & c) { c.adjust(r, x); }) Case{}.adjust(r, x);
     (void)r, (void)x;
   };
   s.make = [](const shape& x) -> std::unique_ptr<instance> { return std::make_unique<I>(x); };

@@ -12,8 +12,29 @@ namespace {
 using namespace fovea;
 
 enum class fault {
-  none, wrong_value, nan_value, leaves_element, writes_beside, dead_row_nan, huge_overflow, peeks, leaks_nan, values_squared, order_matters, counts_threads, counts_batch,
-  more_workspace, address_matters, forgets, chunk_matters, merge_order, merge_identity, hidden_memory, takes_foreign, takes_foreign_late, none_causal
+  none,
+  wrong_value,
+  nan_value,
+  leaves_element,
+  writes_beside,
+  dead_row_nan,
+  huge_overflow,
+  peeks,
+  leaks_nan,
+  values_squared,
+  order_matters,
+  counts_threads,
+  counts_batch,
+  more_workspace,
+  address_matters,
+  forgets,
+  chunk_matters,
+  merge_order,
+  merge_identity,
+  hidden_memory,
+  takes_foreign,
+  takes_foreign_late,
+  none_causal
 };
 
 /// Exponential attention sum_j e^(q.k_j) v_j / sum_j e^(q.k_j) in plain loops. The causal form keeps its keys and values in the state.
@@ -41,7 +62,9 @@ struct plain_attention {
 
   void prefill(exec_ref exec, const problem& p, arena scratch) const {
     const shape s = p.shape();
-    rows(exec, p, scratch, s.m - s.n, s.m, [&](isize b, isize g, isize j, isize c) { return p.k.get(b, g, j, c); }, [&](isize b, isize g, isize j, isize c) { return p.v.get(b, g, j, c); });
+    rows(
+        exec, p, scratch, s.m - s.n, s.m, [&](isize b, isize g, isize j, isize c) { return p.k.get(b, g, j, c); },
+        [&](isize b, isize g, isize j, isize c) { return p.v.get(b, g, j, c); });
   }
   void prefill(exec_ref exec, const problem& p, state& s, arena scratch) const {
     const shape x = p.shape(), cap = s.sizes();
@@ -60,13 +83,15 @@ struct plain_attention {
     if (old == 0) seen = keys;
     const bool strange = F == fault::hidden_memory && seen != keys;
     isize first = old;
-    if (F == fault::forgets && old > 0) first = old - 1;          // the newest stored key is one too old
+    if (F == fault::forgets && old > 0) first = old - 1;  // the newest stored key is one too old
     if (F == fault::chunk_matters && x.n > 1 && old > 0) first = old - 1;
     exec.for_tasks(x.B, [&](isize, isize) {});
     (void)scratch;
     buffer own(static_cast<std::size_t>(cap.m + 8) * 8 + 64);
-    rows(serial, p, arena(own.span()), first, std::min(old + x.m, cap.m), [&](isize b, isize g, isize j, isize c) { return keys[at(b, g, j, x.d) + c]; },
-         [&](isize b, isize g, isize j, isize c) { return values[at(b, g, j, x.e) + c] + (strange ? 0.125 : 0.0); });
+    rows(
+        serial, p, arena(own.span()), first, std::min(old + x.m, cap.m),
+        [&](isize b, isize g, isize j, isize c) { return keys[at(b, g, j, x.d) + c]; },
+        [&](isize b, isize g, isize j, isize c) { return values[at(b, g, j, x.e) + c] + (strange ? 0.125 : 0.0); });
   }
   void merge(state& into, const state& from) const {
     const shape cap = into.sizes();
@@ -125,13 +150,16 @@ struct plain_attention {
       }
     });
   }
-  static int scratch_parity(const double* memory) { return static_cast<int>(reinterpret_cast<std::uintptr_t>(memory) / 64 % 61); }
+  static int scratch_parity(const double* memory) {
+    return static_cast<int>(reinterpret_cast<std::uintptr_t>(memory) / 64 % 61);
+  }
 };
 
 template <fault F, bool Causal>
 struct plain_case {
   static constexpr const char* name = Causal ? "plain, causal" : "plain";
-  static constexpr laws::promise promises{.causal = Causal, .permutable = !Causal, .lse = true, .streams = Causal, .logits = true, .c = 32};
+  static constexpr laws::promise promises{
+      .causal = Causal, .permutable = !Causal, .lse = true, .streams = Causal, .logits = true, .c = 32};
   plain_attention<F, Causal> make(const shape&) { return {}; }
   void reference(const plain_attention<F, Causal>&, const problem& p) {
     buffer own(static_cast<std::size_t>(p.k.length + 16) * 8);

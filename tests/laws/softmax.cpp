@@ -34,8 +34,12 @@ struct modified : softmax_base {
   static constexpr laws::promise promises{.causal = true, .lse = true, .streams = true};
   float slopes[16] = {0.5F, 0.25F, 0.125F, 0.0625F, 0.3F, 0.2F, 0.1F, 0.05F, 0.01F};
   float sinks[16] = {1.0F, -2.0F, 0.5F, 3.0F, 0.0F, -1.0F, 2.0F, 0.25F, -0.5F};
-  softmax_attention make(const shape&) { return {.mask = causal{}, .score = chain{softcap{5.0}, alibi{slopes}}, .sinks = sinks}; }
-  bool accepts(const shape& s) const { return s.m >= s.n; }  // a row that sees nothing but its sink is tried in tests/golden
+  softmax_attention make(const shape&) {
+    return {.mask = causal{}, .score = chain{softcap{5.0}, alibi{slopes}}, .sinks = sinks};
+  }
+  bool accepts(const shape& s) const {
+    return s.m >= s.n;
+  }  // a row that sees nothing but its sink is tried in tests/golden
 };
 struct two_sided_case : softmax_base {
   static constexpr const char* name = "softmax, 7 keys before and 2 behind, top-left";

@@ -36,21 +36,23 @@ inline isize product(const std::vector<isize>& dims) {
 }
 
 /// Unit roundoff: half the distance from 1 to the next number.
-inline double eps(dtype t) { return t == dtype::f64 ? 0x1p-53 : t == dtype::f32 ? 0x1p-24 : t == dtype::f16 ? 0x1p-11 : 0x1p-8; }
+inline double eps(dtype t) {
+  return t == dtype::f64 ? 0x1p-53 : t == dtype::f32 ? 0x1p-24 : t == dtype::f16 ? 0x1p-11 : 0x1p-8;
+}
 
 struct tolerance {
-  double c = 16;             ///< how many roundings of the accumulator, of the size of `scale`
-  dtype acc = dtype::f32;    ///< what the path computes in
-  dtype stored = dtype::f32; ///< what got was stored as
-  double scale = 0;          ///< 0: the largest finite |want|
+  double c = 16;              ///< how many roundings of the accumulator, of the size of `scale`
+  dtype acc = dtype::f32;     ///< what the path computes in
+  dtype stored = dtype::f32;  ///< what got was stored as
+  double scale = 0;           ///< 0: the largest finite |want|
 };
 
 struct verdict {
   bool ok = false;
-  std::string text;   ///< what is wrong and where; for a pass, the margins
-  isize at = -1;      ///< the worst element, row-major
-  double worst = 0;   ///< its error over its bound
-  double rms = 0;     ///< the rms error over its bound
+  std::string text;  ///< what is wrong and where; for a pass, the margins
+  isize at = -1;     ///< the worst element, row-major
+  double worst = 0;  ///< its error over its bound
+  double rms = 0;    ///< the rms error over its bound
   explicit operator bool() const { return ok; }
 };
 inline std::ostream& operator<<(std::ostream& out, const verdict& v) { return out << v.text; }
@@ -89,7 +91,8 @@ inline verdict compare(const array& got, const array& want, const tolerance& t =
     v.ok = false, v.at = at, v.text = out.str();
     return v;
   };
-  if (got.dims != want.dims) return reject(-1, "shape " + detail::shape_text(got.dims) + ", want " + detail::shape_text(want.dims));
+  if (got.dims != want.dims)
+    return reject(-1, "shape " + detail::shape_text(got.dims) + ", want " + detail::shape_text(want.dims));
   if (static_cast<isize>(got.data.size()) != product(got.dims) || got.data.size() != want.data.size())
     return reject(-1, "the data does not fill the shape " + detail::shape_text(got.dims));
 
@@ -100,7 +103,8 @@ inline verdict compare(const array& got, const array& want, const tolerance& t =
     const double g = got.data[i], w = want.data[i];
     const bool dead = w == -std::numeric_limits<double>::infinity();
     if (!dead && !std::isfinite(w)) return reject(static_cast<isize>(i), "the wanted value itself is not finite");
-    if (dead != (g == -std::numeric_limits<double>::infinity())) return reject(static_cast<isize>(i), "-inf in the wrong place");
+    if (dead != (g == -std::numeric_limits<double>::infinity()))
+      return reject(static_cast<isize>(i), "-inf in the wrong place");
     if (dead) continue;
     if (!std::isfinite(g)) return reject(static_cast<isize>(i), std::isnan(g) ? "NaN" : "infinity");
     top = std::fmax(top, std::fabs(w));
@@ -131,9 +135,9 @@ inline verdict compare(const array& got, const array& want, const tolerance& t =
 }  // namespace test
 
 /// Fails with the verdict's sentence.
-#define CHECK_CLOSE(...)                              \
-  do {                                                \
+#define CHECK_CLOSE(...)                                         \
+  do {                                                           \
     const ::test::verdict close_ = ::test::compare(__VA_ARGS__); \
-    INFO(close_.text);                                \
-    CHECK(close_.ok);                                 \
+    INFO(close_.text);                                           \
+    CHECK(close_.ok);                                            \
   } while (false)

@@ -18,13 +18,15 @@ std::string refusal(F&& f) {
   }
   return "accepted";
 }
-inline bool says(const std::string& sentence, const std::string& part) { return sentence.find(part) != std::string::npos; }
+inline bool says(const std::string& sentence, const std::string& part) {
+  return sentence.find(part) != std::string::npos;
+}
 
 }  // namespace test
 
-#define CHECK_SAYS(sentence, part)          \
-  do {                                      \
-    const std::string said_ = (sentence);   \
-    INFO(said_);                            \
-    CHECK(::test::says(said_, part));       \
+#define CHECK_SAYS(sentence, part)        \
+  do {                                    \
+    const std::string said_ = (sentence); \
+    INFO(said_);                          \
+    CHECK(::test::says(said_, part));     \
   } while (false)

@@ -34,13 +34,23 @@ struct test_case {
     if (found == tensors.end()) throw std::out_of_range("golden case " + name + " has no tensor " + key);
     return found->second;
   }
-  double number(const char* key, double otherwise) const { return params.contains(key) ? params[key].get<double>() : otherwise; }
-  isize integer(const char* key, isize otherwise) const { return params.contains(key) ? params[key].get<isize>() : otherwise; }
-  bool flag(const char* key, bool otherwise = false) const { return params.contains(key) ? params[key].get<double>() != 0 : otherwise; }
-  std::string text(const char* key, const std::string& otherwise) const { return params.contains(key) ? params[key].get<std::string>() : otherwise; }
+  double number(const char* key, double otherwise) const {
+    return params.contains(key) ? params[key].get<double>() : otherwise;
+  }
+  isize integer(const char* key, isize otherwise) const {
+    return params.contains(key) ? params[key].get<isize>() : otherwise;
+  }
+  bool flag(const char* key, bool otherwise = false) const {
+    return params.contains(key) ? params[key].get<double>() != 0 : otherwise;
+  }
+  std::string text(const char* key, const std::string& otherwise) const {
+    return params.contains(key) ? params[key].get<std::string>() : otherwise;
+  }
 
   /// [B, H, n, w] (or [B, H, n]) as a tensor of any storage type and layout.
-  test::tensor tensor(const std::string& key, dtype type, test::layout l = test::layout::bhnd) const { return test::copy_of(at(key), type, l); }
+  test::tensor tensor(const std::string& key, dtype type, test::layout l = test::layout::bhnd) const {
+    return test::copy_of(at(key), type, l);
+  }
   template <class T>
   std::vector<T> list(const std::string& key) const {
     std::vector<T> out;
@@ -78,12 +88,18 @@ inline std::map<std::string, test::array> read_safetensors(const std::string& pa
     a.data.reserve(static_cast<std::size_t>(count));
     const char* p = raw.data() + 8 + length + info["data_offsets"][0].get<std::size_t>();
     const std::string type = info["dtype"];
-    if (type == "F64") widen<double>(p, count, a.data);
-    else if (type == "F32") widen<float>(p, count, a.data);
-    else if (type == "I32") widen<std::int32_t>(p, count, a.data);
-    else if (type == "I64") widen<std::int64_t>(p, count, a.data);
-    else if (type == "U8" || type == "BOOL") widen<std::uint8_t>(p, count, a.data);
-    else throw std::runtime_error(path + ": " + key + " has type " + type);
+    if (type == "F64")
+      widen<double>(p, count, a.data);
+    else if (type == "F32")
+      widen<float>(p, count, a.data);
+    else if (type == "I32")
+      widen<std::int32_t>(p, count, a.data);
+    else if (type == "I64")
+      widen<std::int64_t>(p, count, a.data);
+    else if (type == "U8" || type == "BOOL")
+      widen<std::uint8_t>(p, count, a.data);
+    else
+      throw std::runtime_error(path + ": " + key + " has type " + type);
   }
   return out;
 }

@@ -25,7 +25,9 @@ enum class layout {
   unaligned,  ///< dense [B, H, n, w], one element off a 64-byte boundary
 };
 inline constexpr layout layouts[] = {layout::bhnd, layout::bnhd, layout::strided, layout::unaligned};
-inline const char* name_of(layout l) { return l == layout::bhnd ? "bhnd" : l == layout::bnhd ? "bnhd" : l == layout::strided ? "strided" : "unaligned"; }
+inline const char* name_of(layout l) {
+  return l == layout::bhnd ? "bhnd" : l == layout::bnhd ? "bnhd" : l == layout::strided ? "strided" : "unaligned";
+}
 
 class tensor {
  public:
@@ -102,7 +104,9 @@ class tensor {
     const std::size_t row = static_cast<std::size_t>(width()) * fovea::size_of(type());
     for (isize b = 0; b < batch(); ++b)
       for (isize h = 0; h < heads(); ++h)
-        for (isize i = 0; i < length(); ++i) std::memset(copy.data() + offset_ + static_cast<std::size_t>(r.offset(b, h, i)) * fovea::size_of(type()), 0xff, row);
+        for (isize i = 0; i < length(); ++i)
+          std::memset(copy.data() + offset_ + static_cast<std::size_t>(r.offset(b, h, i)) * fovea::size_of(type()),
+                      0xff, row);
     return std::all_of(copy.begin(), copy.end(), [](std::byte x) { return x == std::byte{0xff}; });
   }
   /// All memory, guards included: to see that nothing was touched.
@@ -115,7 +119,8 @@ class tensor {
   std::size_t offset_ = guard;
 };
 
-inline tensor normal(random& r, dtype type, isize batch, isize heads, isize length, isize width, layout l = layout::bhnd, double deviation = 1.0) {
+inline tensor normal(random& r, dtype type, isize batch, isize heads, isize length, isize width,
+                     layout l = layout::bhnd, double deviation = 1.0) {
   tensor t(type, batch, heads, length, width, l);
   t.fill_normal(r, deviation);
   return t;
@@ -140,13 +145,16 @@ inline tensor rows_of(const tensor& from, isize first, isize count, layout l = l
   for (isize b = 0; b < t.batch(); ++b)
     for (isize h = 0; h < t.heads(); ++h)
       for (isize i = 0; i < count; ++i)
-        std::memcpy(t.ref().row(b, h, i), from.ref().row(b, h, first + i), static_cast<std::size_t>(t.width()) * fovea::size_of(t.type()));
+        std::memcpy(t.ref().row(b, h, i), from.ref().row(b, h, first + i),
+                    static_cast<std::size_t>(t.width()) * fovea::size_of(t.type()));
   return t;
 }
 
 /// The same bits in every element; "" or where the first difference is.
 inline std::string bits_differ(const tensor& a, const tensor& b) {
-  if (a.type() != b.type() || a.batch() != b.batch() || a.heads() != b.heads() || a.length() != b.length() || a.width() != b.width()) return "shapes or types differ";
+  if (a.type() != b.type() || a.batch() != b.batch() || a.heads() != b.heads() || a.length() != b.length() ||
+      a.width() != b.width())
+    return "shapes or types differ";
   const std::size_t element = fovea::size_of(a.type());
   for (isize i = 0; i < a.batch(); ++i)
     for (isize h = 0; h < a.heads(); ++h)
@@ -154,10 +162,12 @@ inline std::string bits_differ(const tensor& a, const tensor& b) {
         const auto* x = static_cast<const std::byte*>(a.ref().row(i, h, n));
         const auto* y = static_cast<const std::byte*>(b.ref().row(i, h, n));
         for (isize c = 0; c < a.width(); ++c)
-          if (std::memcmp(x + static_cast<std::size_t>(c) * element, y + static_cast<std::size_t>(c) * element, element) != 0) {
+          if (std::memcmp(x + static_cast<std::size_t>(c) * element, y + static_cast<std::size_t>(c) * element,
+                          element) != 0) {
             std::ostringstream out;
             out.precision(17);
-            out << "[" << i << ", " << h << ", " << n << ", " << c << "]: " << a.get(i, h, n, c) << " and " << b.get(i, h, n, c);
+            out << "[" << i << ", " << h << ", " << n << ", " << c << "]: " << a.get(i, h, n, c) << " and "
+                << b.get(i, h, n, c);
             return out.str();
           }
       }

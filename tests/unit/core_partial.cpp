@@ -77,7 +77,8 @@ TEMPLATE_LIST_TEST_CASE("partial: any split of the keys, merged in any order, gi
       at = next;
     }
     const test::array want = of_keys<double>(s, v, 0, 40).values();
-    for (std::size_t i = parts.size(); i-- > 1;) std::swap(parts[i], parts[static_cast<std::size_t>(r.integer(0, static_cast<isize>(i)))]);
+    for (std::size_t i = parts.size(); i-- > 1;)
+      std::swap(parts[i], parts[static_cast<std::size_t>(r.integer(0, static_cast<isize>(i)))]);
     owned<T> left, right;
     for (const auto& p : parts) left.merge(p);
     for (const auto& p : parts) right = join(p, right);
@@ -85,13 +86,15 @@ TEMPLATE_LIST_TEST_CASE("partial: any split of the keys, merged in any order, gi
     CHECK_CLOSE(left.values(), want, {.c = 32, .acc = type});
     CHECK_CLOSE(right.values(), want, {.c = 32, .acc = type});
     if (parts.size() >= 3) {
-      CHECK_CLOSE(join(join(parts[0], parts[1]), parts[2]).values(), join(parts[0], join(parts[1], parts[2])).values(), {.c = 32, .acc = type});
+      CHECK_CLOSE(join(join(parts[0], parts[1]), parts[2]).values(), join(parts[0], join(parts[1], parts[2])).values(),
+                  {.c = 32, .acc = type});
       CHECK_CLOSE(join(parts[0], parts[1]).values(), join(parts[1], parts[0]).values(), {.c = 8, .acc = type});
     }
   }
 }
 
-TEMPLATE_LIST_TEST_CASE("partial: the identity changes no bit, on either side; two identities give zeros and -inf", "", reals) {
+TEMPLATE_LIST_TEST_CASE("partial: the identity changes no bit, on either side; two identities give zeros and -inf", "",
+                        reals) {
   using T = TestType;
   const owned<T> none, x = of_keys<T>({1.5, -2.0, 700.0}, std::vector<double>(15, 0.75), 0, 3);
   CHECK(join(none, x).o == x.o);
@@ -133,7 +136,8 @@ TEMPLATE_LIST_TEST_CASE("partial: normalised results merge by their log-sum-exp"
     fovea::merge_normalised(o.data(), lse, part.o.data(), part_lse, e);
     const T before = lse;
     const std::vector<T> kept = o, zeros(e, T(0));
-    fovea::merge_normalised(o.data(), lse, zeros.data(), -std::numeric_limits<T>::infinity(), e);  // a part that saw nothing
+    fovea::merge_normalised(o.data(), lse, zeros.data(), -std::numeric_limits<T>::infinity(),
+                            e);  // a part that saw nothing
     CHECK(lse == before);
     CHECK(o == kept);
   }

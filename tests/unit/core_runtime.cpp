@@ -21,7 +21,9 @@ void every_task_once(exec_ref exec, isize tasks) {
   std::vector<std::atomic<int>> seen(static_cast<std::size_t>(tasks)), busy(64);
   std::atomic<int> faults{0};
   exec.for_tasks(tasks, [&](isize task, isize slot) {
-    if (slot < 0 || slot >= std::min<isize>(exec.concurrency(), tasks) || busy[static_cast<std::size_t>(slot)].fetch_add(1) != 0) ++faults;
+    if (slot < 0 || slot >= std::min<isize>(exec.concurrency(), tasks) ||
+        busy[static_cast<std::size_t>(slot)].fetch_add(1) != 0)
+      ++faults;
     ++seen[static_cast<std::size_t>(task)];
     --busy[static_cast<std::size_t>(slot)];
   });
@@ -97,9 +99,11 @@ TEST_CASE("arena: what was measured suffices at every alignment, pieces are alig
       std::vector<std::pair<std::byte*, std::size_t>> pieces;
       for (std::size_t k = 0; k < counts.size(); ++k)
         if (k % 2 == 0)
-          pieces.emplace_back(reinterpret_cast<std::byte*>(a.take<float>(counts[k])), static_cast<std::size_t>(counts[k]) * 4);
+          pieces.emplace_back(reinterpret_cast<std::byte*>(a.take<float>(counts[k])),
+                              static_cast<std::size_t>(counts[k]) * 4);
         else
-          pieces.emplace_back(reinterpret_cast<std::byte*>(a.take<double>(counts[k])), static_cast<std::size_t>(counts[k]) * 8);
+          pieces.emplace_back(reinterpret_cast<std::byte*>(a.take<double>(counts[k])),
+                              static_cast<std::size_t>(counts[k]) * 8);
       return pieces;
     };
     arena measure;
@@ -189,13 +193,16 @@ TEST_CASE("state: check refuses another mechanism, shape or storage") {
   const state s = example();
   const shape fits{2, 4, 2, 3, 3, 8, 16, dtype::f32};
   CHECK(test::refusal([&] { s.check(s.tag(), fits, "linear_attention"); }) == "accepted");
-  CHECK_SAYS(test::refusal([&] { s.check(s.tag() + 1, fits, "linear_attention"); }), "not made by this linear_attention");
+  CHECK_SAYS(test::refusal([&] { s.check(s.tag() + 1, fits, "linear_attention"); }),
+             "not made by this linear_attention");
   for (isize shape::*member : {&shape::B, &shape::H, &shape::G, &shape::d, &shape::e}) {
     shape other = fits;
     other.*member += 1;
-    CHECK_SAYS(test::refusal([&] { s.check(s.tag(), other, "linear_attention"); }), "the state was made for B, H, G, d, e = 2, 4, 2, 8, 16");
+    CHECK_SAYS(test::refusal([&] { s.check(s.tag(), other, "linear_attention"); }),
+               "the state was made for B, H, G, d, e = 2, 4, 2, 8, 16");
   }
   shape wide = fits;
   wide.type = dtype::f64;
-  CHECK_SAYS(test::refusal([&] { s.check(s.tag(), wide, "linear_attention"); }), "the state was made for bf16 and the call is f64");
+  CHECK_SAYS(test::refusal([&] { s.check(s.tag(), wide, "linear_attention"); }),
+             "the state was made for bf16 and the call is f64");
 }

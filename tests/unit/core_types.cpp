@@ -33,14 +33,17 @@ double nearest(double x, format f) {
 /// What the bits mean, from the standard's formula.
 double meaning(std::uint16_t bits, format f) {
   const int mantissa_bits = f.precision - 1, exponent_bits = 15 - mantissa_bits;
-  const int exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1), mantissa = bits & ((1 << mantissa_bits) - 1);
+  const int exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1),
+            mantissa = bits & ((1 << mantissa_bits) - 1);
   const double sign = (bits & 0x8000) != 0 ? -1.0 : 1.0;
   if (exponent == (1 << exponent_bits) - 1) return mantissa != 0 ? std::nan("") : sign * HUGE_VAL;
   if (exponent == 0) return sign * std::ldexp(mantissa, f.least - mantissa_bits);
   return sign * std::ldexp((1 << mantissa_bits) + mantissa, exponent - 1 + f.least - mantissa_bits);
 }
 
-bool same(double a, double b) { return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b)); }
+bool same(double a, double b) {
+  return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b));
+}
 
 template <class T>
 int wrong_meanings(format f) {
@@ -89,8 +92,12 @@ int wrong_at_random(format f) {
 
 }  // namespace
 
-TEST_CASE("f16: all 65536 patterns mean what binary16 says and survive a round trip") { CHECK(wrong_meanings<f16>(half) == 0); }
-TEST_CASE("bf16: all 65536 patterns mean what they should and survive a round trip") { CHECK(wrong_meanings<bf16>(brain) == 0); }
+TEST_CASE("f16: all 65536 patterns mean what binary16 says and survive a round trip") {
+  CHECK(wrong_meanings<f16>(half) == 0);
+}
+TEST_CASE("bf16: all 65536 patterns mean what they should and survive a round trip") {
+  CHECK(wrong_meanings<bf16>(brain) == 0);
+}
 TEST_CASE("f16: every rounding boundary goes to nearest even") { CHECK(wrong_roundings<f16>(half) == 0); }
 TEST_CASE("bf16: every rounding boundary goes to nearest even") { CHECK(wrong_roundings<bf16>(brain) == 0); }
 TEST_CASE("f16, bf16: random float patterns") {
@@ -136,26 +143,32 @@ void rows_equal_elements() {
   constexpr isize n = 65536;
   std::vector<f16> halves(n);
   std::vector<bf16> brains(n);
-  for (isize i = 0; i < n; ++i) halves[static_cast<std::size_t>(i)].bits = brains[static_cast<std::size_t>(i)].bits = static_cast<std::uint16_t>(i);
+  for (isize i = 0; i < n; ++i)
+    halves[static_cast<std::size_t>(i)].bits = brains[static_cast<std::size_t>(i)].bits = static_cast<std::uint16_t>(i);
   std::vector<float> wide(n), narrow_from(n);
   int wrong = 0;
   simd::load_row<Arch, float>(dtype::f16, halves.data(), n, wide.data());
-  for (std::size_t i = 0; i < n; ++i) wrong += !same(static_cast<double>(wide[i]), static_cast<double>(static_cast<float>(halves[i])));
+  for (std::size_t i = 0; i < n; ++i)
+    wrong += !same(static_cast<double>(wide[i]), static_cast<double>(static_cast<float>(halves[i])));
   CHECK(wrong == 0);
   simd::load_row<Arch, float>(dtype::bf16, brains.data(), n, wide.data());
-  for (std::size_t i = 0; i < n; ++i) wrong += !same(static_cast<double>(wide[i]), static_cast<double>(static_cast<float>(brains[i])));
+  for (std::size_t i = 0; i < n; ++i)
+    wrong += !same(static_cast<double>(wide[i]), static_cast<double>(static_cast<float>(brains[i])));
   CHECK(wrong == 0);
 
   test::random r(5);
   for (float& y : narrow_from) y = std::bit_cast<float>(static_cast<std::uint32_t>(r.bits()));
-  for (std::size_t i = 0; i < 4096; ++i) narrow_from[i] = static_cast<float>(r.normal()) * std::ldexp(1.0F, static_cast<int>(r.integer(-26, 17)));
+  for (std::size_t i = 0; i < 4096; ++i)
+    narrow_from[i] = static_cast<float>(r.normal()) * std::ldexp(1.0F, static_cast<int>(r.integer(-26, 17)));
   std::vector<f16> h(n);
   std::vector<bf16> b(n);
   simd::store_row<Arch, float>(dtype::f16, narrow_from.data(), n, h.data());
   simd::store_row<Arch, float>(dtype::bf16, narrow_from.data(), n, b.data());
   for (std::size_t i = 0; i < n; ++i) {
-    wrong += !same(static_cast<double>(static_cast<float>(h[i])), static_cast<double>(static_cast<float>(f16(narrow_from[i]))));
-    wrong += !same(static_cast<double>(static_cast<float>(b[i])), static_cast<double>(static_cast<float>(bf16(narrow_from[i]))));
+    wrong += !same(static_cast<double>(static_cast<float>(h[i])),
+                   static_cast<double>(static_cast<float>(f16(narrow_from[i]))));
+    wrong += !same(static_cast<double>(static_cast<float>(b[i])),
+                   static_cast<double>(static_cast<float>(bf16(narrow_from[i]))));
   }
   CHECK(wrong == 0);
 }
@@ -172,15 +185,18 @@ void short_rows_stay_inside() {
         x.fill_normal(r), y.fill([] { return 7.0; });
         std::vector<Acc> wide(static_cast<std::size_t>(n) + 2, Acc(-3));
         const std::size_t bytes = static_cast<std::size_t>(shift) * size_of(t);
-        simd::load_row<Arch, Acc>(t, static_cast<const std::byte*>(static_cast<const void*>(x.ref().data)) + bytes, n, wide.data() + 1);
+        simd::load_row<Arch, Acc>(t, static_cast<const std::byte*>(static_cast<const void*>(x.ref().data)) + bytes, n,
+                                  wide.data() + 1);
         bool right = wide.front() == Acc(-3) && wide.back() == Acc(-3);
-        for (isize i = 0; i < n; ++i) right = right && wide[static_cast<std::size_t>(i) + 1] == static_cast<Acc>(x.get(0, 0, 0, i + shift));
+        for (isize i = 0; i < n; ++i)
+          right = right && wide[static_cast<std::size_t>(i) + 1] == static_cast<Acc>(x.get(0, 0, 0, i + shift));
         REQUIRE(right);
         simd::store_row<Arch, Acc>(t, wide.data() + 1, n, static_cast<std::byte*>(y.ref().data) + bytes);
         for (isize i = 0; i < shift; ++i) right = right && y.get(0, 0, 0, i) == 7.0;
         test::tensor expected(t, 1, 1, 1, n + shift);
         isize at = 0;
-        expected.fill([&] { return at++ < shift ? 7.0 : static_cast<double>(wide[static_cast<std::size_t>(at - shift)]); });
+        expected.fill(
+            [&] { return at++ < shift ? 7.0 : static_cast<double>(wide[static_cast<std::size_t>(at - shift)]); });
         REQUIRE(right);
         REQUIRE(test::bits_differ(y, expected) == std::string());
         REQUIRE(y.guards_intact());

@@ -20,16 +20,17 @@ struct on {
   using type = T;
   static constexpr isize W = P::size;
 };
-using packs = std::tuple<on<float, simd::scalar>, on<double, simd::scalar>, on<float, simd::native>, on<double, simd::native>
+using packs =
+    std::tuple<on<float, simd::scalar>, on<double, simd::scalar>, on<float, simd::native>, on<double, simd::native>
 #if defined(FOVEA_HAS_AVX512)
-                         ,
-                         on<float, simd::avx2>, on<double, simd::avx2>
+               ,
+               on<float, simd::avx2>, on<double, simd::avx2>
 #endif
 #if defined(FOVEA_HAS_AVX512) || defined(FOVEA_HAS_AVX2)
-                         ,
-                         on<float, simd::sse2>, on<double, simd::sse2>
+               ,
+               on<float, simd::sse2>, on<double, simd::sse2>
 #endif
-                         >;
+               >;
 
 template <class X>
 using lanes = std::array<typename X::type, static_cast<std::size_t>(X::W)>;
@@ -60,8 +61,10 @@ TEMPLATE_LIST_TEST_CASE("pack: arithmetic, lane by lane", "", packs) {
   for (int round = 0; round < 200; ++round) {
     const auto a = normals<X>(r), b = normals<X>(r), c = normals<X>(r);
     const P pa = P::load(a.data()), pb = P::load(b.data()), pc = P::load(c.data());
-    const auto sum = lanes_of<X>(pa + pb), gap = lanes_of<X>(pa - pb), prod = lanes_of<X>(pa * pb), ratio = lanes_of<X>(pa / pb);
-    const auto top = lanes_of<X>(simd::max(pa, pb)), low = lanes_of<X>(simd::min(pa, pb)), f = lanes_of<X>(simd::fma(pa, pb, pc));
+    const auto sum = lanes_of<X>(pa + pb), gap = lanes_of<X>(pa - pb), prod = lanes_of<X>(pa * pb),
+               ratio = lanes_of<X>(pa / pb);
+    const auto top = lanes_of<X>(simd::max(pa, pb)), low = lanes_of<X>(simd::min(pa, pb)),
+               f = lanes_of<X>(simd::fma(pa, pb, pc));
     for (std::size_t l = 0; l < a.size(); ++l) {
       REQUIRE(sum[l] == a[l] + b[l]);
       REQUIRE(gap[l] == a[l] - b[l]);
@@ -99,7 +102,8 @@ TEMPLATE_LIST_TEST_CASE("pack: max and min return the second operand when either
   for (T x : lanes_of<X>(simd::min(P(bad), P(T(3))))) CHECK(x == 3);
 }
 
-TEMPLATE_LIST_TEST_CASE("pack: select and fma_where for every lane mask; dead lanes stay clean of NaN and infinity", "", packs) {
+TEMPLATE_LIST_TEST_CASE("pack: select and fma_where for every lane mask; dead lanes stay clean of NaN and infinity", "",
+                        packs) {
   using X = TestType;
   using P = typename X::P;
   using T = typename X::type;
@@ -109,7 +113,9 @@ TEMPLATE_LIST_TEST_CASE("pack: select and fma_where for every lane mask; dead la
   const unsigned all = (1U << X::W) - 1U;
   for (unsigned bits = 0; bits <= all; ++bits) {
     for (std::size_t l = 0; l < b.size(); ++l)
-      poison[l] = ((bits >> l) & 1U) != 0 ? b[l] : l % 2 == 0 ? std::numeric_limits<T>::quiet_NaN() : std::numeric_limits<T>::infinity();
+      poison[l] = ((bits >> l) & 1U) != 0 ? b[l]
+                  : l % 2 == 0            ? std::numeric_limits<T>::quiet_NaN()
+                                          : std::numeric_limits<T>::infinity();
     const auto chosen = lanes_of<X>(simd::select(bits, P::load(a.data()), P::load(c.data())));
     const auto clean = lanes_of<X>(simd::select(bits, P::load(poison.data()), P::load(c.data())));
     const auto fused = lanes_of<X>(simd::fma_where(bits, P::load(a.data()), P::load(poison.data()), P::load(c.data())));
@@ -117,7 +123,8 @@ TEMPLATE_LIST_TEST_CASE("pack: select and fma_where for every lane mask; dead la
     bool right = true;
     for (std::size_t l = 0; l < b.size(); ++l) {
       const bool live = ((bits >> l) & 1U) != 0;
-      right = right && chosen[l] == (live ? a[l] : c[l]) && clean[l] == (live ? b[l] : c[l]) && fused[l] == (live ? wanted[l] : c[l]);
+      right = right && chosen[l] == (live ? a[l] : c[l]) && clean[l] == (live ? b[l] : c[l]) &&
+              fused[l] == (live ? wanted[l] : c[l]);
     }
     CAPTURE(bits);
     REQUIRE(right);
@@ -132,13 +139,16 @@ TEMPLATE_LIST_TEST_CASE("pack: load_n and store_n touch the first lanes and noth
     CAPTURE(count);
     test::random r(4);
     const isize width = std::max<isize>(count, X::W);
-    test::tensor from(dtype_of<T>, 1, 1, 1, width, test::layout::unaligned), to(dtype_of<T>, 1, 1, 1, width, test::layout::unaligned);
+    test::tensor from(dtype_of<T>, 1, 1, 1, width, test::layout::unaligned),
+        to(dtype_of<T>, 1, 1, 1, width, test::layout::unaligned);
     from.fill_normal(r), to.fill([] { return 5.0; });
     const P x = simd::load_n<P>(static_cast<const T*>(from.ref().data), count);
     const auto got = lanes_of<X>(x);
-    for (isize l = 0; l < X::W; ++l) CHECK(got[static_cast<std::size_t>(l)] == (l < count ? static_cast<T>(from.get(0, 0, 0, l)) : T(0)));
+    for (isize l = 0; l < X::W; ++l)
+      CHECK(got[static_cast<std::size_t>(l)] == (l < count ? static_cast<T>(from.get(0, 0, 0, l)) : T(0)));
     simd::store_n(static_cast<T*>(to.ref().data), x, count);
-    for (isize l = 0; l < width; ++l) CHECK(to.get(0, 0, 0, l) == (l < std::min(count, X::W) ? from.get(0, 0, 0, l) : 5.0));
+    for (isize l = 0; l < width; ++l)
+      CHECK(to.get(0, 0, 0, l) == (l < std::min(count, X::W) ? from.get(0, 0, 0, l) : 5.0));
     CHECK(to.guards_intact());
   }
 }
@@ -152,7 +162,8 @@ TEMPLATE_LIST_TEST_CASE("pack: reductions", "", packs) {
     auto a = normals<X>(r);
     double sum = 0;
     for (T x : a) sum += static_cast<double>(x);
-    CHECK(std::fabs(static_cast<double>(simd::reduce_add(P::load(a.data()))) - sum) <= 40.0 * static_cast<double>(std::numeric_limits<T>::epsilon()));
+    CHECK(std::fabs(static_cast<double>(simd::reduce_add(P::load(a.data()))) - sum) <=
+          40.0 * static_cast<double>(std::numeric_limits<T>::epsilon()));
     CHECK(simd::reduce_max(P::load(a.data())) == *std::max_element(a.begin(), a.end()));
     a[static_cast<std::size_t>(round) % a.size()] = std::numeric_limits<T>::quiet_NaN();
     CHECK(std::isnan(simd::reduce_max(P::load(a.data()))));
@@ -177,7 +188,8 @@ TEMPLATE_LIST_TEST_CASE("exp2: error in units of the last place", "", packs) {
     look(static_cast<T>(r.uniform(least, most)));
     look(static_cast<T>(r.uniform(-2.0, 1.0)));
     look(static_cast<T>(r.uniform(-1.0, 1.0) * 0x1p-20));
-    look(static_cast<T>(static_cast<double>(r.integer(-100, 100)) + 0.5 + r.uniform(-1.0, 1.0) * 0x1p-12));  // where n changes
+    look(static_cast<T>(static_cast<double>(r.integer(-100, 100)) + 0.5 +
+                        r.uniform(-1.0, 1.0) * 0x1p-12));  // where n changes
   }
   INFO("worst error " << worst << " ulp");
   CHECK(worst <= (single ? 1.9 : 1.0));  // what simd/exp.hpp states
@@ -192,14 +204,18 @@ TEMPLATE_LIST_TEST_CASE("exp2: exact at integers; zero far below; never a denorm
   const int least = single ? -126 : -1022, most = single ? 127 : 1023;
   for (int n = least + 1; n <= most; ++n) REQUIRE(at(static_cast<T>(n)) == std::ldexp(T(1), n));
   const T inf = std::numeric_limits<T>::infinity();
-  for (T x : {static_cast<T>(least), static_cast<T>(least) - T(0.25), static_cast<T>(least) - 1, T(-1e4), T(-1e30), std::numeric_limits<T>::lowest(), -inf})
+  for (T x : {static_cast<T>(least), static_cast<T>(least) - T(0.25), static_cast<T>(least) - 1, T(-1e4), T(-1e30),
+              std::numeric_limits<T>::lowest(), -inf})
     CHECK(same(at(x), T(0)));
   CHECK(std::isnan(at(std::numeric_limits<T>::quiet_NaN())));
   test::random r(9);
-  for (int i = 0; i < 2000; ++i) {  // at the edge: the right value or zero, and nothing between zero and the smallest normal number
+  for (int i = 0; i < 2000;
+       ++i) {  // at the edge: the right value or zero, and nothing between zero and the smallest normal number
     const T x = static_cast<T>(least + r.uniform(-1.0, 1.0)), y = at(x);
     const double want = std::exp2(static_cast<double>(x));
-    REQUIRE((y == 0 || (y >= std::numeric_limits<T>::min() && std::fabs(static_cast<double>(y) - want) <= want * 4 * static_cast<double>(std::numeric_limits<T>::epsilon()))));
+    REQUIRE((y == 0 || (y >= std::numeric_limits<T>::min() &&
+                        std::fabs(static_cast<double>(y) - want) <=
+                            want * 4 * static_cast<double>(std::numeric_limits<T>::epsilon()))));
     if (x > static_cast<T>(least) + T(0.5)) REQUIRE(y > 0);
   }
   CHECK(at(T(0)) == 1);
@@ -216,7 +232,8 @@ TEMPLATE_LIST_TEST_CASE("exp: relative error grows no faster than its argument",
     const T x = static_cast<T>(r.uniform(-86.0, 88.0));
     const double got = static_cast<double>(lanes_of<X>(simd::exp(P(x)))[0]);
     const long double want = std::exp(static_cast<long double>(x));
-    REQUIRE(std::fabs((static_cast<long double>(got) - want) / want) <= unit * (6 + 2 * std::fabs(static_cast<double>(x))));
+    REQUIRE(std::fabs((static_cast<long double>(got) - want) / want) <=
+            unit * (6 + 2 * std::fabs(static_cast<double>(x))));
   }
 }
 

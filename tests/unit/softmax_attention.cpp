@@ -75,15 +75,19 @@ void random_scores(test::random& r, const shape& s, setting& x) {
 
 struct answer {
   tensor out, lse;
-  answer(const shape& s, dtype out_type, dtype lse_type, test::layout l) : out(test::unwritten(out_type, s.B, s.H, s.n, s.e, l)), lse(test::unwritten(lse_type, s.B, s.H, s.n, 1, l)) {}
+  answer(const shape& s, dtype out_type, dtype lse_type, test::layout l)
+      : out(test::unwritten(out_type, s.B, s.H, s.n, s.e, l)), lse(test::unwritten(lse_type, s.B, s.H, s.n, 1, l)) {}
 };
 
 /// Runs the problem both ways and compares.
 void agrees(const softmax_attention& m, const shape& s, std::uint64_t seed, exec_ref exec = serial) {
   test::random r(seed);
   const auto layout = [&] { return test::layouts[r.integer(0, 3)]; };
-  const tensor q = test::normal(r, s.type, s.B, s.H, s.n, s.d, layout()), k = test::normal(r, s.type, s.B, s.G, s.m, s.d, layout()), v = test::normal(r, s.type, s.B, s.G, s.m, s.e, layout());
-  answer want(s, dtype::f64, dtype::f64, test::layout::bhnd), got(s, s.type, s.type == dtype::f64 ? dtype::f64 : dtype::f32, layout());
+  const tensor q = test::normal(r, s.type, s.B, s.H, s.n, s.d, layout()),
+               k = test::normal(r, s.type, s.B, s.G, s.m, s.d, layout()),
+               v = test::normal(r, s.type, s.B, s.G, s.m, s.e, layout());
+  answer want(s, dtype::f64, dtype::f64, test::layout::bhnd),
+      got(s, s.type, s.type == dtype::f64 ? dtype::f64 : dtype::f32, layout());
   reference::prefill(m, {q, k, v, want.out, want.lse, {}});
   prefill(exec, m, q, k, v, got.out, {.lse = got.lse, .gates = {}});
   CAPTURE(seed, s.B, s.H, s.G, s.n, s.m, s.d, s.e, fovea::name_of(s.type));
@@ -97,7 +101,8 @@ void agrees(const softmax_attention& m, const shape& s, std::uint64_t seed, exec
 shape random_shape(test::random& r) {
   shape s;
   s.B = r.integer(1, 2), s.G = r.integer(1, 3), s.H = s.G * r.integer(1, 4);
-  s.n = r.coin(0.3) ? r.integer(1, 3) : r.integer(1, 200), s.m = r.integer(1, 300), s.d = r.integer(1, 100), s.e = r.integer(1, 100);
+  s.n = r.coin(0.3) ? r.integer(1, 3) : r.integer(1, 200), s.m = r.integer(1, 300), s.d = r.integer(1, 100),
+  s.e = r.integer(1, 100);
   s.type = static_cast<dtype>(r.integer(0, 3));
   return s;
 }
@@ -147,7 +152,8 @@ TEST_CASE("softmax: a NaN or infinity behind any mask reaches no row that cannot
         mask_site at = x.m.site(s, 0);
         at.h = h;
         bool reached = false;
-        for (isize j = 0; j < s.m; ++j) reached = reached || (bad[static_cast<std::size_t>(j)] && x.m.mask.visible(at, i, j));
+        for (isize j = 0; j < s.m; ++j)
+          reached = reached || (bad[static_cast<std::size_t>(j)] && x.m.mask.visible(at, i, j));
         if (reached) continue;
         for (isize c = 0; c < s.e; ++c) wrong += clean.out.get(0, h, i, c) != poisoned.out.get(0, h, i, c);
         wrong += clean.lse.get(0, h, i, 0) != poisoned.lse.get(0, h, i, 0);
@@ -186,7 +192,8 @@ TEST_CASE("softmax: keys beyond one piece of a decode step, and beyond one block
 TEST_CASE("softmax: pieces of a decode step are cut by the keys alone: any number of threads gives the same bits") {
   test::random r(5);
   const shape s{2, 4, 2, 1, 9500, 48, 48, dtype::f32};
-  const tensor q = test::normal(r, s.type, s.B, s.H, s.n, s.d), k = test::normal(r, s.type, s.B, s.G, s.m, s.d), v = test::normal(r, s.type, s.B, s.G, s.m, s.e);
+  const tensor q = test::normal(r, s.type, s.B, s.H, s.n, s.d), k = test::normal(r, s.type, s.B, s.G, s.m, s.d),
+               v = test::normal(r, s.type, s.B, s.G, s.m, s.e);
   answer one(s, dtype::f32, dtype::f32, test::layout::bhnd), many(s, dtype::f32, dtype::f32, test::layout::bhnd);
   prefill(serial, softmax_attention{}, q, k, v, one.out, {.lse = one.lse, .gates = {}});
   for (const int count : {2, 3, 7}) {
@@ -199,6 +206,8 @@ TEST_CASE("softmax: pieces of a decode step are cut by the keys alone: any numbe
 
 TEST_CASE("softmax: scratch does not grow with the sequence") {
   const softmax_attention m{.mask = causal{}};
-  CHECK(m.workspace_size({1, 8, 2, 4096, 4096, 64, 64, dtype::f32}, 2) == m.workspace_size({1, 8, 2, 65536, 65536, 64, 64, dtype::f32}, 2));
-  CHECK(m.workspace_size({1, 8, 2, 1, 4096, 64, 64, dtype::f32}, 2) == m.workspace_size({1, 8, 2, 1, 1 << 20, 64, 64, dtype::f32}, 2));
+  CHECK(m.workspace_size({1, 8, 2, 4096, 4096, 64, 64, dtype::f32}, 2) ==
+        m.workspace_size({1, 8, 2, 65536, 65536, 64, 64, dtype::f32}, 2));
+  CHECK(m.workspace_size({1, 8, 2, 1, 4096, 64, 64, dtype::f32}, 2) ==
+        m.workspace_size({1, 8, 2, 1, 1 << 20, 64, 64, dtype::f32}, 2));
 }

@@ -35,7 +35,8 @@ TEST_CASE("comparator: rejects one bad element in 1000") {
     got.data[617] = x;
     return test::compare(got, want);
   };
-  for (double bad : {not_a_number, -not_a_number, inf, -inf, -want.data[617], 0.0, want.data[617] * 1.00001, want.data[617] + 1e-5}) {
+  for (double bad : {not_a_number, -not_a_number, inf, -inf, -want.data[617], 0.0, want.data[617] * 1.00001,
+                     want.data[617] + 1e-5}) {
     CAPTURE(bad);
     const test::verdict v = with(bad);
     CHECK_FALSE(v.ok);
@@ -113,7 +114,8 @@ TEST_CASE("tensors: layouts hold the same numbers, and guards see any stray writ
       test::tensor x = test::normal(r, t, 2, 3, 4, 5, l), y = test::normal(again, t, 2, 3, 4, 5);
       CHECK_SAME_BITS(x, y);
       CHECK(x.guards_intact());
-      CHECK(reinterpret_cast<std::uintptr_t>(x.ref().data) % 64 == (l == test::layout::unaligned ? fovea::size_of(t) : 0));
+      CHECK(reinterpret_cast<std::uintptr_t>(x.ref().data) % 64 ==
+            (l == test::layout::unaligned ? fovea::size_of(t) : 0));
       auto* base = static_cast<std::byte*>(x.ref().data);
       base[-1] = std::byte{0};
       CHECK_FALSE(x.guards_intact());

@@ -30,23 +30,26 @@ std::string fault(isize M, isize N, isize K, bool transposed, bool add, isize ga
   test::random r(static_cast<std::uint64_t>(M * 10007 + N * 101 + K));
   const dtype t = dtype_of<T>;
   // one tensor row per matrix row; width + gap keeps a guard behind every row
-  test::tensor a(t, 1, 1, transposed ? K : M, (transposed ? M : K) + gap), b(t, 1, 1, K, N + gap), c(t, 1, 1, M, N + gap);
+  test::tensor a(t, 1, 1, transposed ? K : M, (transposed ? M : K) + gap), b(t, 1, 1, K, N + gap),
+      c(t, 1, 1, M, N + gap);
   a.fill_normal(r), b.fill_normal(r), c.fill_normal(r);
   const test::array before = c.values();
   const isize lda = (transposed ? M : K) + gap;
-  tile::gemm<Arch, T>(M, N, K, static_cast<const T*>(a.ref().data), transposed ? 1 : lda, transposed ? lda : 1, static_cast<const T*>(b.ref().data), N + gap,
-                      static_cast<T*>(c.ref().data), N + gap, add);
+  tile::gemm<Arch, T>(M, N, K, static_cast<const T*>(a.ref().data), transposed ? 1 : lda, transposed ? lda : 1,
+                      static_cast<const T*>(b.ref().data), N + gap, static_cast<T*>(c.ref().data), N + gap, add);
   if (!c.guards_intact()) return "guards of C";
   for (isize i = 0; i < M; ++i)
     for (isize j = 0; j < N + gap; ++j) {
       const double old = before.data[static_cast<std::size_t>(i * (N + gap) + j)];
       long double want = add || j >= N ? old : 0.0, size = std::fabs(want);
       for (isize k = 0; k < K && j < N; ++k) {
-        const long double term = static_cast<long double>(transposed ? a.get(0, 0, k, i) : a.get(0, 0, i, k)) * b.get(0, 0, k, j);
+        const long double term =
+            static_cast<long double>(transposed ? a.get(0, 0, k, i) : a.get(0, 0, i, k)) * b.get(0, 0, k, j);
         want += term, size += std::fabs(term);
       }
       const double got = c.get(0, 0, i, j);
-      if (j >= N ? got != old : !(std::fabs(got - want) <= static_cast<long double>(K + 1) * test::eps(t) * size)) return test::detail::position({M, N}, i * N + j);
+      if (j >= N ? got != old : !(std::fabs(got - want) <= static_cast<long double>(K + 1) * test::eps(t) * size))
+        return test::detail::position({M, N}, i * N + j);
     }
   return {};
 }
@@ -81,8 +84,12 @@ TEMPLATE_LIST_TEST_CASE("gemm: an element does not depend on M or N", "", varian
   using A = typename TestType::arch;
   test::random r(2);
   constexpr isize M = 20, N = 70, K = 33;
-  test::tensor a = test::normal(r, dtype_of<T>, 1, 1, M, K), b = test::normal(r, dtype_of<T>, 1, 1, K, N), whole(dtype_of<T>, 1, 1, M, N);
-  const auto run = [&](isize m, isize n, T* c) { tile::gemm<A, T>(m, n, K, static_cast<const T*>(a.ref().data), K, 1, static_cast<const T*>(b.ref().data), N, c, N, false); };
+  test::tensor a = test::normal(r, dtype_of<T>, 1, 1, M, K), b = test::normal(r, dtype_of<T>, 1, 1, K, N),
+               whole(dtype_of<T>, 1, 1, M, N);
+  const auto run = [&](isize m, isize n, T* c) {
+    tile::gemm<A, T>(m, n, K, static_cast<const T*>(a.ref().data), K, 1, static_cast<const T*>(b.ref().data), N, c, N,
+                     false);
+  };
   run(M, N, static_cast<T*>(whole.ref().data));
   for (isize m : {1, 2, 7, 8, 19})
     for (isize n : {1, 5, 16, 31, 32, 64, 69}) {
