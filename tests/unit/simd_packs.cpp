@@ -9,6 +9,8 @@
 #include "support/tensors.hpp"
 
 #include <fovea/simd/exp.hpp>
+#include <fovea/simd/reduce.hpp>
+#include <fovea/simd/transpose.hpp>
 
 namespace {
 
@@ -18,6 +20,7 @@ template <class T, class Arch>
 struct on {
   using P = simd::pack<T, Arch>;
   using type = T;
+  using arch = Arch;
   static constexpr isize W = P::size;
 };
 using packs =
@@ -46,6 +49,14 @@ lanes<X> normals(test::random& r) {
   for (auto& y : x) y = static_cast<typename X::type>(r.normal());
   return x;
 }
+/// Whether fma of this pack rounds once.
+#if defined(__FMA__) || defined(__aarch64__)
+template <class P>
+inline constexpr bool fuses = !std::is_same_v<P, simd::pack<typename P::value_type, simd::sse2>>;
+#else
+template <class P>
+inline constexpr bool fuses = false;
+#endif
 template <class T>
 bool same(T a, T b) {
   return (std::isnan(a) && std::isnan(b)) || (a == b && std::signbit(a) == std::signbit(b));
@@ -78,18 +89,16 @@ TEMPLATE_LIST_TEST_CASE("pack: arithmetic, lane by lane", "", packs) {
   }
 }
 
-#if defined(__FMA__)
 TEMPLATE_LIST_TEST_CASE("pack: fma rounds once wherever the instruction set has it", "", packs) {
   using X = TestType;
   using P = typename X::P;
   using T = typename X::type;
-  if (std::is_same_v<P, simd::pack<T, simd::sse2>>) return;  // sse2 has none, and says so
+  if (!fuses<P>) return;
   const T tiny = std::numeric_limits<T>::epsilon();
   // (1 + u)(1 - u) - 1 = -u^2: a product that is rounded first gives 0
   const auto f = lanes_of<X>(simd::fma(P(1 + tiny), P(1 - tiny), P(T(-1))));
   for (T x : f) CHECK(x == -tiny * tiny);
 }
-#endif
 
 TEMPLATE_LIST_TEST_CASE("pack: max and min return the second operand when either is NaN", "", packs) {
   using X = TestType;
@@ -170,6 +179,54 @@ TEMPLATE_LIST_TEST_CASE("pack: reductions", "", packs) {
   }
 }
 
+TEMPLATE_LIST_TEST_CASE("pack: W registers summed, transposed, and rows turned into columns and back", "", packs) {
+  using X = TestType;
+  using P = typename X::P;
+  using T = typename X::type;
+  constexpr isize W = X::W;
+  test::random r(12);
+  T in[W][W], out[W];
+  P x[W];
+  for (isize i = 0; i < W; ++i) {
+    for (isize l = 0; l < W; ++l) in[i][l] = static_cast<T>(r.normal());
+    x[i] = P::load(in[i]);
+  }
+  simd::sum_each(x).store(out);
+  for (isize i = 0; i < W; ++i) {
+    double sum = 0;
+    for (isize l = 0; l < W; ++l) sum += static_cast<double>(in[i][l]);
+    CHECK(std::fabs(static_cast<double>(out[i]) - sum) <= 60.0 * test::eps(dtype_of<T>));
+  }
+  simd::transpose(x);
+  for (isize i = 0; i < W; ++i) {
+    x[i].store(out);
+    for (isize l = 0; l < W; ++l) REQUIRE(out[l] == in[l][i]);
+  }
+  for (isize width = 0; width <= 2 * W + 3; ++width) {
+    CAPTURE(width);
+    const dtype t = dtype_of<T>;
+    test::tensor rows = test::normal(r, t, 1, 1, W, width, test::layout::strided),
+                 turned(t, 1, 1, width, W, test::layout::strided);
+    test::tensor back(t, 1, 1, W, width, test::layout::strided);
+    const T* from[W];
+    T *to[W], factors[W];
+    for (isize l = 0; l < W; ++l) {
+      from[l] = static_cast<const T*>(rows.ref().row(0, 0, l)), to[l] = static_cast<T*>(back.ref().row(0, 0, l));
+      factors[l] = static_cast<T>(l + 1);
+    }
+    simd::rows_to_columns<T, typename X::arch>(from, width, T(2), static_cast<T*>(turned.ref().data),
+                                               turned.ref().row_stride);
+    simd::columns_to_rows<T, typename X::arch>(static_cast<const T*>(turned.ref().data), turned.ref().row_stride, width,
+                                               factors, to);
+    bool right = turned.guards_intact() && back.guards_intact();
+    for (isize l = 0; l < W; ++l)
+      for (isize c = 0; c < width; ++c)
+        right = right && turned.get(0, 0, c, l) == 2 * rows.get(0, 0, l, c) &&
+                back.get(0, 0, l, c) == static_cast<double>(factors[l] * static_cast<T>(turned.get(0, 0, c, l)));
+    CHECK(right);
+  }
+}
+
 TEMPLATE_LIST_TEST_CASE("exp2: error in units of the last place", "", packs) {
   using X = TestType;
   using P = typename X::P;
@@ -192,7 +249,7 @@ TEMPLATE_LIST_TEST_CASE("exp2: error in units of the last place", "", packs) {
                         r.uniform(-1.0, 1.0) * 0x1p-12));  // where n changes
   }
   INFO("worst error " << worst << " ulp");
-  CHECK(worst <= (single ? 1.9 : 1.0));  // what simd/exp.hpp states
+  CHECK(worst <= (fuses<P> ? single ? 1.9 : 1.0 : single ? 2.0 : 1.2));  // what simd/exp.hpp states
 }
 
 TEMPLATE_LIST_TEST_CASE("exp2: exact at integers; zero far below; never a denormal; NaN stays NaN", "", packs) {
