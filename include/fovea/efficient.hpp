@@ -31,8 +31,8 @@ struct efficient_attention {
 
   efficient_normalisation normalisation = efficient_normalisation::softmax;
   bool causal = false;
-  std::optional<double> scale = {};             ///< queries are multiplied by it first; none: 1, as published
-  std::span<const std::int32_t> lengths = {};   ///< [B] keys of each item, the bidirectional form only; empty: m
+  std::optional<double> scale = {};            ///< queries are multiplied by it first; none: 1, as published
+  std::span<const std::int32_t> lengths = {};  ///< [B] keys of each item, the bidirectional form only; empty: m
 
   double scale_for() const { return scale ? *scale : 1.0; }
   isize keys_of(isize b, isize m) const { return lengths.empty() ? m : lengths[static_cast<std::size_t>(b)]; }

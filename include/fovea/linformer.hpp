@@ -40,7 +40,7 @@ struct linformer_attention {
   std::optional<double> scale = {};            ///< none: 1 / sqrt(d)
   std::span<const std::int32_t> lengths = {};  ///< [B] keys of each item, bidirectional form only; empty: m
   bool causal = false;
-  isize block = 0;                             ///< tokens of a block, causal form only
+  isize block = 0;  ///< tokens of a block, causal form only
 
   double scale_for(const shape& s) const { return scale ? *scale : 1.0 / std::sqrt(static_cast<double>(s.d)); }
   isize slots_for() const { return slots == 0 && projection == sequence_projection::linear ? E.width : slots; }
@@ -72,7 +72,8 @@ struct linformer_attention {
 /// Keys and values join the slots of a bidirectional state.
 void absorb(exec_ref exec, const linformer_attention& m, tensor_ref k, tensor_ref v, state& s);
 /// Every row of q sees all slots, which hold all tokens absorbed so far. `lse` as in call_options.
-void attend(exec_ref exec, const linformer_attention& m, tensor_ref q, tensor_mut out, const state& s, tensor_mut lse = {});
+void attend(exec_ref exec, const linformer_attention& m, tensor_ref q, tensor_mut out, const state& s,
+            tensor_mut lse = {});
 
 }  // namespace FOVEA_ABI
 }  // namespace fovea

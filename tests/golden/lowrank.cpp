@@ -36,7 +36,8 @@ void check_case(const M& m, const question& x, const char* what) {
 }
 template <class M>
 void check_twin(const M& m, const question& x) {
-  const tensor q = test::copy_of(x.q, dtype::f64), k = test::copy_of(x.k, dtype::f64), v = test::copy_of(x.v, dtype::f64);
+  const tensor q = test::copy_of(x.q, dtype::f64), k = test::copy_of(x.k, dtype::f64),
+               v = test::copy_of(x.v, dtype::f64);
   tensor out = test::unwritten(dtype::f64, q.batch(), q.heads(), q.length(), v.width());
   fovea::reference::prefill(m, problem{q, k, v, out, {}, {}});
   CHECK_CLOSE(out.values(), x.want, {.c = 4096, .acc = dtype::f64});
@@ -63,12 +64,14 @@ TEST_CASE("golden: linformer") {
     if (c.name.rfind("linformer", 0) != 0) continue;
     CAPTURE(c.name);
     ++tried;
-    configuration config{"linformer", {{"scale", c.number("scale", 0)}, {"slots", static_cast<double>(c.integer("slots", 0))}}};
+    configuration config{"linformer",
+                         {{"scale", c.number("scale", 0)}, {"slots", static_cast<double>(c.integer("slots", 0))}}};
     if (c.name == "linformer_mean_pool") config.values["projection"] = std::string("mean");
     if (c.name == "linformer_max_pool") config.values["projection"] = std::string("max");
     if (c.name == "linformer_conv") config.values["projection"] = std::string("conv");
     arrays tensors;
-    for (const auto& [from, to] : {std::pair{"proj_k", "E"}, std::pair{"proj_v", "F"}, std::pair{"E", "E"}, std::pair{"F", "F"}, std::pair{"wk", "wk"}, std::pair{"wv", "wv"}})
+    for (const auto& [from, to] : {std::pair{"proj_k", "E"}, std::pair{"proj_v", "F"}, std::pair{"E", "E"},
+                                   std::pair{"F", "F"}, std::pair{"wk", "wk"}, std::pair{"wv", "wv"}})
       if (c.has(from)) tensors[to] = weight(c.at(from));
     const any_attention a = configured(config, tensors);
     const question x = question_of(c);
@@ -88,14 +91,17 @@ TEST_CASE("golden: efficient") {
     CAPTURE(c.name);
     ++tried;
     const bool scaling = c.name == "efficient_scaling";
-    const any_attention a = configured({"efficient", {{"normalisation", std::string(scaling ? "scaling" : "softmax")}, {"causal", c.flag("causal")}}}, {});
+    const any_attention a = configured(
+        {"efficient", {{"normalisation", std::string(scaling ? "scaling" : "softmax")}, {"causal", c.flag("causal")}}},
+        {});
     const question x = question_of(c);
     check_case(a, x, "configured");
     const auto* m = a.as<efficient_attention>();
     REQUIRE(m != nullptr);
     CHECK(m->causal == (c.name == "efficient_causal"));
     check_twin(*m, x);
-    if (m->normalisation == efficient_normalisation::softmax && !m->causal) check_case(kfree_reconstruction{}, x, "k-free reconstruction");
+    if (m->normalisation == efficient_normalisation::softmax && !m->causal)
+      check_case(kfree_reconstruction{}, x, "k-free reconstruction");
   }
   CHECK(tried == 4);
 }

@@ -65,13 +65,18 @@ struct block_causal : linformer_base {
   static constexpr laws::promise promises{.causal = true, .lse = true, .streams = true, .c = 64};
   linformer_attention make(const shape&) {
     E = weights(16 * 3, 6), F = weights(16 * 3, 7);
-    return {.E = bhnd<const float>(E.data(), 1, 1, 16, 3), .F = bhnd<const float>(F.data(), 1, 1, 16, 3), .causal = true, .block = 16};
+    return {.E = bhnd<const float>(E.data(), 1, 1, 16, 3),
+            .F = bhnd<const float>(F.data(), 1, 1, 16, 3),
+            .causal = true,
+            .block = 16};
   }
 };
 struct block_causal_mean : linformer_base {
   static constexpr const char* name = "linformer, blocks of 50 into 4 means";
   static constexpr laws::promise promises{.causal = true, .lse = true, .streams = true, .c = 64};
-  linformer_attention make(const shape&) { return {.projection = sequence_projection::mean, .slots = 4, .causal = true, .block = 50}; }
+  linformer_attention make(const shape&) {
+    return {.projection = sequence_projection::mean, .slots = 4, .causal = true, .block = 50};
+  }
 };
 
 struct efficient_base {
@@ -112,8 +117,9 @@ struct kfree_channel : kfree_case<kfree_reconstruction::form_type::channel> {
   bool accepts(const shape& s) const { return s.n == s.m && s.d == s.e; }
 };
 
-using law_cases = std::tuple<per_head, shared_key_value, mean_pool, convolution, block_causal, block_causal_mean, efficient_full, efficient_causal, scaling_full,
-                             scaling_causal, kfree_efficient, kfree_channel>;
+using law_cases =
+    std::tuple<per_head, shared_key_value, mean_pool, convolution, block_causal, block_causal_mean, efficient_full,
+               efficient_causal, scaling_full, scaling_causal, kfree_efficient, kfree_channel>;
 
 }  // namespace
 

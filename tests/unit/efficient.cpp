@@ -16,16 +16,20 @@ using test::refusal;
 using test::tensor;
 
 constexpr efficient_attention both_ways{}, prefix{.causal = true};
-constexpr efficient_attention scaling{.normalisation = efficient_normalisation::scaling}, scaling_prefix{.normalisation = efficient_normalisation::scaling, .causal = true};
+constexpr efficient_attention scaling{.normalisation = efficient_normalisation::scaling},
+    scaling_prefix{.normalisation = efficient_normalisation::scaling, .causal = true};
 
 struct sample {
   tensor q, k, v;
   sample(isize B, isize H, isize G, isize n, isize m, isize d, isize e, dtype type = dtype::f32, double deviation = 1) {
     test::random r(static_cast<std::uint64_t>(n * 1000 + m));
-    q = test::normal(r, type, B, H, n, d, test::layout::bhnd, deviation), k = test::normal(r, type, B, G, m, d, test::layout::bhnd, deviation);
+    q = test::normal(r, type, B, H, n, d, test::layout::bhnd, deviation),
+    k = test::normal(r, type, B, G, m, d, test::layout::bhnd, deviation);
     v = test::normal(r, type, B, G, m, e);
   }
-  shape sizes() const { return {q.batch(), q.heads(), k.heads(), q.length(), k.length(), q.width(), v.width(), q.type()}; }
+  shape sizes() const {
+    return {q.batch(), q.heads(), k.heads(), q.length(), k.length(), q.width(), v.width(), q.type()};
+  }
 };
 template <class M>
 tensor run(const M& m, const sample& x, exec_ref exec = serial) {
@@ -46,7 +50,8 @@ tensor rows_from_state(const efficient_attention& m, const sample& x, const std:
   tensor out = test::unwritten(x.q.type(), x.q.batch(), x.q.heads(), x.q.length(), x.v.width());
   isize t = 0;
   for (const isize count : cuts) {
-    prefill(serial, m, x.q.ref().slice(t, count), x.k.ref().slice(t, count), x.v.ref().slice(t, count), out.ref().slice(t, count), s);
+    prefill(serial, m, x.q.ref().slice(t, count), x.k.ref().slice(t, count), x.v.ref().slice(t, count),
+            out.ref().slice(t, count), s);
     t += count;
   }
   return out;
@@ -70,7 +75,8 @@ TEST_CASE("efficient: the prefix form, chunks of any size give the same bits") {
     for (const dtype type : {dtype::f32, dtype::f64, dtype::bf16}) {
       const sample x(2, 6, 2, 45, 45, 24, 70, type);
       const tensor whole = run(m, x);
-      CHECK_CLOSE(whole.values(), twin(m, x).values(), {.c = 32, .acc = type == dtype::f64 ? type : dtype::f32, .stored = type});
+      CHECK_CLOSE(whole.values(), twin(m, x).values(),
+                  {.c = 32, .acc = type == dtype::f64 ? type : dtype::f32, .stored = type});
       CHECK_SAME_BITS(whole, rows_from_state(m, x, {45}));
       CHECK_SAME_BITS(whole, rows_from_state(m, x, {1, 1, 17, 3, 23}));
       CHECK_SAME_BITS(whole, rows_from_state(m, x, std::vector<isize>(45, 1)));
@@ -84,10 +90,10 @@ TEST_CASE("efficient: the prefix form, chunks of any size give the same bits") {
 TEST_CASE("efficient: rising maxima, huge keys, channels of -inf, keys that are not finite") {
   sample x(1, 1, 1, 40, 40, 8, 16);
   for (isize j = 0; j < 40; ++j) {
-    x.k.set(0, 0, j, 0, 5.0 * static_cast<double>(j));           // rises at each token
-    x.k.set(0, 0, j, 1, j == 20 ? 1e4 : -1e4);                   // one outlier takes the channel
-    x.k.set(0, 0, j, 2, j < 30 ? -HUGE_VAL : 0.5);               // nothing seen for 30 tokens
-    x.k.set(0, 0, j, 3, -HUGE_VAL);                              // nothing ever
+    x.k.set(0, 0, j, 0, 5.0 * static_cast<double>(j));  // rises at each token
+    x.k.set(0, 0, j, 1, j == 20 ? 1e4 : -1e4);          // one outlier takes the channel
+    x.k.set(0, 0, j, 2, j < 30 ? -HUGE_VAL : 0.5);      // nothing seen for 30 tokens
+    x.k.set(0, 0, j, 3, -HUGE_VAL);                     // nothing ever
   }
   CHECK_CLOSE(run(prefix, x).values(), twin(prefix, x).values(), {.c = 64});
   CHECK_CLOSE(run(both_ways, x).values(), twin(both_ways, x).values(), {.c = 64});
@@ -130,13 +136,16 @@ TEST_CASE("efficient: absorb and attend") {
     for (const dtype type : {dtype::f32, dtype::f64, dtype::f16}) {
       const sample x(2, 4, 2, 9, 200, 17, 24, type);
       state a = m.make_state(x.sizes()), b = m.make_state(x.sizes());
-      const auto feed = [&](state& s, isize t, isize count) { absorb(serial, m, x.k.ref().slice(t, count), x.v.ref().slice(t, count), s); };
+      const auto feed = [&](state& s, isize t, isize count) {
+        absorb(serial, m, x.k.ref().slice(t, count), x.v.ref().slice(t, count), s);
+      };
       feed(a, 0, 1), feed(a, 1, 150), feed(b, 151, 49);
       m.merge(a, b);
       CHECK(a.tokens() == 200);
       tensor out = test::unwritten(type, 2, 4, 9, 24);
       attend(serial, m, x.q, out, a);
-      CHECK_CLOSE(out.values(), twin(m, x).values(), {.c = 64, .acc = type == dtype::f64 ? type : dtype::f32, .stored = type});
+      CHECK_CLOSE(out.values(), twin(m, x).values(),
+                  {.c = 64, .acc = type == dtype::f64 ? type : dtype::f32, .stored = type});
       out.fill_nan();
       attend(serial, m, x.q, out, m.make_state(x.sizes()));
       for (const double y : out.values().data) CHECK(y == 0);
@@ -151,7 +160,8 @@ TEST_CASE("efficient: a padded item gives what it gives alone") {
   padded.lengths = lengths;
   const tensor out = run(padded, x);
   tensor alone = test::unwritten(dtype::f32, 1, 2, 5, 12);
-  prefill(serial, both_ways, x.q.ref().part(0, 0, 2), x.k.ref().part(0, 0, 1).slice(0, 2100), x.v.ref().part(0, 0, 1).slice(0, 2100), alone);
+  prefill(serial, both_ways, x.q.ref().part(0, 0, 2), x.k.ref().part(0, 0, 1).slice(0, 2100),
+          x.v.ref().part(0, 0, 1).slice(0, 2100), alone);
   for (isize h = 0; h < 2; ++h)
     for (isize i = 0; i < 5; ++i)
       for (isize c = 0; c < 12; ++c) {
@@ -170,9 +180,11 @@ TEST_CASE("kfree_reconstruction: three forms against the twin") {
       CHECK_CLOSE(run(m, x).values(), twin(m, x).values(), {.c = 128, .acc = type});
     }
   const sample cross(1, 2, 1, 4, 70, 16, 40);
-  CHECK_CLOSE(run(kfree_reconstruction{.form = form::context}, cross).values(), twin(kfree_reconstruction{.form = form::context}, cross).values(), {.c = 128});
+  CHECK_CLOSE(run(kfree_reconstruction{.form = form::context}, cross).values(),
+              twin(kfree_reconstruction{.form = form::context}, cross).values(), {.c = 128});
   CHECK_SAYS(refusal([&] { run(kfree_reconstruction{.form = form::channel}, cross); }), "q has 4 rows and k has 70");
-  CHECK_SAYS(refusal([&] { run(kfree_reconstruction{.form = form::channel}, sample(1, 1, 1, 8, 8, 16, 12)); }), "v is 12 wide");
+  CHECK_SAYS(refusal([&] { run(kfree_reconstruction{.form = form::channel}, sample(1, 1, 1, 8, 8, 16, 12)); }),
+             "v is 12 wide");
 }
 
 TEST_CASE("efficient: what is refused, in sentences") {
@@ -203,7 +215,11 @@ TEST_CASE("efficient: configuration") {
   };
   CHECK(make({"efficient", {{"causal", true}}}, {}).streaming());
   CHECK_FALSE(make({"efficient", {{"normalisation", std::string("scaling")}}}, {}).streaming());
-  CHECK_SAYS(refusal([&] { make({"efficient", {{"normalisation", std::string("none")}}}, {}); }), "normalisation is \"none\"");
+  CHECK_SAYS(refusal([&] {
+               make({"efficient", {{"normalisation", std::string("none")}}}, {});
+             }),
+             "normalisation is \"none\"");
   CHECK_SAYS(refusal([&] { make({"efficient", {{"scale", -2.0}}}, {}); }), "scale is -2");
-  CHECK(make({"kfree_reconstruction", {{"form", std::string("channel")}}}, {}).as<kfree_reconstruction>()->form == kfree_reconstruction::form_type::channel);
+  CHECK(make({"kfree_reconstruction", {{"form", std::string("channel")}}}, {}).as<kfree_reconstruction>()->form ==
+        kfree_reconstruction::form_type::channel);
 }

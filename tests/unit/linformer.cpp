@@ -24,7 +24,8 @@ std::vector<float> weights(isize count, std::uint64_t seed) {
 }
 struct sample {
   tensor q, k, v;
-  sample(isize B, isize H, isize G, isize n, isize m, isize d, isize e, dtype type = dtype::f32, std::uint64_t seed = 1) {
+  sample(isize B, isize H, isize G, isize n, isize m, isize d, isize e, dtype type = dtype::f32,
+         std::uint64_t seed = 1) {
     test::random r(seed);
     q = test::normal(r, type, B, H, n, d), k = test::normal(r, type, B, G, m, d), v = test::normal(r, type, B, G, m, e);
   }
@@ -51,7 +52,8 @@ TEST_CASE("linformer: sharing is a matter of the view") {
   std::vector<float> copies = e;  // the same matrix for each head, and again for the values
   copies.insert(copies.end(), e.begin(), e.end());
   const sample x(2, 4, G, 9, 33, 16, 12);
-  const auto shared = bhnd<const float>(e.data(), 1, 1, longest, slots), own = bhnd<const float>(copies.data(), 1, G, longest, slots);
+  const auto shared = bhnd<const float>(e.data(), 1, 1, longest, slots),
+             own = bhnd<const float>(copies.data(), 1, G, longest, slots);
   const tensor layerwise = run(linformer_attention{.E = shared}, x);
   CHECK_SAME_BITS(layerwise, run(linformer_attention{.E = shared, .F = shared}, x));
   CHECK_SAME_BITS(layerwise, run(linformer_attention{.E = own}, x));
@@ -62,9 +64,11 @@ TEST_CASE("linformer: the identity as projection is exact attention, and a wider
   std::vector<float> identity(50 * 50, 0.0F);
   for (std::size_t i = 0; i < 50; ++i) identity[i * 50 + i] = 1.0F;
   const sample x(1, 2, 1, 7, 50, 24, 17);
-  CHECK_CLOSE(run(linformer_attention{.E = bhnd<const float>(identity.data(), 1, 1, 50, 50)}, x).values(), run(softmax_attention{}, x).values(), {.c = 64});
+  CHECK_CLOSE(run(linformer_attention{.E = bhnd<const float>(identity.data(), 1, 1, 50, 50)}, x).values(),
+              run(softmax_attention{}, x).values(), {.c = 64});
   const auto e = weights(64 * 5, 2);
-  const linformer_attention wide{.E = bhnd<const float>(e.data(), 1, 1, 64, 5)}, narrow{.E = bhnd<const float>(e.data(), 1, 1, 50, 5)};
+  const linformer_attention wide{.E = bhnd<const float>(e.data(), 1, 1, 64, 5)},
+      narrow{.E = bhnd<const float>(e.data(), 1, 1, 50, 5)};
   CHECK_SAME_BITS(run(wide, x), run(narrow, x));
 }
 
@@ -85,7 +89,8 @@ TEST_CASE("linformer: a padded item gives what it gives alone, whatever the padd
     linformer_attention padded = form;
     padded.lengths = lengths;
     const tensor out = run(padded, x);
-    const tensor_ref part_q = x.q.ref().part(1, 0, 2), part_k = x.k.ref().part(1, 0, 1).slice(0, 17), part_v = x.v.ref().part(1, 0, 1).slice(0, 17);
+    const tensor_ref part_q = x.q.ref().part(1, 0, 2), part_k = x.k.ref().part(1, 0, 1).slice(0, 17),
+                     part_v = x.v.ref().part(1, 0, 1).slice(0, 17);
     tensor alone = test::unwritten(dtype::f32, 1, 2, 5, 12);
     prefill(serial, form, part_q, part_k, part_v, alone);
     for (isize h = 0; h < 2; ++h)
@@ -107,7 +112,8 @@ TEST_CASE("linformer: pooling against the twin, windows of unequal length, more 
         CHECK_CLOSE(run(form, x).values(), twin(form, x).values(), {.c = 64});
       }
   const sample x(1, 1, 1, 4, 12, 8, 8);
-  CHECK_CLOSE(run(linformer_attention{.projection = sequence_projection::mean, .slots = 30}, x).values(), run(softmax_attention{}, x).values(), {.c = 64});
+  CHECK_CLOSE(run(linformer_attention{.projection = sequence_projection::mean, .slots = 30}, x).values(),
+              run(softmax_attention{}, x).values(), {.c = 64});
 }
 
 TEST_CASE("linformer: widths of 1, 17, 80 and no queries or keys") {
@@ -116,7 +122,8 @@ TEST_CASE("linformer: widths of 1, 17, 80 and no queries or keys") {
   for (const isize d : {1, 17, 80})
     for (const dtype type : {dtype::f32, dtype::f64, dtype::bf16, dtype::f16}) {
       const sample x(1, 2, 2, 3, 20, d, d, type);
-      CHECK_CLOSE(run(form, x).values(), twin(form, x).values(), {.c = 64, .acc = type == dtype::f64 ? type : dtype::f32, .stored = type});
+      CHECK_CLOSE(run(form, x).values(), twin(form, x).values(),
+                  {.c = 64, .acc = type == dtype::f64 ? type : dtype::f32, .stored = type});
     }
   const sample nothing(1, 2, 2, 3, 0, 8, 8);
   for (const double y : run(form, nothing).values().data) CHECK(y == 0);
@@ -138,7 +145,8 @@ TEST_CASE("linformer: block-causal, first block exact, chunks of any size, decod
     tensor out = test::unwritten(dtype::f32, 2, 4, 77, 17);
     for (isize t = 0; t < 77; t += chunk) {
       const isize some = std::min<isize>(chunk, 77 - t);
-      prefill(two, form, x.q.ref().slice(t, some), x.k.ref().slice(t, some), x.v.ref().slice(t, some), out.ref().slice(t, some), s);
+      prefill(two, form, x.q.ref().slice(t, some), x.k.ref().slice(t, some), x.v.ref().slice(t, some),
+              out.ref().slice(t, some), s);
     }
     CHECK_CLOSE(out.values(), want.values(), {.c = 64});
   }
@@ -150,7 +158,8 @@ TEST_CASE("linformer: a causal state is continued by a later stretch at a block 
   const shape z = problem{x.q, x.k, x.v, {}, {}, {}}.shape();
   tensor out = test::unwritten(dtype::f32, 1, 2, 45, 16);
   const auto feed = [&](state& s, isize t, isize count) {
-    prefill(serial, form, x.q.ref().slice(t, count), x.k.ref().slice(t, count), x.v.ref().slice(t, count), out.ref().slice(t, count), s);
+    prefill(serial, form, x.q.ref().slice(t, count), x.k.ref().slice(t, count), x.v.ref().slice(t, count),
+            out.ref().slice(t, count), s);
   };
   state a = form.make_state(z), b = form.make_state(z), odd = form.make_state(z);
   feed(a, 0, 24), feed(b, 24, 20), feed(odd, 0, 3);
@@ -164,14 +173,17 @@ TEST_CASE("linformer: a causal state is continued by a later stretch at a block 
 
 TEST_CASE("linformer: absorb and attend, in stretches and joined") {
   const auto e = weights(60 * 70, 7), f = weights(60 * 70, 8), taps = weights(6, 9);
-  const linformer_attention forms[] = {{.E = bhnd<const float>(e.data(), 1, 1, 60, 70), .F = bhnd<const float>(f.data(), 1, 1, 60, 70)},
-                                       {.projection = sequence_projection::conv, .wk = taps, .slots = 10}};
+  const linformer_attention forms[] = {
+      {.E = bhnd<const float>(e.data(), 1, 1, 60, 70), .F = bhnd<const float>(f.data(), 1, 1, 60, 70)},
+      {.projection = sequence_projection::conv, .wk = taps, .slots = 10}};
   for (const linformer_attention& form : forms)
     for (const dtype type : {dtype::f32, dtype::f64}) {
       const sample x(2, 4, 2, 5, 50, 24, 17, type);
       const shape z = problem{x.q, x.k, x.v, {}, {}, {}}.shape();
       state a = form.make_state(z), b = form.make_state(z, 31);
-      const auto feed = [&](state& s, isize t, isize count) { absorb(serial, form, x.k.ref().slice(t, count), x.v.ref().slice(t, count), s); };
+      const auto feed = [&](state& s, isize t, isize count) {
+        absorb(serial, form, x.k.ref().slice(t, count), x.v.ref().slice(t, count), s);
+      };
       feed(a, 0, 30), feed(a, 30, 1), feed(b, 31, 19);
       state joined = a;
       CHECK_SAYS(refusal([&] { form.append(b, a); }), "begins at position 0");
@@ -205,7 +217,8 @@ TEST_CASE("linformer: what is refused, in sentences") {
   CHECK_SAYS(said({.E = E, .scale = std::nan("")}, x), "scale is nan");
   CHECK_SAYS(said({.projection = sequence_projection::mean}, x), "slots is 0");
   CHECK_SAYS(said({.E = E, .wk = e}, x), "no convolution");
-  CHECK_SAYS(said({.projection = sequence_projection::conv, .wk = std::span(e).first(3), .slots = 5}, x), "5 slots of 3 taps reach 15");
+  CHECK_SAYS(said({.projection = sequence_projection::conv, .wk = std::span(e).first(3), .slots = 5}, x),
+             "5 slots of 3 taps reach 15");
   const std::vector<std::int32_t> two{3, 4}, beyond{41};
   CHECK_SAYS(said({.projection = sequence_projection::mean, .slots = 4, .lengths = two}, x), "lengths has 2 entries");
   CHECK_SAYS(said({.projection = sequence_projection::mean, .slots = 4, .lengths = beyond}, x), "lengths[0] is 41");
@@ -221,7 +234,9 @@ TEST_CASE("linformer: what is refused, in sentences") {
   CHECK_SAYS(refusal([&] { prefill(serial, full, y.q, y.k, y.v, out, s); }), "use absorb and attend");
   CHECK_SAYS(refusal([&] { prefill(serial, blocks, y.q, y.k, y.v, out, s); }), "not made by this linformer");
   CHECK_SAYS(refusal([&] { prefill(serial, blocks, y.q, y.k, y.v, out, small); }), "room for 7 tokens");
-  CHECK_SAYS(refusal([&] { (void)linformer_attention{.projection = sequence_projection::max, .slots = 4}.make_state(z); }), "whole length");
+  CHECK_SAYS(
+      refusal([&] { (void)linformer_attention{.projection = sequence_projection::max, .slots = 4}.make_state(z); }),
+      "whole length");
   for (const double value : out.values().data) CHECK(std::isnan(value));  // nothing was written
 }
 
@@ -240,5 +255,7 @@ TEST_CASE("linformer: configuration") {
   CHECK_SAYS(refusal([&] { make({"linformer", {}}, {}); }), "E is null");
   CHECK_SAYS(refusal([&] { make({"linformer", {{"window", 4.0}}}, E); }), "window");
   const arrays padded{{"lengths", array({2}, std::vector<std::int32_t>{3, 4})}};
-  CHECK(make({"linformer", {{"projection", std::string("mean")}, {"slots", 2.0}}}, padded).as<linformer_attention>()->lengths.size() == 2);
+  CHECK(make({"linformer", {{"projection", std::string("mean")}, {"slots", 2.0}}}, padded)
+            .as<linformer_attention>()
+            ->lengths.size() == 2);
 }

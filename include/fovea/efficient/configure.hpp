@@ -12,7 +12,8 @@ inline namespace FOVEA_ABI {
 inline any_attention configure_efficient(configuration_reader& r) {
   using kind = efficient_normalisation;
   efficient_attention m;
-  m.normalisation = r.choice<kind>("normalisation", {{"softmax", kind::softmax}, {"scaling", kind::scaling}}, kind::softmax);
+  m.normalisation =
+      r.choice<kind>("normalisation", {{"softmax", kind::softmax}, {"scaling", kind::scaling}}, kind::softmax);
   m.causal = r.flag("causal", false);
   m.scale = r.number("scale");
   auto lengths = std::make_shared<std::vector<std::int32_t>>(detail::lengths_of(r));
@@ -24,7 +25,9 @@ inline any_attention configure_efficient(configuration_reader& r) {
 inline any_attention configure_kfree_reconstruction(configuration_reader& r) {
   using form = kfree_reconstruction::form_type;
   kfree_reconstruction m;
-  m.form = r.choice<form>("form", {{"efficient", form::efficient}, {"context", form::context}, {"channel", form::channel}}, form::efficient);
+  m.form =
+      r.choice<form>("form", {{"efficient", form::efficient}, {"context", form::context}, {"channel", form::channel}},
+                     form::efficient);
   m.scale = r.number("scale");
   efficient_attention{.scale = m.scale}.check_settings();
   return any_attention::hold(m);

@@ -45,11 +45,13 @@ void kfree_prefill(const kfree_reconstruction& m, exec_ref exec, const problem& 
 
 inline void kfree_reconstruction::check(const problem& p) const {
   efficient_attention{.scale = scale}.check(p);
-  require(form == form_type::efficient || form == form_type::context || form == form_type::channel, "form is ", static_cast<int>(form),
-          "; wanted efficient, context or channel");
+  require(form == form_type::efficient || form == form_type::context || form == form_type::channel, "form is ",
+          static_cast<int>(form), "; wanted efficient, context or channel");
   if (form != form_type::channel) return;
-  require(p.q.length == p.k.length, "q has ", p.q.length, " rows and k has ", p.k.length, "; the channel form contracts Q with K over positions and wants as many of each");
-  require(p.v.width == p.q.width, "v is ", p.v.width, " wide and q is ", p.q.width, "; the channel form mixes the value columns by a d x d map and wants them equal");
+  require(p.q.length == p.k.length, "q has ", p.q.length, " rows and k has ", p.k.length,
+          "; the channel form contracts Q with K over positions and wants as many of each");
+  require(p.v.width == p.q.width, "v is ", p.v.width, " wide and q is ", p.q.width,
+          "; the channel form mixes the value columns by a d x d map and wants them equal");
 }
 
 inline std::size_t kfree_reconstruction::workspace_size(const shape& s, int threads) const {
@@ -62,11 +64,13 @@ inline std::size_t kfree_reconstruction::workspace_size(const shape& s, int thre
 }
 
 inline void kfree_reconstruction::prefill(exec_ref exec, const problem& p, arena scratch) const {
-  p.q.type == dtype::f64 ? detail::kfree_prefill<double>(*this, exec, p, scratch) : detail::kfree_prefill<float>(*this, exec, p, scratch);
+  p.q.type == dtype::f64 ? detail::kfree_prefill<double>(*this, exec, p, scratch)
+                         : detail::kfree_prefill<float>(*this, exec, p, scratch);
 }
 
 inline double kfree_reconstruction::macs(const shape& s) const {
-  if (form == form_type::channel) return static_cast<double>(s.B * s.H) * static_cast<double>(s.n + s.m) * static_cast<double>(s.d * s.d);
+  if (form == form_type::channel)
+    return static_cast<double>(s.B * s.H) * static_cast<double>(s.n + s.m) * static_cast<double>(s.d * s.d);
   return efficient_attention{}.macs(s);
 }
 

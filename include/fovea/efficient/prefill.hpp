@@ -17,21 +17,23 @@ namespace detail {
 struct channel_role {
   tensor_ref t;
   isize share = 1;
-  kernel::stored_rows rows(isize b, isize context, isize first) const { return {t.row(b, context / share, first), t.type, t.row_stride}; }
+  kernel::stored_rows rows(isize b, isize context, isize first) const {
+    return {t.row(b, context / share, first), t.type, t.row_stride};
+  }
 };
 
 /// out = f(query) * g(left^T right), contexts in heads of their own.
 struct channel_plan {
-  channel_role left, right;         ///< "keys" [d] and "values" [e] of the context
+  channel_role left, right;  ///< "keys" [d] and "values" [e] of the context
   tensor_ref query;
   tensor_mut out;
-  isize contexts = 0;               ///< heads of contexts
-  isize query_share = 1;            ///< out heads that share a query head
-  isize context_share = 1;          ///< out heads that share a context
-  bool exponential = true;          ///< keys are normalised over positions
-  bool feature_softmax = true;      ///< queries are normalised over features
-  bool context_softmax = false;     ///< rows of the context are normalised (k-free forms)
-  bool mean = false;                ///< the context is divided by the number of keys (scaling normalisation)
+  isize contexts = 0;            ///< heads of contexts
+  isize query_share = 1;         ///< out heads that share a query head
+  isize context_share = 1;       ///< out heads that share a context
+  bool exponential = true;       ///< keys are normalised over positions
+  bool feature_softmax = true;   ///< queries are normalised over features
+  bool context_softmax = false;  ///< rows of the context are normalised (k-free forms)
+  bool mean = false;             ///< the context is divided by the number of keys (scaling normalisation)
   double query_scale = 1, context_scale = 1;
   std::span<const std::int32_t> lengths = {};
 
@@ -66,7 +68,9 @@ struct channel_run {
     const isize p = ceil_div(length, stretch);
     return p < 1 ? 1 : p < most_stretches ? p : most_stretches;
   }
-  arena scratch(isize slot) const { return arena(std::span<std::byte>(pieces + static_cast<std::size_t>(slot) * piece, piece)); }
+  arena scratch(isize slot) const {
+    return arena(std::span<std::byte>(pieces + static_cast<std::size_t>(slot) * piece, piece));
+  }
   Acc* part(isize head, isize x) const { return partial + (head * parts + x) * states::size(d, e); }
 
   void contexts_of(exec_ref exec, const channel_plan& p) const {
@@ -74,18 +78,22 @@ struct channel_run {
       const isize head = task / parts, x = task % parts, b = head / contexts, c = head % contexts;
       const isize length = p.keys_of(b), own = parts_of(length);
       if (x >= own) return;
-      const isize share = ceil_div(ceil_div(length, own), kernel::channel_blocks<Arch, Acc>::block) * kernel::channel_blocks<Arch, Acc>::block;
-      const isize first = x * share < length ? x * share : length, last = first + share < length ? first + share : length;
+      const isize share = ceil_div(ceil_div(length, own), kernel::channel_blocks<Arch, Acc>::block) *
+                          kernel::channel_blocks<Arch, Acc>::block;
+      const isize first = x * share < length ? x * share : length,
+                  last = first + share < length ? first + share : length;
       arena memory = scratch(slot);
       kernel::channel_blocks<Arch, Acc> blocks(memory, d, e);
       const states s = states::at(part(head, x), d, e);
       s.clear();
-      if (first < last) blocks.absorb(s, p.left.rows(b, c, first), p.right.rows(b, c, first), last - first, p.exponential);
+      if (first < last)
+        blocks.absorb(s, p.left.rows(b, c, first), p.right.rows(b, c, first), last - first, p.exponential);
     });
     exec.for_tasks(B * contexts, [&](isize head, isize) {
       const isize length = p.keys_of(head / contexts);
       const states s = states::at(part(head, 0), d, e);
-      for (isize x = 1; x < parts_of(length); ++x) kernel::merge_channels<Arch, Acc>(s, states::at(part(head, x), d, e), p.exponential);
+      for (isize x = 1; x < parts_of(length); ++x)
+        kernel::merge_channels<Arch, Acc>(s, states::at(part(head, x), d, e), p.exponential);
       finish(s, p, length, context + head * d * e);
     });
   }
@@ -98,16 +106,19 @@ struct channel_run {
   void queries(exec_ref exec, const channel_plan& p) const {
     const isize n = p.query.length, blocks = ceil_div(n, rows), heads = p.out.heads;
     exec.for_tasks(B * heads * blocks, [&](isize task, isize slot) {
-      const isize b = task / (heads * blocks), h = task / blocks % heads, i0 = task % blocks * rows, count = n - i0 < rows ? n - i0 : rows;
+      const isize b = task / (heads * blocks), h = task / blocks % heads, i0 = task % blocks * rows,
+                  count = n - i0 < rows ? n - i0 : rows;
       arena memory = scratch(slot);
       Acc *weights = memory.take<Acc>(rows * d), *result = memory.take<Acc>(rows * e);
       const isize qh = h / p.query_share;
-      kernel::feature_rows<Arch, Acc>({p.query.row(b, qh, i0), p.query.type, p.query.row_stride}, count, d, p.query_scale, p.feature_softmax, weights);
+      kernel::feature_rows<Arch, Acc>({p.query.row(b, qh, i0), p.query.type, p.query.row_stride}, count, d,
+                                      p.query_scale, p.feature_softmax, weights);
       const Acc* map = context + (b * contexts + h / p.context_share) * d * e;
       const bool direct = p.out.type == dtype_of<Acc>;
       Acc* to = direct ? static_cast<Acc*>(p.out.row(b, h, i0)) : result;
       tile::gemm<Arch, Acc>(count, e, d, weights, d, 1, map, e, to, direct ? p.out.row_stride : e, false);
-      for (isize i = 0; !direct && i < count; ++i) simd::store_row<Arch, Acc>(p.out.type, result + i * e, e, p.out.row(b, h, i0 + i));
+      for (isize i = 0; !direct && i < count; ++i)
+        simd::store_row<Arch, Acc>(p.out.type, result + i * e, e, p.out.row(b, h, i0 + i));
     });
   }
 };
@@ -161,9 +172,13 @@ struct channel_prefix {
       const states part{top, top + s.d, whole.context + x0, s.d, width};
       kernel::channel_sweep<Arch, Acc> sweep(memory, s.d, s.e < columns ? s.e : columns, s.group());
       const isize b = head / s.G, g = head % s.G, size_v = static_cast<isize>(size_of(p.v.type));
-      kernel::stored_rows v{s.m > 0 ? static_cast<const unsigned char*>(p.v.row(b, g, 0)) + x0 * size_v : nullptr, p.v.type, p.v.row_stride};
+      kernel::stored_rows v{s.m > 0 ? static_cast<const unsigned char*>(p.v.row(b, g, 0)) + x0 * size_v : nullptr,
+                            p.v.type, p.v.row_stride};
       kernel::stored_rows k{p.k.row(b, g, 0), p.k.type, p.k.row_stride};
-      sweep.run(part, s.e, {k, v, &p.q, &p.out, b, g * s.group(), s.group(), s.n - s.m, x0, m.scale_for(), m.normalisation == efficient_normalisation::softmax, seen}, s.m);
+      sweep.run(part, s.e,
+                {k, v, &p.q, &p.out, b, g * s.group(), s.group(), s.n - s.m, x0, m.scale_for(),
+                 m.normalisation == efficient_normalisation::softmax, seen},
+                s.m);
       for (isize c = 0; x0 == 0 && c < 2 * s.d; ++c) ends[head * 2 * s.d + c] = top[c];
     });
     for (isize head = 0; head < s.B * s.G; ++head)
@@ -205,8 +220,11 @@ inline void efficient_attention::check_settings() const {
     require_finite("scale", *scale);
     require(*scale > 0, "scale is ", *scale, "; it must be positive");
   }
-  require(normalisation <= efficient_normalisation::scaling, "normalisation is ", static_cast<int>(normalisation), "; wanted softmax or scaling");
-  require(lengths.empty() || !causal, "lengths were given with causal = true; padding behind the last key is never seen by a causal row, leave them out");
+  require(normalisation <= efficient_normalisation::scaling, "normalisation is ", static_cast<int>(normalisation),
+          "; wanted softmax or scaling");
+  require(lengths.empty() || !causal,
+          "lengths were given with causal = true; padding behind the last key is never seen by a causal row, leave "
+          "them out");
 }
 
 inline void efficient_attention::check(const problem& p) const {
@@ -218,12 +236,14 @@ inline void efficient_attention::check(const problem& p) const {
 
 inline std::size_t efficient_attention::workspace_size(const shape& s, int threads) const {
   arena measure;
-  s.type == dtype::f64 ? detail::efficient_layout<double>(*this, measure, s, threads) : detail::efficient_layout<float>(*this, measure, s, threads);
+  s.type == dtype::f64 ? detail::efficient_layout<double>(*this, measure, s, threads)
+                       : detail::efficient_layout<float>(*this, measure, s, threads);
   return measure.bytes();
 }
 
 inline void efficient_attention::prefill(exec_ref exec, const problem& p, arena scratch) const {
-  p.q.type == dtype::f64 ? detail::efficient_prefill<double>(*this, exec, p, scratch) : detail::efficient_prefill<float>(*this, exec, p, scratch);
+  p.q.type == dtype::f64 ? detail::efficient_prefill<double>(*this, exec, p, scratch)
+                         : detail::efficient_prefill<float>(*this, exec, p, scratch);
 }
 
 inline double efficient_attention::macs(const shape& s) const {

@@ -31,7 +31,8 @@ inline std::vector<double> numbers(const tensor_ref& x, isize b, isize g) {
 }
 
 /// context [d x e] over keys [0, count) of k [m x d] and v [m x e].
-inline std::vector<double> channel_context(bool exponential, const std::vector<double>& k, const std::vector<double>& v, isize d, isize e, isize count) {
+inline std::vector<double> channel_context(bool exponential, const std::vector<double>& k, const std::vector<double>& v,
+                                           isize d, isize e, isize count) {
   const double none = -std::numeric_limits<double>::infinity();
   std::vector<double> context(static_cast<std::size_t>(d * e), 0.0);
   for (isize c = 0; c < d; ++c) {
@@ -41,7 +42,8 @@ inline std::vector<double> channel_context(bool exponential, const std::vector<d
       const double key = k[static_cast<std::size_t>(j * d + c)];
       const double w = !exponential ? key : key == none ? 0.0 : std::exp(key - top);
       sum += w;
-      for (isize x = 0; x < e; ++x) context[static_cast<std::size_t>(c * e + x)] += w * v[static_cast<std::size_t>(j * e + x)];
+      for (isize x = 0; x < e; ++x)
+        context[static_cast<std::size_t>(c * e + x)] += w * v[static_cast<std::size_t>(j * e + x)];
     }
     if (!exponential) sum = static_cast<double>(count);
     for (isize x = 0; x < e; ++x) {
@@ -69,7 +71,8 @@ inline void prefill(const efficient_attention& m, const problem& p) {
         if (exponential) detail::softmax(weight);
         for (isize x = 0; x < s.e; ++x) {
           double o = 0;
-          for (isize c = 0; c < s.d; ++c) o += weight[static_cast<std::size_t>(c)] * context[static_cast<std::size_t>(c * s.e + x)];
+          for (isize c = 0; c < s.d; ++c)
+            o += weight[static_cast<std::size_t>(c)] * context[static_cast<std::size_t>(c * s.e + x)];
           p.out.set(b, h, i, x, o);
         }
       }
@@ -84,12 +87,14 @@ inline void prefill(const kfree_reconstruction& m, const problem& p) {
   for (isize b = 0; b < s.B; ++b)
     for (isize h = 0; h < s.H; ++h) {
       const isize g = h / s.group(), columns = channel ? s.d : s.e;
-      std::vector<std::vector<double>> map(static_cast<std::size_t>(s.d), std::vector<double>(static_cast<std::size_t>(columns), 0.0));
+      std::vector<std::vector<double>> map(static_cast<std::size_t>(s.d),
+                                           std::vector<double>(static_cast<std::size_t>(columns), 0.0));
       for (isize c = 0; c < s.d; ++c) {
         auto& row = map[static_cast<std::size_t>(c)];
         for (isize x = 0; x < columns; ++x)
           for (isize j = 0; j < s.m; ++j)
-            row[static_cast<std::size_t>(x)] += channel ? m.scale_for() * p.q.get(b, h, j, c) * p.k.get(b, g, j, x) : p.k.get(b, g, j, c) * p.v.get(b, g, j, x);
+            row[static_cast<std::size_t>(x)] += channel ? m.scale_for() * p.q.get(b, h, j, c) * p.k.get(b, g, j, x)
+                                                        : p.k.get(b, g, j, c) * p.v.get(b, g, j, x);
         for (double& y : row) y /= s.m > 0 ? std::sqrt(static_cast<double>(s.m)) : 1.0;
         detail::softmax(row);
       }
@@ -97,7 +102,8 @@ inline void prefill(const kfree_reconstruction& m, const problem& p) {
         for (isize x = 0; x < s.e; ++x) {
           double o = 0;
           for (isize c = 0; c < s.d; ++c)
-            o += (channel ? p.v.get(b, g, i, c) : m.scale_for() * p.q.get(b, h, i, c)) * map[static_cast<std::size_t>(c)][static_cast<std::size_t>(x)];
+            o += (channel ? p.v.get(b, g, i, c) : m.scale_for() * p.q.get(b, h, i, c)) *
+                 map[static_cast<std::size_t>(c)][static_cast<std::size_t>(x)];
           p.out.set(b, h, i, x, s.m == 0 ? 0.0 : o);
         }
     }

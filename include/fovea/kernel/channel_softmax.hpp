@@ -41,7 +41,9 @@ struct stored_rows {
   const void* data = nullptr;
   dtype type = dtype::f32;
   isize stride = 0;
-  const void* row(isize i) const { return static_cast<const unsigned char*>(data) + i * stride * static_cast<isize>(size_of(type)); }
+  const void* row(isize i) const {
+    return static_cast<const unsigned char*>(data) + i * stride * static_cast<isize>(size_of(type));
+  }
 };
 
 namespace detail {
@@ -55,7 +57,10 @@ template <class Arch, class Acc>
 FOVEA_INLINE void scale_and_add(Acc* to, Acc to_factor, const Acc* from, Acc from_factor, isize count) {
   using P = simd::pack<Acc, Arch>;
   for (isize c = 0; c < count; c += P::size)
-    simd::store_n(to + c, simd::fma(simd::load_n<P>(to + c, count - c), P(to_factor), simd::load_n<P>(from + c, count - c) * P(from_factor)), count - c);
+    simd::store_n(to + c,
+                  simd::fma(simd::load_n<P>(to + c, count - c), P(to_factor),
+                            simd::load_n<P>(from + c, count - c) * P(from_factor)),
+                  count - c);
 }
 
 /// Turns the keys of a block into weights, raises `top` and `sum`; factor [d] is what older sums have to be multiplied by.
@@ -66,7 +71,8 @@ FOVEA_NOINLINE void weigh_block(isize count, isize d, Acc* keys, Acc* top, Acc* 
     const isize left = d - c;
     const P old = simd::load_n<P>(top + c, left);
     P high = old;
-    for (isize t = 0; t < count; ++t) high = simd::max(simd::load_n<P>(keys + t * d + c, left), high);  // high second: NaN keys stay out
+    for (isize t = 0; t < count; ++t)
+      high = simd::max(simd::load_n<P>(keys + t * d + c, left), high);  // high second: NaN keys stay out
     const P shift = simd::max(high, P(lowest<Acc>)), to_log2(log2_of_e<Acc>);
     const P rescale = simd::exp2((old - shift) * to_log2);
     P total(Acc(0));
@@ -83,7 +89,8 @@ FOVEA_NOINLINE void weigh_block(isize count, isize d, Acc* keys, Acc* top, Acc* 
 
 /// The same token by token: weights [count x d] in place of the keys, rescale factors and 1 / sum after each token.
 template <class Arch, class Acc>
-FOVEA_NOINLINE void weigh_tokens(isize count, isize d, Acc* keys, Acc* factor, Acc* inverse, Acc* top, Acc* sum) noexcept {
+FOVEA_NOINLINE void weigh_tokens(isize count, isize d, Acc* keys, Acc* factor, Acc* inverse, Acc* top,
+                                 Acc* sum) noexcept {
   using P = simd::pack<Acc, Arch>;
   const P to_log2(log2_of_e<Acc>), zero(Acc(0)), one(Acc(1));
   for (isize c = 0; c < d; c += P::size) {
@@ -97,7 +104,8 @@ FOVEA_NOINLINE void weigh_tokens(isize count, isize d, Acc* keys, Acc* factor, A
       total = simd::fma(total, rescale, w);
       simd::store_n(keys + t * d + c, w, left);
       simd::store_n(factor + t * d + c, rescale, left);
-      simd::store_n(inverse + t * d + c, simd::select_greater(total, zero, one / total, total * zero), left);  // 0 -> 0, NaN -> NaN
+      simd::store_n(inverse + t * d + c, simd::select_greater(total, zero, one / total, total * zero),
+                    left);  // 0 -> 0, NaN -> NaN
     }
     simd::store_n(top + c, high, left);
     simd::store_n(sum + c, total, left);
@@ -106,14 +114,16 @@ FOVEA_NOINLINE void weigh_tokens(isize count, isize d, Acc* keys, Acc* factor, A
 
 /// TOK tokens over NV vectors of columns: S stays in a register through all of them.
 template <class Arch, class Acc, int TOK, int NV, bool Edge>
-FOVEA_NOINLINE void sweep_tile(isize d, const Acc* w, const Acc* factor, const Acc* least, const Acc* p, const Acc* v, isize v_stride, Acc* context, isize ld,
-                               Acc* o, isize o_stride, bool keep, isize columns) noexcept {
+FOVEA_NOINLINE void sweep_tile(isize d, const Acc* w, const Acc* factor, const Acc* least, const Acc* p, const Acc* v,
+                               isize v_stride, Acc* context, isize ld, Acc* o, isize o_stride, bool keep,
+                               isize columns) noexcept {
   using P = simd::pack<Acc, Arch>;
   const auto load = [&](const Acc* x) FOVEA_INLINE_LAMBDA { return Edge ? simd::load_n<P>(x, columns) : P::load(x); };
   const auto store = [&](Acc* x, P y) FOVEA_INLINE_LAMBDA { Edge ? simd::store_n(x, y, columns) : y.store(x); };
   P value[TOK][NV], acc[TOK][NV];
   tile::unroll<TOK>([&](auto t) FOVEA_INLINE_LAMBDA {
-    tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA { value[t][x] = load(v + t * v_stride + x * P::size), acc[t][x] = P(Acc(0)); });
+    tile::unroll<NV>(
+        [&](auto x) FOVEA_INLINE_LAMBDA { value[t][x] = load(v + t * v_stride + x * P::size), acc[t][x] = P(Acc(0)); });
   });
   for (isize c = 0; c < d; ++c, context += ld) {
     P s[NV];
@@ -141,7 +151,8 @@ FOVEA_NOINLINE void sweep_tile(isize d, const Acc* w, const Acc* factor, const A
 
 /// p [count x d] = softmax of scale * q over the features, or scale * q.
 template <class Arch, class Acc>
-FOVEA_NOINLINE void feature_rows(const stored_rows& q, isize count, isize d, double scale, bool normalise, Acc* p) noexcept {
+FOVEA_NOINLINE void feature_rows(const stored_rows& q, isize count, isize d, double scale, bool normalise,
+                                 Acc* p) noexcept {
   using P = simd::pack<Acc, Arch>;
   const P factor(static_cast<Acc>(scale) * (normalise ? detail::log2_of_e<Acc> : Acc(1)));
   for (isize t = 0; t < count; ++t) {
@@ -175,7 +186,8 @@ void softmax_rows(Acc* x, isize rows, isize columns, double scale) noexcept {
 
 /// `into` joined with `from`, the later stretch. `exponential` as in absorb.
 template <class Arch, class Acc>
-FOVEA_NOINLINE void merge_channels(const channel_state<Acc>& into, const channel_state<Acc>& from, bool exponential) noexcept {
+FOVEA_NOINLINE void merge_channels(const channel_state<Acc>& into, const channel_state<Acc>& from,
+                                   bool exponential) noexcept {
   for (isize c = 0; c < into.d; ++c) {
     Acc a = Acc(1), b = Acc(1);
     if (exponential) {
@@ -208,19 +220,26 @@ class channel_blocks {
   static constexpr isize block = 128;
 
   channel_blocks(arena& memory, isize d, isize e)
-      : keys_(memory.take<Acc>(block * d)), values_(memory.take<Acc>(block * e)), partial_(memory.take<Acc>(d * e)), factor_(memory.take<Acc>(d)) {}
+      : keys_(memory.take<Acc>(block * d)),
+        values_(memory.take<Acc>(block * e)),
+        partial_(memory.take<Acc>(d * e)),
+        factor_(memory.take<Acc>(d)) {}
 
   /// `exponential`: weights e^k with a running maximum; otherwise the keys are the weights (top and sum stay as they are).
-  void absorb(const channel_state<Acc>& s, const stored_rows& k, const stored_rows& v, isize count, bool exponential) noexcept {
+  void absorb(const channel_state<Acc>& s, const stored_rows& k, const stored_rows& v, isize count,
+              bool exponential) noexcept {
     for (isize t0 = 0; t0 < count; t0 += block) {
       const isize some = count - t0 < block ? count - t0 : block;
       for (isize t = 0; t < some; ++t) simd::load_row<Arch, Acc>(k.type, k.row(t0 + t), s.d, keys_ + t * s.d);
       const bool in_place = v.type == dtype_of<Acc>;
-      for (isize t = 0; !in_place && t < some; ++t) simd::load_row<Arch, Acc>(v.type, v.row(t0 + t), s.e, values_ + t * s.e);
+      for (isize t = 0; !in_place && t < some; ++t)
+        simd::load_row<Arch, Acc>(v.type, v.row(t0 + t), s.e, values_ + t * s.e);
       if (exponential) detail::weigh_block<Arch, Acc>(some, s.d, keys_, s.top, s.sum, factor_);
-      tile::gemm<Arch, Acc>(s.d, s.e, some, keys_, 1, s.d, in_place ? static_cast<const Acc*>(v.row(t0)) : values_, in_place ? v.stride : s.e, partial_, s.e, false);
+      tile::gemm<Arch, Acc>(s.d, s.e, some, keys_, 1, s.d, in_place ? static_cast<const Acc*>(v.row(t0)) : values_,
+                            in_place ? v.stride : s.e, partial_, s.e, false);
       for (isize c = 0; c < s.d; ++c)
-        detail::scale_and_add<Arch, Acc>(s.context + c * s.e, exponential ? factor_[c] : Acc(1), partial_ + c * s.e, Acc(1), s.e);
+        detail::scale_and_add<Arch, Acc>(s.context + c * s.e, exponential ? factor_[c] : Acc(1), partial_ + c * s.e,
+                                         Acc(1), s.e);
     }
   }
 
@@ -236,18 +255,23 @@ class channel_sweep {
 
  public:
   struct problem_part {
-    stored_rows k, v;            ///< rows of the first token, columns from the first of the state's
-    const tensor_ref* q;         ///< queries of item b, heads [h, h + group), from row `first_row`
+    stored_rows k, v;     ///< rows of the first token, columns from the first of the state's
+    const tensor_ref* q;  ///< queries of item b, heads [h, h + group), from row `first_row`
     const tensor_mut* out;
     isize b, h, group, first_row, first_column;
     double scale;
     bool exponential;
-    isize seen;                  ///< tokens in the state; counts for the scaling normalisation
+    isize seen;  ///< tokens in the state; counts for the scaling normalisation
   };
 
   channel_sweep(arena& memory, isize d, isize e, isize group)
-      : keys_(memory.take<Acc>(block * d)), factor_(memory.take<Acc>(block * d)), inverse_(memory.take<Acc>(block * d)), least_(memory.take<Acc>(d)),
-        queries_(memory.take<Acc>(group * block * d)), values_(memory.take<Acc>(block * e)), out_(memory.take<Acc>(tokens * e)) {}
+      : keys_(memory.take<Acc>(block * d)),
+        factor_(memory.take<Acc>(block * d)),
+        inverse_(memory.take<Acc>(block * d)),
+        least_(memory.take<Acc>(d)),
+        queries_(memory.take<Acc>(group * block * d)),
+        values_(memory.take<Acc>(block * e)),
+        out_(memory.take<Acc>(tokens * e)) {}
 
   /// Columns [0, s.e) of `s`; tokens [0, count); the row of token t is first_row + t. Tokens without a row (t < -first_row) only join.
   void run(const channel_state<Acc>& s, isize state_ld, const problem_part& p, isize count) noexcept {
@@ -268,8 +292,7 @@ class channel_sweep {
       simd::load_row<Arch, Acc>(p.k.type, p.k.row(t0 + t), s.d, keys_ + t * s.d);
       simd::load_row<Arch, Acc>(p.v.type, p.v.row(t0 + t), s.e, values_ + t * s.e);
     }
-    if (p.exponential)
-      detail::weigh_tokens<Arch, Acc>(some, s.d, keys_, factor_, inverse_, s.top, s.sum);
+    if (p.exponential) detail::weigh_tokens<Arch, Acc>(some, s.d, keys_, factor_, inverse_, s.top, s.sum);
     for (isize h = 0; h < p.group; ++h)
       for (isize t = 0; t < some; ++t) {
         Acc* x = queries_ + (h * block + t) * s.d;
@@ -286,11 +309,13 @@ class channel_sweep {
   void find_rises(isize d, isize t, isize count, bool exponential) noexcept {
     for (isize c = 0; exponential && c < d; ++c) {
       Acc low = factor_[t * d + c];
-      for (isize x = t + 1; x < t + count; ++x) low = low < factor_[x * d + c] ? low : factor_[x * d + c];  // NaN survives
+      for (isize x = t + 1; x < t + count; ++x)
+        low = low < factor_[x * d + c] ? low : factor_[x * d + c];  // NaN survives
       least_[c] = low;
     }
   }
-  void sweep(const channel_state<Acc>& s, isize ld, const problem_part& p, isize t0, isize t, isize count, isize h) noexcept {
+  void sweep(const channel_state<Acc>& s, isize ld, const problem_part& p, isize t0, isize t, isize count,
+             isize h) noexcept {
     constexpr isize W = simd::pack<Acc, Arch>::size;
     const bool keep = h + 1 == p.group;
     const Acc* least = p.exponential ? least_ : nullptr;
@@ -298,20 +323,25 @@ class channel_sweep {
     while (x < s.e) {
       const isize left = s.e - x, vectors = left >= NV * W ? NV : left >= W ? 1 : 0;
       tile::with_constant<tokens>(count, [&](auto n) {
-        const Acc *w = keys_ + t * s.d, *f = factor_ + t * s.d, *q = queries_ + (h * block + t) * s.d, *v = values_ + t * s.e + x;
+        const Acc *w = keys_ + t * s.d, *f = factor_ + t * s.d, *q = queries_ + (h * block + t) * s.d,
+                  *v = values_ + t * s.e + x;
         if (vectors == NV)
-          detail::sweep_tile<Arch, Acc, n, NV, false>(s.d, w, f, least, q, v, s.e, s.context + x, ld, out_ + x, s.e, keep, left);
+          detail::sweep_tile<Arch, Acc, n, NV, false>(s.d, w, f, least, q, v, s.e, s.context + x, ld, out_ + x, s.e,
+                                                      keep, left);
         else if (vectors == 1)
-          detail::sweep_tile<Arch, Acc, n, 1, false>(s.d, w, f, least, q, v, s.e, s.context + x, ld, out_ + x, s.e, keep, left);
+          detail::sweep_tile<Arch, Acc, n, 1, false>(s.d, w, f, least, q, v, s.e, s.context + x, ld, out_ + x, s.e,
+                                                     keep, left);
         else
-          detail::sweep_tile<Arch, Acc, n, 1, true>(s.d, w, f, least, q, v, s.e, s.context + x, ld, out_ + x, s.e, keep, left);
+          detail::sweep_tile<Arch, Acc, n, 1, true>(s.d, w, f, least, q, v, s.e, s.context + x, ld, out_ + x, s.e, keep,
+                                                    left);
       });
       x += vectors > 0 ? vectors * W : left;
     }
     for (isize y = 0; y < count; ++y) {
       const isize row = p.first_row + t0 + t + y;
       if (row < 0) continue;
-      auto* to = static_cast<unsigned char*>(p.out->row(p.b, p.h + h, row)) + p.first_column * static_cast<isize>(size_of(p.out->type));
+      auto* to = static_cast<unsigned char*>(p.out->row(p.b, p.h + h, row)) +
+                 p.first_column * static_cast<isize>(size_of(p.out->type));
       simd::store_row<Arch, Acc>(p.out->type, out_ + y * s.e, s.e, to);
     }
   }

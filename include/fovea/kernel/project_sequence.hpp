@@ -58,7 +58,8 @@ class sequence_projector {
   static constexpr isize panel = 64;  ///< most slots of one call: tasks are cut by slots
 
   sequence_projector(arena& memory, isize width)
-      : rows_(memory.take<Acc>(block * width)), partial_(memory.take<Acc>(panel * width)),
+      : rows_(memory.take<Acc>(block * width)),
+        partial_(memory.take<Acc>(panel * width)),
         weights_(memory.take<Acc>(std::is_same_v<Acc, float> ? 0 : block * panel)) {}
 
   static void clear(const projection& p, isize width, isize s0, isize s1, Acc* out) noexcept {
@@ -67,16 +68,17 @@ class sequence_projector {
   }
 
   /// Rows [0, count) of x stand at positions `first` on in a sequence of `length`; slots [s0, s1) of out [slots x width] take them in.
-  void absorb(const projection& p, const void* x, dtype type, isize x_stride, isize first, isize count, isize length, isize width, isize s0, isize s1, Acc* out) noexcept {
+  void absorb(const projection& p, const void* x, dtype type, isize x_stride, isize first, isize count, isize length,
+              isize width, isize s0, isize s1, Acc* out) noexcept {
     const auto* base = static_cast<const unsigned char*>(x);
     const isize step = x_stride * static_cast<isize>(size_of(type));
-    if (p.kind == sequence_projection::linear)
-      return multiply(p, base, type, step, first, count, width, s0, s1, out);
+    if (p.kind == sequence_projection::linear) return multiply(p, base, type, step, first, count, width, s0, s1, out);
     for (isize s = s0; s < s1; ++s) {
       const range w = p.window(s, length), own = meet(w, {first, first + count});
       for (isize i = own.first; i < own.last; ++i) {
         const Acc* row = simd::row_as<Arch, Acc>(type, base + (i - first) * step, width, rows_);
-        const Acc weight = p.kind == sequence_projection::conv ? static_cast<Acc>(p.weights[i - w.first]) : Acc(1) / static_cast<Acc>(w.last - w.first);
+        const Acc weight = p.kind == sequence_projection::conv ? static_cast<Acc>(p.weights[i - w.first])
+                                                               : Acc(1) / static_cast<Acc>(w.last - w.first);
         join(p.kind == sequence_projection::max, weight, row, width, out + s * width);
       }
     }
@@ -89,19 +91,22 @@ class sequence_projector {
       simd::store_n(out + c, largest ? simd::max(old, y) : simd::fma(P(weight), y, old), width - c);
     }
   }
-  void multiply(const projection& p, const unsigned char* x, dtype type, isize step, isize first, isize count, isize width, isize s0, isize s1, Acc* out) noexcept {
+  void multiply(const projection& p, const unsigned char* x, dtype type, isize step, isize first, isize count,
+                isize width, isize s0, isize s1, Acc* out) noexcept {
     const isize some = s1 - s0;
     for (isize i0 = 0; i0 < count; i0 += block) {
       const isize n = count - i0 < block ? count - i0 : block;
       const bool in_place = type == dtype_of<Acc>;
-      for (isize i = 0; !in_place && i < n; ++i) simd::load_row<Arch, Acc>(type, x + (i0 + i) * step, width, rows_ + i * width);
+      for (isize i = 0; !in_place && i < n; ++i)
+        simd::load_row<Arch, Acc>(type, x + (i0 + i) * step, width, rows_ + i * width);
       const Acc* rows = in_place ? reinterpret_cast<const Acc*>(x + i0 * step) : rows_;
       const isize ld = in_place ? step / static_cast<isize>(sizeof(Acc)) : width;
       const float* e = p.weights + (first + i0) * p.stride + s0;
       if constexpr (std::is_same_v<Acc, float>) {
         tile::gemm<Arch, Acc>(some, width, n, e, 1, p.stride, rows, ld, partial_, width, false);
       } else {
-        for (isize i = 0; i < n; ++i) simd::load_row<Arch, Acc>(dtype::f32, e + i * p.stride, some, weights_ + i * some);
+        for (isize i = 0; i < n; ++i)
+          simd::load_row<Arch, Acc>(dtype::f32, e + i * p.stride, some, weights_ + i * some);
         tile::gemm<Arch, Acc>(some, width, n, weights_, 1, some, rows, ld, partial_, width, false);
       }
       join(false, Acc(1), partial_, some * width, out + s0 * width);

@@ -21,14 +21,17 @@ struct linformer_weights {
 
   static view<const float> matrix(const char* name, const array* a, std::vector<float>& memory) {
     if (a == nullptr) return {};
-    require(a->rank() == 2 || a->rank() == 3, "tensor ", name, " is ", a->describe(), "; wanted [positions, slots] or [G, positions, slots]");
-    require(is_float(a->type()) && a->size() > 0, "tensor ", name, " is ", a->describe(), "; wanted numbers of a floating-point type");
+    require(a->rank() == 2 || a->rank() == 3, "tensor ", name, " is ", a->describe(),
+            "; wanted [positions, slots] or [G, positions, slots]");
+    require(is_float(a->type()) && a->size() > 0, "tensor ", name, " is ", a->describe(),
+            "; wanted numbers of a floating-point type");
     memory = a->floats();
     return bhnd<const float>(memory.data(), 1, a->rank() == 3 ? a->dim(0) : 1, a->dim(-2), a->dim(-1));
   }
   static std::span<const float> taps(const char* name, const array* a, std::vector<float>& memory) {
     if (a == nullptr) return {};
-    require(a->rank() == 1 && is_float(a->type()) && a->size() > 0, "tensor ", name, " is ", a->describe(), "; wanted [taps] of a floating-point type");
+    require(a->rank() == 1 && is_float(a->type()) && a->size() > 0, "tensor ", name, " is ", a->describe(),
+            "; wanted [taps] of a floating-point type");
     memory = a->floats();
     return memory;
   }
@@ -40,7 +43,9 @@ inline any_attention configure_linformer(configuration_reader& r) {
   using kind = sequence_projection;
   auto weights = std::make_shared<detail::linformer_weights>();
   linformer_attention m;
-  m.projection = r.choice<kind>("projection", {{"linear", kind::linear}, {"mean", kind::mean}, {"max", kind::max}, {"conv", kind::conv}}, kind::linear);
+  m.projection = r.choice<kind>(
+      "projection", {{"linear", kind::linear}, {"mean", kind::mean}, {"max", kind::max}, {"conv", kind::conv}},
+      kind::linear);
   m.slots = r.integer("slots", 0);
   m.scale = r.number("scale");
   m.causal = r.flag("causal", false);

@@ -48,7 +48,8 @@ class linformer_run {
   }
 
   /// All rows of k and v, standing at positions `first` on, into the slots.
-  void project(exec_ref exec, const tensor_ref& k, const tensor_ref& v, isize first, bool clear, const slot_cache<Acc>& to) const {
+  void project(exec_ref exec, const tensor_ref& k, const tensor_ref& v, isize first, bool clear,
+               const slot_cache<Acc>& to) const {
     const isize panels = ceil_div(m_.slots_for(), projector::panel), heads = s_.B * s_.G;
     exec.for_tasks(2 * heads * panels, [&](isize task, isize slot) {
       const bool values = task % 2 != 0;
@@ -67,11 +68,13 @@ class linformer_run {
   }
 
   /// Blocks [first, last) of the sequence, each into its own slots; the call's tokens stand at position `seen` on.
-  void project_blocks(exec_ref exec, const problem& p, const block_tail<Acc>& tail, isize seen, isize first, isize last, const slot_cache<Acc>& to) const {
+  void project_blocks(exec_ref exec, const problem& p, const block_tail<Acc>& tail, isize seen, isize first, isize last,
+                      const slot_cache<Acc>& to) const {
     const isize blocks = last - first, heads = s_.B * s_.G;
     exec.for_tasks(2 * heads * (blocks > 0 ? blocks : 0), [&](isize task, isize slot) {
       const bool values = task % 2 != 0;
-      const isize head = task / 2 / blocks, n = first + task / 2 % blocks, b = head / s_.G, g = head % s_.G, start = n * m_.block;
+      const isize head = task / 2 / blocks, n = first + task / 2 % blocks, b = head / s_.G, g = head % s_.G,
+                  start = n * m_.block;
       const tensor_ref& x = values ? p.v : p.k;
       const kernel::projection map = m_.map(values, g);
       const isize used = map.used(m_.block), old = seen > start ? seen - start : 0;
@@ -83,7 +86,8 @@ class linformer_run {
         const isize s1 = used < s0 + projector::panel ? used : s0 + projector::panel;
         projector::clear(map, x.width, s0, s1, out);
         if (old > 0) run.absorb(map, before, dtype_of<Acc>, x.width, 0, old, m_.block, x.width, s0, s1, out);
-        run.absorb(map, x.row(b, g, start + old - seen), x.type, x.row_stride, old, m_.block - old, m_.block, x.width, s0, s1, out);
+        run.absorb(map, x.row(b, g, start + old - seen), x.type, x.row_stride, old, m_.block - old, m_.block, x.width,
+                   s0, s1, out);
       }
     });
   }
@@ -98,26 +102,32 @@ class linformer_run {
   }
 
   /// Slots of past blocks, then the tail, then the call's own tokens, in one running (m, l, o).
-  void attend_causal(exec_ref exec, const problem& p, const slot_cache<Acc>& from, const block_tail<Acc>& tail, isize seen, isize offset) const {
+  void attend_causal(exec_ref exec, const problem& p, const slot_cache<Acc>& from, const block_tail<Acc>& tail,
+                     isize seen, isize offset) const {
     const isize used = m_.map(false, 0).used(m_.block);
-    const mask past = past_block_slots{used, m_.block, offset}, old = own_block_keys{m_.block, offset, seen - tail.count}, now = own_block_keys{m_.block, offset, seen};
+    const mask past = past_block_slots{used, m_.block, offset},
+               old = own_block_keys{m_.block, offset, seen - tail.count}, now = own_block_keys{m_.block, offset, seen};
     attend_rows(exec, p, [&](loop& run, isize b, isize g) {
       const isize head = b * s_.G + g, last = offset + s_.n - 1;
       kernel::key_set<Acc> slots = slot_keys(from, head, last < 0 ? 0 : last / m_.block * used);
       slots.visible = &past, slots.site = {b, 0, s_.n, slots.count, s_.H, s_.G};
       if (slots.count > 0) run.absorb(slots);
       kernel::key_set<Acc> keys;
-      keys.visible = &old, keys.count = tail.count, keys.k_stride = s_.d, keys.v_stride = s_.e, keys.site = {b, 0, s_.n, tail.count, s_.H, s_.G};
+      keys.visible = &old, keys.count = tail.count, keys.k_stride = s_.d, keys.v_stride = s_.e,
+      keys.site = {b, 0, s_.n, tail.count, s_.H, s_.G};
       keys.k = tail.k + head * m_.block * s_.d, keys.v = tail.v + head * m_.block * s_.e;
       if (tail.count > 0) run.absorb(keys);
       keys.visible = &now, keys.count = s_.m, keys.site.m = s_.m, keys.type = p.k.type;
-      keys.k = p.k.row(b, g, 0), keys.v = p.v.row(b, g, 0), keys.k_stride = p.k.row_stride, keys.v_stride = p.v.row_stride;
+      keys.k = p.k.row(b, g, 0), keys.v = p.v.row(b, g, 0), keys.k_stride = p.k.row_stride,
+      keys.v_stride = p.v.row_stride;
       if (s_.m > 0) run.absorb(keys);
     });
   }
 
  private:
-  arena scratch(isize slot) const { return arena(std::span<std::byte>(pieces_ + static_cast<std::size_t>(slot) * piece_, piece_)); }
+  arena scratch(isize slot) const {
+    return arena(std::span<std::byte>(pieces_ + static_cast<std::size_t>(slot) * piece_, piece_));
+  }
   kernel::key_set<Acc> slot_keys(const slot_cache<Acc>& from, isize head, isize count) const {
     kernel::key_set<Acc> set;
     set.k = from.k + head * from.rows * s_.d, set.v = from.v + head * from.rows * s_.e;
@@ -158,22 +168,25 @@ void linformer_prefill(const linformer_attention& m, exec_ref exec, const proble
 }
 
 inline void check_heads(const char* name, const view<const float>& w, isize G) {
-  require(w.batch == 1 && (w.heads == 1 || w.heads == G), name, " is [", w.batch, ", ", w.heads, ", ", w.length, ", ", w.width, "]; wanted [1, 1 or G = ", G,
-          ", positions, slots]");
-  require(w.width >= 1 && w.row_stride >= w.width, name, " has ", w.width, " slots and a row stride of ", w.row_stride, "; wanted at least 1 slot and no overlap");
+  require(w.batch == 1 && (w.heads == 1 || w.heads == G), name, " is [", w.batch, ", ", w.heads, ", ", w.length, ", ",
+          w.width, "]; wanted [1, 1 or G = ", G, ", positions, slots]");
+  require(w.width >= 1 && w.row_stride >= w.width, name, " has ", w.width, " slots and a row stride of ", w.row_stride,
+          "; wanted at least 1 slot and no overlap");
 }
 
 /// The projection is defined for `rows` positions.
 inline void check_reach(const linformer_attention& m, isize rows, const char* rows_name) {
   const isize taps = static_cast<isize>(m.wk.size());
   const auto longer = [&](const char* name, isize length) {
-    require(length >= rows, rows_name, " is ", rows, " and ", name, " is ", length, " positions long; the projection says nothing of positions behind that");
+    require(length >= rows, rows_name, " is ", rows, " and ", name, " is ", length,
+            " positions long; the projection says nothing of positions behind that");
   };
   if (m.projection == sequence_projection::linear) {
     longer("E", m.E.length);
     if (m.F.data != nullptr) longer("F", m.F.length);
   } else if (m.projection == sequence_projection::conv) {
-    require(m.slots * taps >= rows, rows_name, " is ", rows, " and ", m.slots, " slots of ", taps, " taps reach ", m.slots * taps, "; wanted at least as many");
+    require(m.slots * taps >= rows, rows_name, " is ", rows, " and ", m.slots, " slots of ", taps, " taps reach ",
+            m.slots * taps, "; wanted at least as many");
   }
 }
 
@@ -194,21 +207,30 @@ inline void linformer_attention::check_settings() const {
     require_finite("scale", *scale);
     require(*scale > 0, "scale is ", *scale, "; it must be positive");
   }
-  require(projection <= kind::conv, "projection is ", static_cast<int>(projection), "; wanted linear, mean, max or conv");
+  require(projection <= kind::conv, "projection is ", static_cast<int>(projection),
+          "; wanted linear, mean, max or conv");
   require(slots >= 0, "slots is ", slots, "; it must not be negative");
-  require(!causal || block >= 1, "causal is true and block is ", block, "; every slot of a Linformer mixes all positions, so no mask over slots is ",
+  require(!causal || block >= 1, "causal is true and block is ", block,
+          "; every slot of a Linformer mixes all positions, so no mask over slots is ",
           "causal: give a block of at least 1 token for the block-causal form");
   require(causal || block == 0, "block is ", block, " and causal is false; blocks belong to the causal form");
-  require(!causal || lengths.empty(), "lengths were given with causal = true; padding behind the last key is never seen by a causal row, leave them out");
+  require(!causal || lengths.empty(),
+          "lengths were given with causal = true; padding behind the last key is never seen by a causal row, leave "
+          "them out");
   const bool linear = projection == kind::linear, conv = projection == kind::conv;
   require(!linear || E.data != nullptr, "E is null; a linear projection wants its weights [1 or G, positions, slots]");
-  require(linear || (E.data == nullptr && F.data == nullptr), "E or F was given to a projection that has no matrix; leave them empty");
-  require(!linear || slots == 0 || slots == E.width, "slots is ", slots, " and E has ", E.width, "; leave slots at 0 or give the same");
-  require(F.data == nullptr || F.width == E.width, "E has ", E.width, " slots and F has ", F.width, "; they must be equal");
+  require(linear || (E.data == nullptr && F.data == nullptr),
+          "E or F was given to a projection that has no matrix; leave them empty");
+  require(!linear || slots == 0 || slots == E.width, "slots is ", slots, " and E has ", E.width,
+          "; leave slots at 0 or give the same");
+  require(F.data == nullptr || F.width == E.width, "E has ", E.width, " slots and F has ", F.width,
+          "; they must be equal");
   require(linear || slots >= 1, "slots is ", slots, "; this projection wants at least 1");
-  require(conv || (wk.empty() && wv.empty()), "wk or wv was given to a projection that is no convolution; leave them empty");
+  require(conv || (wk.empty() && wv.empty()),
+          "wk or wv was given to a projection that is no convolution; leave them empty");
   require(!conv || !wk.empty(), "wk has no taps; a convolution wants kernel = stride of them, at least 1");
-  require(wv.empty() || wv.size() == wk.size(), "wk has ", wk.size(), " taps and wv has ", wv.size(), "; they must be equal");
+  require(wv.empty() || wv.size() == wk.size(), "wk has ", wk.size(), " taps and wv has ", wv.size(),
+          "; they must be equal");
   if (causal) detail::check_reach(*this, block, "block");
 }
 
@@ -232,13 +254,18 @@ inline std::size_t linformer_attention::workspace_size(const shape& s, int threa
 }
 
 inline void linformer_attention::prefill(exec_ref exec, const problem& p, arena scratch) const {
-  p.q.type == dtype::f64 ? detail::linformer_prefill<double>(*this, exec, p, scratch) : detail::linformer_prefill<float>(*this, exec, p, scratch);
+  p.q.type == dtype::f64 ? detail::linformer_prefill<double>(*this, exec, p, scratch)
+                         : detail::linformer_prefill<float>(*this, exec, p, scratch);
 }
 
 inline double linformer_attention::macs(const shape& s) const {
-  const double width = static_cast<double>(s.d + s.e), kv = static_cast<double>(s.B * s.G), heads = static_cast<double>(s.B * s.H);
-  const auto weight = static_cast<double>(projection == sequence_projection::linear ? slots_for() : 1);  // slots that a token enters
-  if (!causal) return width * (kv * static_cast<double>(s.m) * weight + heads * static_cast<double>(s.n) * static_cast<double>(map(false, 0).used(s.m)));
+  const double width = static_cast<double>(s.d + s.e), kv = static_cast<double>(s.B * s.G),
+               heads = static_cast<double>(s.B * s.H);
+  const auto weight =
+      static_cast<double>(projection == sequence_projection::linear ? slots_for() : 1);  // slots that a token enters
+  if (!causal)
+    return width * (kv * static_cast<double>(s.m) * weight +
+                    heads * static_cast<double>(s.n) * static_cast<double>(map(false, 0).used(s.m)));
   const isize used = map(false, 0).used(block);
   double pairs = 0;
   for (isize i = s.m < s.n ? s.n - s.m : 0; i < s.n; ++i) {

@@ -18,7 +18,8 @@ namespace detail {
 using rows = std::vector<std::vector<double>>;
 
 /// The slots of rows [first, first + length) of x, head g; those that no row feeds are left out.
-inline rows project(const linformer_attention& m, bool values, const tensor_ref& x, isize b, isize g, isize first, isize length) {
+inline rows project(const linformer_attention& m, bool values, const tensor_ref& x, isize b, isize g, isize first,
+                    isize length) {
   const double none = -std::numeric_limits<double>::infinity();
   const view<const float>& E = values && m.F.data != nullptr ? m.F : m.E;
   const auto taps = values && !m.wv.empty() ? m.wv : m.wk;
@@ -60,12 +61,14 @@ inline std::vector<double> row_of(const tensor_ref& x, isize b, isize g, isize i
 }
 
 /// One row of softmax attention over explicit keys and values.
-inline void attend_row(const problem& p, isize b, isize h, isize i, double scale, const rows& keys, const rows& values) {
+inline void attend_row(const problem& p, isize b, isize h, isize i, double scale, const rows& keys,
+                       const rows& values) {
   const double none = -std::numeric_limits<double>::infinity();
   std::vector<double> score(keys.size());
   double top = none, sum = 0;
   for (std::size_t j = 0; j < keys.size(); ++j) {
-    for (isize c = 0; c < p.q.width; ++c) score[j] += scale * p.q.get(b, h, i, c) * keys[j][static_cast<std::size_t>(c)];
+    for (isize c = 0; c < p.q.width; ++c)
+      score[j] += scale * p.q.get(b, h, i, c) * keys[j][static_cast<std::size_t>(c)];
     top = score[j] > top ? score[j] : top;
   }
   for (double& x : score) x = std::exp(x - top), sum += x;

@@ -43,7 +43,8 @@ void linformer_with_state(const linformer_attention& m, exec_ref exec, const pro
   const isize seen = s.tokens(), after = seen + z.m;
   run.project_blocks(exec, p, store.tail, seen, seen / m.block, after / m.block, store.slots);
   run.attend_causal(exec, p, store.slots, store.tail, seen, seen);
-  const isize keep = after % m.block, fresh = keep < z.m ? keep : z.m;  // tokens of the call that stay in the current block
+  const isize keep = after % m.block,
+              fresh = keep < z.m ? keep : z.m;  // tokens of the call that stay in the current block
   for (isize head = 0; head < z.B * z.G; ++head)
     for (isize t = z.m - fresh; t < z.m; ++t) {
       const isize at = head * m.block + (seen + t) % m.block;
@@ -110,16 +111,20 @@ inline std::uint64_t linformer_attention::tag() const {
 
 inline std::size_t linformer_attention::state_bytes(const shape& s) const {
   const isize rows = causal ? s.m / block * map(false, 0).used(block) + block : slots_for();
-  return 64 + static_cast<std::size_t>(s.B * s.G * rows * (s.d + s.e)) * (s.type == dtype::f64 ? sizeof(double) : sizeof(float));
+  return 64 + static_cast<std::size_t>(s.B * s.G * rows * (s.d + s.e)) *
+                  (s.type == dtype::f64 ? sizeof(double) : sizeof(float));
 }
 
 inline state linformer_attention::make_state(const shape& s, isize first) const {
-  require(s.B >= 0 && s.G >= 1 && s.H >= 1 && s.H % s.G == 0 && s.d >= 1 && s.e >= 1 && s.m >= 0, "make_state: B, H, G, m, d, e are ", s.B, ", ", s.H, ", ", s.G,
-          ", ", s.m, ", ", s.d, ", ", s.e, "; wanted positive sizes, H a multiple of G");
-  require(first >= 0 && (first == 0 || !causal), "make_state: first is ", first, causal ? "; a causal state begins at 0" : "; it must not be negative");
+  require(s.B >= 0 && s.G >= 1 && s.H >= 1 && s.H % s.G == 0 && s.d >= 1 && s.e >= 1 && s.m >= 0,
+          "make_state: B, H, G, m, d, e are ", s.B, ", ", s.H, ", ", s.G, ", ", s.m, ", ", s.d, ", ", s.e,
+          "; wanted positive sizes, H a multiple of G");
+  require(first >= 0 && (first == 0 || !causal), "make_state: first is ", first,
+          causal ? "; a causal state begins at 0" : "; it must not be negative");
   check_settings();
   require(causal || projection == sequence_projection::linear || projection == sequence_projection::conv,
-          "the windows of mean and max pooling depend on the whole length, so that no state can be kept for them; use a linear or conv projection, or the causal form");
+          "the windows of mean and max pooling depend on the whole length, so that no state can be kept for them; use "
+          "a linear or conv projection, or the causal form");
   state made(tag(), s, state_bytes(s));
   detail::first_position(made) = first;
   return made;
@@ -127,15 +132,19 @@ inline state linformer_attention::make_state(const shape& s, isize first) const 
 
 inline void linformer_attention::check(const problem& p, const state& s) const {
   check(p);
-  require(causal, "a state was given to the bidirectional form of linformer, whose slots mix all positions; set causal = true and a block, or use absorb and attend");
+  require(causal,
+          "a state was given to the bidirectional form of linformer, whose slots mix all positions; set causal = true "
+          "and a block, or use absorb and attend");
   s.check(tag(), p.shape(), name);
-  require(s.bytes() == state_bytes(s.sizes()), "the state holds ", s.bytes(), " bytes and its shape needs ", state_bytes(s.sizes()), "; it is damaged");
-  require(s.tokens() + p.k.length <= s.sizes().m, "the state has room for ", s.sizes().m, " tokens, holds ", s.tokens(), " and the call brings ", p.k.length,
-          "; make it with a larger m");
+  require(s.bytes() == state_bytes(s.sizes()), "the state holds ", s.bytes(), " bytes and its shape needs ",
+          state_bytes(s.sizes()), "; it is damaged");
+  require(s.tokens() + p.k.length <= s.sizes().m, "the state has room for ", s.sizes().m, " tokens, holds ", s.tokens(),
+          " and the call brings ", p.k.length, "; make it with a larger m");
 }
 
 inline void linformer_attention::prefill(exec_ref exec, const problem& p, state& s, arena scratch) const {
-  p.q.type == dtype::f64 ? detail::linformer_with_state<double>(*this, exec, p, s, scratch) : detail::linformer_with_state<float>(*this, exec, p, s, scratch);
+  p.q.type == dtype::f64 ? detail::linformer_with_state<double>(*this, exec, p, s, scratch)
+                         : detail::linformer_with_state<float>(*this, exec, p, s, scratch);
 }
 
 inline void linformer_attention::append(state& earlier, const state& later) const {
@@ -143,41 +152,54 @@ inline void linformer_attention::append(state& earlier, const state& later) cons
   later.check(tag(), earlier.sizes(), name);
   if (later.tokens() == 0) return;
   if (causal) {
-    require(earlier.tokens() % block == 0, "append: the earlier state holds ", earlier.tokens(), " tokens; wanted a multiple of the block of ", block);
-    require(earlier.tokens() + later.tokens() <= earlier.sizes().m, "append: the earlier state has room for ", earlier.sizes().m, " tokens, holds ", earlier.tokens(),
-            " and the later brings ", later.tokens());
+    require(earlier.tokens() % block == 0, "append: the earlier state holds ", earlier.tokens(),
+            " tokens; wanted a multiple of the block of ", block);
+    require(earlier.tokens() + later.tokens() <= earlier.sizes().m, "append: the earlier state has room for ",
+            earlier.sizes().m, " tokens, holds ", earlier.tokens(), " and the later brings ", later.tokens());
   } else {
     const std::int64_t next = detail::first_position(earlier) + earlier.tokens();
-    require(detail::first_position(later) == next, "append: the later state begins at position ", detail::first_position(later), " and the earlier ends before ", next,
-            "; make_state takes the position");
+    require(detail::first_position(later) == next, "append: the later state begins at position ",
+            detail::first_position(later), " and the earlier ends before ", next, "; make_state takes the position");
   }
-  earlier.sizes().type == dtype::f64 ? detail::linformer_append<double>(*this, earlier, later) : detail::linformer_append<float>(*this, earlier, later);
+  earlier.sizes().type == dtype::f64 ? detail::linformer_append<double>(*this, earlier, later)
+                                     : detail::linformer_append<float>(*this, earlier, later);
 }
 
 inline double linformer_attention::step_macs(const shape& s) const {
   const auto entered = static_cast<double>(projection == sequence_projection::linear ? slots_for() : 1);
   const isize used = map(false, 0).used(causal ? block : s.m);
   const isize seen = causal ? s.m / block * used + s.m % block + 1 : used;
-  return static_cast<double>(s.B * (s.d + s.e)) * (static_cast<double>(s.G) * entered + static_cast<double>(s.H * seen));
+  return static_cast<double>(s.B * (s.d + s.e)) *
+         (static_cast<double>(s.G) * entered + static_cast<double>(s.H * seen));
 }
 
 inline void absorb(exec_ref exec, const linformer_attention& m, tensor_ref k, tensor_ref v, state& s) {
-  require(!m.causal && m.lengths.empty(), "absorb belongs to the bidirectional form without lengths; the causal form takes its tokens by prefill and step");
+  require(
+      !m.causal && m.lengths.empty(),
+      "absorb belongs to the bidirectional form without lengths; the causal form takes its tokens by prefill and step");
   detail::check_absorbed(m.name, m.tag(), k, v, s);
-  const isize next = detail::first_position(s) + s.tokens(), room = m.projection == sequence_projection::linear ? m.E.length : m.slots * static_cast<isize>(m.wk.size());
-  require(next + k.length <= room, "absorb: the tokens stand at positions ", next, " to ", next + k.length - 1, " and the projection reaches ", room - 1);
+  const isize next = detail::first_position(s) + s.tokens(), room = m.projection == sequence_projection::linear
+                                                                        ? m.E.length
+                                                                        : m.slots * static_cast<isize>(m.wk.size());
+  require(next + k.length <= room, "absorb: the tokens stand at positions ", next, " to ", next + k.length - 1,
+          " and the projection reaches ", room - 1);
   if (k.batch == 0 || k.length == 0) return;
-  k.type == dtype::f64 ? detail::linformer_absorb<double>(m, exec, k, v, s) : detail::linformer_absorb<float>(m, exec, k, v, s);
+  k.type == dtype::f64 ? detail::linformer_absorb<double>(m, exec, k, v, s)
+                       : detail::linformer_absorb<float>(m, exec, k, v, s);
 }
 
-inline void attend(exec_ref exec, const linformer_attention& m, tensor_ref q, tensor_mut out, const state& s, tensor_mut lse) {
-  require(!m.causal && m.lengths.empty(), "attend belongs to the bidirectional form without lengths; the causal form answers by prefill and step");
+inline void attend(exec_ref exec, const linformer_attention& m, tensor_ref q, tensor_mut out, const state& s,
+                   tensor_mut lse) {
+  require(!m.causal && m.lengths.empty(),
+          "attend belongs to the bidirectional form without lengths; the causal form answers by prefill and step");
   detail::check_asked(m.name, m.tag(), q, out, lse, s);
-  require(detail::first_position(s) == 0, "attend: the state begins at position ", detail::first_position(s), "; append it to the one before it first");
+  require(detail::first_position(s) == 0, "attend: the state begins at position ", detail::first_position(s),
+          "; append it to the one before it first");
   if (q.batch == 0 || q.heads == 0 || q.length == 0) return;
   problem p;
   p.q = q, p.out = out, p.lse = lse;
-  q.type == dtype::f64 ? detail::linformer_attend<double>(m, exec, p, s) : detail::linformer_attend<float>(m, exec, p, s);
+  q.type == dtype::f64 ? detail::linformer_attend<double>(m, exec, p, s)
+                       : detail::linformer_attend<float>(m, exec, p, s);
 }
 
 }  // namespace FOVEA_ABI
