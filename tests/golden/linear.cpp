@@ -21,7 +21,13 @@ bool starts(const std::string& text, const char* with) { return text.rfind(with,
 
 std::string rule_of(std::string name) {
   if (starts(name, "grad_")) name = name.substr(5);
-  constexpr const char* rules[][2] = {{"gated_delta", "gated_delta"}, {"simple_gla", "decay"}, {"delta_rule", "delta"}, {"retention", "decay"}, {"gdn2", "gdn2"}, {"gla", "gla"}, {"kda", "kda"}};
+  constexpr const char* rules[][2] = {{"gated_delta", "gated_delta"},
+                                      {"simple_gla", "decay"},
+                                      {"delta_rule", "delta"},
+                                      {"retention", "decay"},
+                                      {"gdn2", "gdn2"},
+                                      {"gla", "gla"},
+                                      {"kda", "kda"}};
   for (const auto& [stem, rule] : rules)
     if (starts(name, stem)) return rule;
   return "none";
@@ -54,7 +60,8 @@ made make(const golden::test_case& c) {
   if (c.params.contains("normalise")) values["normalise"] = c.flag("normalise");
   for (const std::string& name : c.inputs) {
     const bool gate = values["rule"] == fovea::configuration_value(std::string("gdn2")) && name == "b";
-    if (!gate && (name == "W" || name == "b" || name == "Wq" || name == "Wk")) out.weights.emplace(name, fovea::array(c.at(name).dims, c.at(name).data));
+    if (!gate && (name == "W" || name == "b" || name == "Wq" || name == "Wk"))
+      out.weights.emplace(name, fovea::array(c.at(name).dims, c.at(name).data));
   }
   fovea::configuration_reader reader(out.config, out.weights);
   out.any = fovea::configure_linear(reader);
@@ -64,14 +71,17 @@ made make(const golden::test_case& c) {
 
 struct tensors {
   test::tensor q, k, v, g, beta, b, w, out;
-  tensors(const golden::test_case& c, dtype type, test::layout l) : q(c.tensor("q", type, l)), k(c.tensor("k", type, l)), v(c.tensor("v", type, l)) {
+  tensors(const golden::test_case& c, dtype type, test::layout l)
+      : q(c.tensor("q", type, l)), k(c.tensor("k", type, l)), v(c.tensor("v", type, l)) {
     if (c.has("g")) g = c.tensor("g", type, l);
     if (c.has("beta")) beta = c.tensor("beta", type, l);
     if (c.has("w")) b = c.tensor("b", type, l), w = c.tensor("w", type, l);
     out = test::unwritten(type, q.batch(), std::max(q.heads(), v.heads()), q.length(), v.width(), l);
   }
   fovea::gates gates(isize first, isize count) const {
-    const auto cut = [&](const test::tensor& t) { return t.size() > 0 ? t.ref().slice(first, count) : fovea::tensor_ref{}; };
+    const auto cut = [&](const test::tensor& t) {
+      return t.size() > 0 ? t.ref().slice(first, count) : fovea::tensor_ref{};
+    };
     return {cut(g), cut(beta), cut(b), cut(w)};
   }
 };
@@ -112,7 +122,8 @@ void check_case(const golden::test_case& c, dtype type, test::layout l, double b
     const isize step = chunk > 0 ? chunk : n;
     for (isize t = 0; t < n; t += step) {
       const isize count = std::min(step, n - t);
-      fovea::prefill(fovea::serial, m.any, x.q.ref().slice(t, count), x.k.ref().slice(t, count), x.v.ref().slice(t, count), x.out.ref().slice(t, count), s, {.gates = x.gates(t, count)});
+      fovea::prefill(fovea::serial, m.any, x.q.ref().slice(t, count), x.k.ref().slice(t, count),
+                     x.v.ref().slice(t, count), x.out.ref().slice(t, count), s, {.gates = x.gates(t, count)});
     }
     const fovea::arrays last = m.any.store_state(s);
     check_like(c, "S", numbers(last.at("S")), bound, type);
@@ -132,7 +143,8 @@ TEST_CASE("golden linear: the reference twin") {
     fovea::reference::linear_state s;
     if (c.has("S0")) s.S = c.at("S0").data;
     if (c.has("z0")) s.z = c.at("z0").data;
-    fovea::reference::prefill(*m.any.as<fovea::linear_attention>(), {x.q, x.k, x.v, x.out, {}, x.gates(0, x.q.length())}, &s);
+    fovea::reference::prefill(*m.any.as<fovea::linear_attention>(),
+                              {x.q, x.k, x.v, x.out, {}, x.gates(0, x.q.length())}, &s);
     check_like(c, "o", x.out.values(), 4096, dtype::f64);
     if (c.has("S")) check_like(c, "S", {c.at("S").dims, s.S}, 4096, dtype::f64);
     if (c.has("z")) check_like(c, "z", {c.at("z").dims, s.z}, 4096, dtype::f64);

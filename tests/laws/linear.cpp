@@ -17,11 +17,14 @@ using namespace fovea;
 struct linear_base {
   static void reference(const linear_attention& m, const problem& p) { fovea::reference::prefill(m, p); }
 };
-test::tensor like_keys(const laws::inputs& x, isize width) { return {x.k.type(), x.k.batch(), x.k.heads(), x.k.length(), width}; }
+test::tensor like_keys(const laws::inputs& x, isize width) {
+  return {x.k.type(), x.k.batch(), x.k.heads(), x.k.length(), width};
+}
 /// Log-decays from 0 to -3, some of them -inf.
 void add_decay(test::random& r, laws::inputs& x, isize width) {
   x.log_decay = like_keys(x, width);
-  x.log_decay.fill([&] { return r.coin(0.02) ? -std::numeric_limits<double>::infinity() : -3.0 * r.uniform() * r.uniform(); });
+  x.log_decay.fill(
+      [&] { return r.coin(0.02) ? -std::numeric_limits<double>::infinity() : -3.0 * r.uniform() * r.uniform(); });
 }
 void add_beta(test::random& r, laws::inputs& x) {
   x.beta = like_keys(x, 1);
@@ -58,7 +61,9 @@ struct retention_case : linear_base {
   static constexpr const char* name = "linear, constant decay, elu + 1, normalised";
   static constexpr laws::promise promises{.causal = true, .streams = true};
   double gamma[1] = {0.9};
-  linear_attention make(const shape&) { return {.map = elu1{}, .rule = rule::decay, .normalise = true, .clamp = 0.01, .gamma = gamma}; }
+  linear_attention make(const shape&) {
+    return {.map = elu1{}, .rule = rule::decay, .normalise = true, .clamp = 0.01, .gamma = gamma};
+  }
 };
 struct gla_case : linear_base {
   static constexpr const char* name = "linear, gla";
@@ -69,7 +74,9 @@ struct gla_case : linear_base {
 /// Decays from 1 down to e^-100 and 0, side by side in one token: no factor may leave the range of float.
 void add_extreme_decay(test::random& r, laws::inputs& x, isize width) {
   x.log_decay = like_keys(x, width);
-  x.log_decay.fill([&] { return r.coin(0.05) ? -std::numeric_limits<double>::infinity() : r.coin() ? -100.0 * r.uniform() : 0.0; });
+  x.log_decay.fill([&] {
+    return r.coin(0.05) ? -std::numeric_limits<double>::infinity() : r.coin() ? -100.0 * r.uniform() : 0.0;
+  });
 }
 struct gla_extreme_case : gla_case {
   static constexpr const char* name = "linear, gla, decays of 1 to e^-100 and 0";
@@ -81,7 +88,9 @@ struct decay_extreme_case : decay_case {
 };
 struct gla_normalised_case : gla_case {
   static constexpr const char* name = "linear, gla, elu + 1, normalised";
-  linear_attention make(const shape&) { return {.map = elu1{}, .rule = rule::gla, .normalise = true, .key_sum_eps = 1e-3}; }
+  linear_attention make(const shape&) {
+    return {.map = elu1{}, .rule = rule::gla, .normalise = true, .key_sum_eps = 1e-3};
+  }
 };
 struct delta_case : linear_base {
   static constexpr const char* name = "linear, delta rule";
@@ -133,8 +142,8 @@ struct cosformer_case : linear_base {
   linear_attention make(const shape&) { return {.map = cosformer{200}, .clamp = 1e-6}; }
 };
 
-using law_cases = std::tuple<elu_case, all_keys_case, decay_case, retention_case, gla_case,
-                             decay_extreme_case, gla_extreme_case, gla_normalised_case, delta_case, gated_delta_case,
+using law_cases = std::tuple<elu_case, all_keys_case, decay_case, retention_case, gla_case, decay_extreme_case,
+                             gla_extreme_case, gla_normalised_case, delta_case, gated_delta_case,
                              gated_delta_extreme_case, kda_case, gdn2_case, favor_case, cosformer_case>;
 
 }  // namespace

@@ -20,7 +20,8 @@ struct inputs {
   test::tensor q, k, v, g1, gr, beta, b, w;
   inputs(isize H, isize G, isize HV, isize n, isize d, isize e, dtype type = dtype::f32, std::uint64_t seed = 1) {
     test::random r(seed);
-    q = test::normal(r, type, 1, H, n, d, test::layout::bhnd, 0.3), k = test::normal(r, type, 1, G, n, d, test::layout::bhnd, 0.3), v = test::normal(r, type, 1, HV, n, e);
+    q = test::normal(r, type, 1, H, n, d, test::layout::bhnd, 0.3),
+    k = test::normal(r, type, 1, G, n, d, test::layout::bhnd, 0.3), v = test::normal(r, type, 1, HV, n, e);
     const auto uniform = [&](isize width, double low, double high) {
       test::tensor t(type, 1, HV, n, width);
       return t.fill([&] { return r.uniform(low, high); });
@@ -127,7 +128,10 @@ TEST_CASE("linear: a copy of the state is a snapshot") {
   const linear_attention m{};
   test::tensor out = test::unwritten(dtype::f32, 1, 2, 40, 16), again = test::unwritten(dtype::f32, 1, 2, 40, 16);
   state s = m.make_state(x.call(rule::none, out).shape());
-  const auto part = [&](test::tensor& to, isize first, isize count) { prefill(serial, m, x.q.ref().slice(first, count), x.k.ref().slice(first, count), x.v.ref().slice(first, count), to.ref().slice(first, count), s); };
+  const auto part = [&](test::tensor& to, isize first, isize count) {
+    prefill(serial, m, x.q.ref().slice(first, count), x.k.ref().slice(first, count), x.v.ref().slice(first, count),
+            to.ref().slice(first, count), s);
+  };
   part(out, 0, 30);
   const state before = s;
   part(out, 30, 10);
@@ -175,19 +179,27 @@ TEST_CASE("linear: refusals name the argument, the value and what was wanted") {
   CHECK_SAYS(said({.scale = std::nan("")}, {}), "scale is nan");
   CHECK_SAYS(said({.eps = -1.0}, {}), "must not be negative");
   const std::array<double, 3> three{0.5, 0.5, 0.5};
-  CHECK_SAYS(said({.rule = rule::decay, .gamma = three}, {}), "gamma holds 3 numbers; wanted one, or one for each of 2");
+  CHECK_SAYS(said({.rule = rule::decay, .gamma = three}, {}),
+             "gamma holds 3 numbers; wanted one, or one for each of 2");
   const std::array<double, 1> much{1.5};
   CHECK_SAYS(said({.rule = rule::decay, .gamma = much}, {}), "a decay lies in [0, 1]");
   CHECK_SAYS(said({.gamma = much}, {}), "takes no constant decay");
   CHECK(out.bytes() == before);
 
   test::tensor lse(dtype::f32, 1, 2, 8, 1);
-  CHECK_SAYS(test::refusal([&] { prefill(serial, linear_attention{}, x.q, x.k, x.v, out, {.lse = lse}); }), "no log-sum-exp");
-  CHECK_SAYS(test::refusal([&] { prefill(serial, linear_attention{}, x.q, x.k, x.v, const_cast<test::tensor&>(x.v).ref()); }), "out");
+  CHECK_SAYS(test::refusal([&] { prefill(serial, linear_attention{}, x.q, x.k, x.v, out, {.lse = lse}); }),
+             "no log-sum-exp");
+  CHECK_SAYS(
+      test::refusal([&] { prefill(serial, linear_attention{}, x.q, x.k, x.v, const_cast<test::tensor&>(x.v).ref()); }),
+      "out");
   const inputs odd(2, 2, 3, 8, 4, 6);
   test::tensor out3 = test::unwritten(dtype::f32, 1, 3, 8, 6);
-  CHECK_SAYS(test::refusal([&] { prefill(serial, linear_attention{}, odd.q, odd.k, odd.v, out3); }), "v has 3 heads and q has 2");
-  CHECK_SAYS(test::refusal([&] { (void)linear_attention{.is_causal = false}.make_state(shape{1, 1, 1, 1, 1, 4, 4, dtype::f32}); }), "is_causal is false");
+  CHECK_SAYS(test::refusal([&] { prefill(serial, linear_attention{}, odd.q, odd.k, odd.v, out3); }),
+             "v has 3 heads and q has 2");
+  CHECK_SAYS(test::refusal([&] {
+               (void)linear_attention{.is_causal = false}.make_state(shape{1, 1, 1, 1, 1, 4, 4, dtype::f32});
+             }),
+             "is_causal is false");
 
   const linear_attention delta{.rule = rule::delta}, other{.eps = 1e-3}, one{};
   const shape s = x.call(rule::none, out).shape();
@@ -195,5 +207,8 @@ TEST_CASE("linear: refusals name the argument, the value and what was wanted") {
   CHECK_SAYS(test::refusal([&] { delta.merge(a, b); }), "r x r matrix");
   CHECK_SAYS(test::refusal([&] { one.merge(c, d); }), "not made by this linear");
   CHECK_SAYS(test::refusal([&] { prefill(serial, one, x.q, x.k, x.v, out, d); }), "not made by this linear");
-  CHECK_SAYS(test::refusal([&] { one.load_state(c, {{"S0", array({2, 3}, std::vector<float>(6))}}); }), "S0 is [2, 3] f32");
+  CHECK_SAYS(test::refusal([&] {
+               one.load_state(c, {{"S0", array({2, 3}, std::vector<float>(6))}});
+             }),
+             "S0 is [2, 3] f32");
 }

@@ -28,7 +28,8 @@ struct identity_map {
     for (isize t = 0; t < b.rows; ++t) {
       const Acc* x = b.x + t * b.x_stride;
       Acc* out = b.out + t * b.out_stride;
-      for (isize c = 0; c < b.width; c += P::size) simd::store_n(out + c, simd::load_n<P>(x + c, b.width - c), b.width - c);
+      for (isize c = 0; c < b.width; c += P::size)
+        simd::store_n(out + c, simd::load_n<P>(x + c, b.width - c), b.width - c);
     }
   }
   double define(const feature_site&, const double* x, isize d, double* out) const {

@@ -42,11 +42,11 @@ template <class Acc>
 struct feature_block {
   const Acc* x = nullptr;  ///< [rows][width], rows x_stride apart
   isize x_stride = 0, rows = 0, width = 0;
-  isize head = 0;          ///< query head; on the key side of a query group, its first query head
-  isize kv_head = 0;       ///< head of k
-  isize position = 0;      ///< of row 0, counted from 0
-  bool key = false;        ///< a block of keys, else of queries
-  Acc* out = nullptr;      ///< [rows][r], rows out_stride apart
+  isize head = 0;      ///< query head; on the key side of a query group, its first query head
+  isize kv_head = 0;   ///< head of k
+  isize position = 0;  ///< of row 0, counted from 0
+  bool key = false;    ///< a block of keys, else of queries
+  Acc* out = nullptr;  ///< [rows][r], rows out_stride apart
   isize out_stride = 0;
   Acc* log_scale = nullptr;  ///< [rows]; used by log_scaled maps only
   Acc survey = Acc(0);       ///< of all keys of the head; see surveys()
@@ -61,21 +61,22 @@ struct feature_site {
 
 template <class P>
 concept feature_map_policy = std::is_trivially_copyable_v<P> &&
-    requires(const P& p, isize d, const shape& s, const feature_block<float>& b, float* scratch, const feature_site& at, double* x,
-             detail::fingerprint& f) {
-      { p.features(d) } -> std::same_as<isize>;
-      { p.scratch(d) } -> std::same_as<isize>;
-      p.template apply<simd::native, float>(b, scratch);
-      { p.define(at, static_cast<const double*>(x), d, x) } -> std::same_as<double>;
-      { P::log_scaled } -> std::convertible_to<bool>;
-      p.check(s);
-      p.fingerprint(f);
-    };
+    requires(const P& p, isize d, const shape& s, const feature_block<float>& b, float* scratch, const feature_site& at,
+             double* x, detail::fingerprint& f) {
+  { p.features(d) } -> std::same_as<isize>;
+  { p.scratch(d) } -> std::same_as<isize>;
+  p.template apply<simd::native, float>(b, scratch);
+  { p.define(at, static_cast<const double*>(x), d, x) } -> std::same_as<double>;
+  { P::log_scaled } -> std::convertible_to<bool>;
+  p.check(s);
+  p.fingerprint(f);
+};
 
 namespace detail {
 
 template <class P>
-concept surveying_map = requires(const P& p, const feature_block<float>& b, float* scratch, const feature_site& at, const double* x, isize d) {
+concept surveying_map = requires(const P& p, const feature_block<float>& b, float* scratch, const feature_site& at,
+                                 const double* x, isize d) {
   { p.surveys() } -> std::same_as<bool>;
   { p.template survey<simd::native, float>(b, scratch) } -> std::same_as<float>;
   { p.define_survey(at, x, d) } -> std::same_as<double>;
@@ -117,8 +118,12 @@ inline constexpr feature_map_table feature_map_table_of{
     positional_map<P>(),
     [](const void* p, isize d) { return static_cast<const P*>(p)->features(d); },
     [](const void* p, isize d) { return static_cast<const P*>(p)->scratch(d); },
-    [](const void* p, const feature_block<float>& b, float* s) { static_cast<const P*>(p)->template apply<simd::native, float>(b, s); },
-    [](const void* p, const feature_block<double>& b, double* s) { static_cast<const P*>(p)->template apply<simd::native, double>(b, s); },
+    [](const void* p, const feature_block<float>& b, float* s) {
+      static_cast<const P*>(p)->template apply<simd::native, float>(b, s);
+    },
+    [](const void* p, const feature_block<double>& b, double* s) {
+      static_cast<const P*>(p)->template apply<simd::native, double>(b, s);
+    },
     [](const void* p) {
       if constexpr (surveying_map<P>) return static_cast<const P*>(p)->surveys();
       (void)p;
@@ -126,14 +131,17 @@ inline constexpr feature_map_table feature_map_table_of{
     },
     [](const void* p, const feature_block<float>& b, float* s) { return survey_of<P, float>(p, b, s); },
     [](const void* p, const feature_block<double>& b, double* s) { return survey_of<P, double>(p, b, s); },
-    [](const void* p, const feature_site& at, const double* x, isize d, double* out) { return static_cast<const P*>(p)->define(at, x, d, out); },
+    [](const void* p, const feature_site& at, const double* x, isize d, double* out) {
+      return static_cast<const P*>(p)->define(at, x, d, out);
+    },
     [](const void* p, const feature_site& at, const double* x, isize d) {
       if constexpr (surveying_map<P>) return static_cast<const P*>(p)->define_survey(at, x, d);
       (void)p, (void)at, (void)x, (void)d;
       return 0.0;
     },
     [](const void* p, isize d) {
-      if constexpr (requires { static_cast<const P*>(p)->macs(d); }) return static_cast<double>(static_cast<const P*>(p)->macs(d));
+      if constexpr (requires { static_cast<const P*>(p)->macs(d); })
+        return static_cast<double>(static_cast<const P*>(p)->macs(d));
       (void)p, (void)d;
       return 0.0;
     },
@@ -153,7 +161,8 @@ class feature_map {
   template <feature_map_policy P>
     requires(!std::same_as<P, feature_map>)
   feature_map(const P& p) : table_(&detail::feature_map_table_of<P>) {  // NOLINT(google-explicit-constructor)
-    static_assert(sizeof(P) <= sizeof storage_, "a feature map may hold up to 96 bytes; keep weights outside and point to them");
+    static_assert(sizeof(P) <= sizeof storage_,
+                  "a feature map may hold up to 96 bytes; keep weights outside and point to them");
     ::new (static_cast<void*>(storage_)) P(p);
   }
 
@@ -170,9 +179,15 @@ class feature_map {
   void apply(const feature_block<float>& b, float* scratch) const { table_->apply_f32(storage_, b, scratch); }
   void apply(const feature_block<double>& b, double* scratch) const { table_->apply_f64(storage_, b, scratch); }
   float survey(const feature_block<float>& b, float* scratch) const { return table_->survey_f32(storage_, b, scratch); }
-  double survey(const feature_block<double>& b, double* scratch) const { return table_->survey_f64(storage_, b, scratch); }
-  double define(const feature_site& at, const double* x, isize d, double* out) const { return table_->define(storage_, at, x, d, out); }
-  double define_survey(const feature_site& at, const double* x, isize d) const { return table_->define_survey(storage_, at, x, d); }
+  double survey(const feature_block<double>& b, double* scratch) const {
+    return table_->survey_f64(storage_, b, scratch);
+  }
+  double define(const feature_site& at, const double* x, isize d, double* out) const {
+    return table_->define(storage_, at, x, d, out);
+  }
+  double define_survey(const feature_site& at, const double* x, isize d) const {
+    return table_->define_survey(storage_, at, x, d);
+  }
 
  private:
   const detail::feature_map_table* table_;

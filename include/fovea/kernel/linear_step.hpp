@@ -16,18 +16,19 @@ namespace kernel {
 template <class Arch, class Acc>
 struct step_shape {
   static constexpr int all = static_cast<int>(panel_width<Acc> / simd::pack<Acc, Arch>::size);
-  static constexpr int NR = all < 4 ? all : 4;                                   ///< vectors of columns at a time
+  static constexpr int NR = all < 4 ? all : 4;  ///< vectors of columns at a time
   static constexpr int heads = NR * 4 + NR + 6 <= Arch::registers ? 4 : NR <= 2 ? 2 : 1;  ///< query heads at a time
 };
 
 namespace detail {
 
 template <class Arch, class Acc, int Heads, bool Update>
-FOVEA_NOINLINE void step_columns(isize r, Acc* S, const Acc* keep, isize keep_step, const Acc* k, const Acc* x, const Acc* q,
-                                 isize q_stride, Acc* y, isize y_stride) noexcept {
+FOVEA_NOINLINE void step_columns(isize r, Acc* S, const Acc* keep, isize keep_step, const Acc* k, const Acc* x,
+                                 const Acc* q, isize q_stride, Acc* y, isize y_stride) noexcept {
   using P = simd::pack<Acc, Arch>;
   constexpr int NR = step_shape<Arch, Acc>::NR, H = Heads > 0 ? Heads : 1;
-  constexpr int ways = Heads == 1 && 2 * NR * 2 + 4 <= Arch::registers ? 2 : 1;  // two chains hide the latency of the additions
+  constexpr int ways =
+      Heads == 1 && 2 * NR * 2 + 4 <= Arch::registers ? 2 : 1;  // two chains hide the latency of the additions
   P xs[NR], acc[ways][H][NR];
   tile::unroll<NR>([&](auto n) FOVEA_INLINE_LAMBDA {
     if constexpr (Update) xs[n] = P::load(x + n * P::size);
@@ -67,8 +68,8 @@ FOVEA_NOINLINE void step_columns(isize r, Acc* S, const Acc* keep, isize keep_st
 
 /// The panel is updated (k null: not) and then read by `heads` rows of q. x [panel], y [heads][y_stride].
 template <class Arch, class Acc>
-void step_panel(isize r, Acc* S, const Acc* keep, isize keep_step, const Acc* k, const Acc* x, isize heads, const Acc* q,
-                isize q_stride, Acc* y, isize y_stride) noexcept {
+void step_panel(isize r, Acc* S, const Acc* keep, isize keep_step, const Acc* k, const Acc* x, isize heads,
+                const Acc* q, isize q_stride, Acc* y, isize y_stride) noexcept {
   using P = simd::pack<Acc, Arch>;
   constexpr int NR = step_shape<Arch, Acc>::NR, most = step_shape<Arch, Acc>::heads;
   for (isize c = 0; c < panel_width<Acc>; c += NR * P::size) {

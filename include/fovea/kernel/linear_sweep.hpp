@@ -50,13 +50,13 @@ struct read_weights {
 template <class Acc, int T>
 struct sweep_block {
   isize steps, r;
-  isize stride;                     ///< of the rows of k, q and u
-  const Acc *k, *u;                 ///< written with k; erased with u (delta rules only)
+  isize stride;      ///< of the rows of k, q and u
+  const Acc *k, *u;  ///< written with k; erased with u (delta rules only)
   const step_weights<Acc, T>* step;
-  isize heads;                      ///< query heads that share the state
-  const Acc* q;                     ///< [heads][feature_rows][stride]
+  isize heads;   ///< query heads that share the state
+  const Acc* q;  ///< [heads][feature_rows][stride]
   isize q_head_stride;
-  const read_weights<Acc, T>* read; ///< [heads][steps]
+  const read_weights<Acc, T>* read;  ///< [heads][steps]
   isize read_head_stride;
 };
 
@@ -117,8 +117,8 @@ FOVEA_INLINE void write_outputs(const read_weights<Acc, T>& c, const simd::pack<
 
 /// The other query heads of the group: they read the state before the step updates it.
 template <class Arch, class Acc, int T, int NR>
-FOVEA_NOINLINE void read_step(isize r, Acc* S, const Acc* q, isize stride, const read_weights<Acc, T>& c, const Acc* x_rows,
-                              Acc* out, isize out_stride) {
+FOVEA_NOINLINE void read_step(isize r, Acc* S, const Acc* q, isize stride, const read_weights<Acc, T>& c,
+                              const Acc* x_rows, Acc* out, isize out_stride) {
   using P = simd::pack<Acc, Arch>;
   P x[T][NR], y[T][NR], none[T][NR];
   sweep_rows<Arch, Acc, T, NR, false, false, true, false>(r, S, nullptr, nullptr, q, nullptr, stride, none, y, none);
@@ -132,8 +132,8 @@ FOVEA_NOINLINE void read_step(isize r, Acc* S, const Acc* q, isize stride, const
 
 /// All steps of a block over NR vectors of columns. v [steps * T][v_stride], out [heads][steps * T][out_stride] are those columns.
 template <class Arch, class Acc, bool Delta>
-FOVEA_NOINLINE void sweep_panel(const sweep_block<Acc, sweep_shape<Arch>::T>& b, Acc* S, const Acc* v, isize v_stride, Acc* out,
-                                isize out_stride, isize out_head_stride) noexcept {
+FOVEA_NOINLINE void sweep_panel(const sweep_block<Acc, sweep_shape<Arch>::T>& b, Acc* S, const Acc* v, isize v_stride,
+                                Acc* out, isize out_stride, isize out_head_stride) noexcept {
   constexpr int T = sweep_shape<Arch>::T, NR = sweep_shape<Arch>::NR;
   using P = simd::pack<Acc, Arch>;
   P x[T][NR], y[T][NR], u[T][NR];
@@ -159,8 +159,9 @@ FOVEA_NOINLINE void sweep_panel(const sweep_block<Acc, sweep_shape<Arch>::T>& b,
         tile::unroll<NR>([&](auto n) FOVEA_INLINE_LAMBDA { x[i][n].store(x_rows + (i * NR + n) * P::size); });
       });
       for (isize h = 1; h < b.heads; ++h)
-        detail::read_step<Arch, Acc, T, NR>(b.r, S, b.q + h * b.q_head_stride + t * T * ld, ld, b.read[h * b.read_head_stride + t],
-                                            x_rows, ot + h * out_head_stride, out_stride);
+        detail::read_step<Arch, Acc, T, NR>(b.r, S, b.q + h * b.q_head_stride + t * T * ld, ld,
+                                            b.read[h * b.read_head_stride + t], x_rows, ot + h * out_head_stride,
+                                            out_stride);
     }
     tile::unroll<T>([&](auto i) FOVEA_INLINE_LAMBDA {
       tile::unroll<NR>([&](auto n) FOVEA_INLINE_LAMBDA { x[i][n] = P(c.x_gain[i]) * x[i][n]; });

@@ -20,20 +20,20 @@ namespace kernel {
 /// The gates and the output factors of a block; arrays hold steps * T tokens.
 template <class Acc>
 struct weight_block {
-  const Acc* decay;      ///< [tokens] a_t, or null: 1
-  const Acc* channel;    ///< [tokens][stride] a_t of each channel, or null
-  const Acc* beta;       ///< [tokens]; delta rules only
+  const Acc* decay;    ///< [tokens] a_t, or null: 1
+  const Acc* channel;  ///< [tokens][stride] a_t of each channel, or null
+  const Acc* beta;     ///< [tokens]; delta rules only
   bool normalise;
   const Acc *gain, *add, *floor;  ///< [heads][feature_rows]
-  Acc* z;                ///< [r]
-  Acc* scale;            ///< [stride] scratch: c of each channel
-  Acc* keep;             ///< [steps][stride] scratch: what steps multiply S by
+  Acc* z;                         ///< [r]
+  Acc* scale;                     ///< [stride] scratch: c of each channel
+  Acc* keep;                      ///< [steps][stride] scratch: what steps multiply S by
 };
 
 namespace detail {
 
 template <int T>
-inline constexpr int lower = T * (T + 1) / 2;   // pairs j <= i, row by row
+inline constexpr int lower = T*(T + 1) / 2;  // pairs j <= i, row by row
 constexpr int pair_at(int i, int j) { return i * (i + 1) / 2 + j; }
 
 /// N horizontal sums, a register's worth at a time; `out` has room for N rounded up to a register.
@@ -61,7 +61,8 @@ FOVEA_INLINE void step_products(isize r, const Acc* q, const Acc* k, isize strid
     if constexpr (Sum) w = P::load(z + e);
     tile::unroll<T>([&](auto i) FOVEA_INLINE_LAMBDA {
       const P g = P::load(q + i * stride + e);
-      tile::unroll<i + 1>([&](auto j) FOVEA_INLINE_LAMBDA { acc[pair_at(i, j)] = simd::fma(g, f[j], acc[pair_at(i, j)]); });
+      tile::unroll<i + 1>([&](auto j)
+                              FOVEA_INLINE_LAMBDA { acc[pair_at(i, j)] = simd::fma(g, f[j], acc[pair_at(i, j)]); });
       if constexpr (Sum) acc[lower<T> + i] = simd::fma(g, w, acc[lower<T> + i]);
     });
   }
@@ -153,7 +154,8 @@ FOVEA_NOINLINE void scalar_weights(const sweep_block<Acc, sweep_shape<Arch>::T>&
           if (w.normalise) products[detail::lower<T> + i] *= g[i];
         }
       weight_block<Acc> own = w;
-      own.gain += h * b.read_head_stride * T, own.add += h * b.read_head_stride * T, own.floor += h * b.read_head_stride * T;
+      own.gain += h * b.read_head_stride * T, own.add += h * b.read_head_stride * T,
+          own.floor += h * b.read_head_stride * T;
       detail::finish_read<Acc, T>(products, state_gain, own, token, read[h * b.read_head_stride + t]);
     }
     if constexpr (Delta) {
@@ -184,8 +186,8 @@ FOVEA_NOINLINE void scalar_weights(const sweep_block<Acc, sweep_shape<Arch>::T>&
 
 /// One decay per token and channel. Turns k, q, u into the rows of the sweep, in place: k D_last / c', q c a_0..a_i, u c a_0..a_i.
 template <class Arch, class Acc, bool Delta>
-FOVEA_NOINLINE void channel_weights(const sweep_block<Acc, sweep_shape<Arch>::T>& b, weight_block<Acc> w, Acc* k_rows, Acc* q_rows,
-                                    Acc* u_rows, step_weights<Acc, sweep_shape<Arch>::T>* step,
+FOVEA_NOINLINE void channel_weights(const sweep_block<Acc, sweep_shape<Arch>::T>& b, weight_block<Acc> w, Acc* k_rows,
+                                    Acc* q_rows, Acc* u_rows, step_weights<Acc, sweep_shape<Arch>::T>* step,
                                     read_weights<Acc, sweep_shape<Arch>::T>* read) noexcept {
   constexpr int T = sweep_shape<Arch>::T;
   using P = simd::pack<Acc, Arch>;
@@ -232,7 +234,8 @@ FOVEA_NOINLINE void channel_weights(const sweep_block<Acc, sweep_shape<Arch>::T>
       }
       detail::sum_lanes(acc, products);
       weight_block<Acc> own = w;
-      own.gain += h * b.read_head_stride * T, own.add += h * b.read_head_stride * T, own.floor += h * b.read_head_stride * T;
+      own.gain += h * b.read_head_stride * T, own.add += h * b.read_head_stride * T,
+          own.floor += h * b.read_head_stride * T;
       Acc unit[T];
       for (int i = 0; i < T; ++i) unit[i] = Acc(1);
       detail::finish_read<Acc, T>(products, unit, own, token, read[h * b.read_head_stride + t]);

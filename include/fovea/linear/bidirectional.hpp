@@ -16,7 +16,8 @@ namespace detail {
 template <class Arch, class Acc>
 class linear_bidirectional {
  public:
-  linear_bidirectional(const linear_attention& m, const problem& p, arena scratch, int threads) : m_(m), p_(p), rows_(m, p), n_(sizes_of(m, p.shape())) {
+  linear_bidirectional(const linear_attention& m, const problem& p, arena scratch, int threads)
+      : m_(m), p_(p), rows_(m, p), n_(sizes_of(m, p.shape())) {
     sums_ = scratch.take<Acc>(n_.B * n_.S * head_elements(n_));
     ranges_ = column_ranges(n_, threads);
     memory_ = scratch;
@@ -28,9 +29,12 @@ class linear_bidirectional {
   }
 
   void run(exec_ref exec) {
-    exec.for_tasks(n_.B * n_.S * ranges_, [&](isize task, isize slot) { sum_keys(task / ranges_, task % ranges_, slot); });
+    exec.for_tasks(n_.B * n_.S * ranges_,
+                   [&](isize task, isize slot) { sum_keys(task / ranges_, task % ranges_, slot); });
     const isize heads = n_.S * n_.R, blocks = ceil_div(p_.q.length, feature_rows);
-    exec.for_tasks(n_.B * heads * blocks, [&](isize task, isize slot) { apply(task / blocks / heads, task / blocks % heads, task % blocks * feature_rows, slot); });
+    exec.for_tasks(n_.B * heads * blocks, [&](isize task, isize slot) {
+      apply(task / blocks / heads, task / blocks % heads, task % blocks * feature_rows, slot);
+    });
   }
 
  private:
@@ -38,7 +42,8 @@ class linear_bidirectional {
     static constexpr isize tokens = feature_rows;
     isize stride, q_head = 0;
     Acc *x, *map, *q, *v, *out, *log_q, *peaks, *gain, *add, *floor;
-    block_scratch(arena& a, const linear_attention& m, const linear_sizes& n, isize d) : stride(feature_stride<Acc>(n.r)) {
+    block_scratch(arena& a, const linear_attention& m, const linear_sizes& n, isize d)
+        : stride(feature_stride<Acc>(n.r)) {
       x = a.take<Acc>(tokens * d), map = a.take<Acc>(m.phi().scratch(d)), q = a.take<Acc>(tokens * stride);
       v = a.take<Acc>(tokens * n.e), out = a.take<Acc>(tokens * n.e);
       log_q = a.take<Acc>(tokens), peaks = a.take<Acc>(tokens);
@@ -62,7 +67,8 @@ class linear_bidirectional {
   void sum_keys(isize index, isize range, isize slot) const {
     auto s = scratch_of(slot);
     const isize b = index / n_.S, head = index % n_.S, k_head = head / (n_.S / p_.k.heads);
-    const isize c0 = n_.panels * range / ranges_ * n_.width, c1 = std::min(n_.e, n_.panels * (range + 1) / ranges_ * n_.width);
+    const isize c0 = n_.panels * range / ranges_ * n_.width,
+                c1 = std::min(n_.e, n_.panels * (range + 1) / ranges_ * n_.width);
     Acc* S = sums_ + index * head_elements(n_);
     Acc* z = S + n_.r * n_.e;
     for (isize f = 0; f < n_.r; ++f)
@@ -107,7 +113,8 @@ class linear_bidirectional {
 
   void apply(isize b, isize head, isize first, isize slot) const {
     auto s = scratch_of(slot);
-    const isize state_head = head / n_.R, k_head = state_head / (n_.S / p_.k.heads), q_head = p_.q.heads >= n_.S ? head : k_head;
+    const isize state_head = head / n_.R, k_head = state_head / (n_.S / p_.k.heads),
+                q_head = p_.q.heads >= n_.S ? head : k_head;
     const Acc* S = sums_ + (b * n_.S + state_head) * head_elements(n_);
     const Acc* z = S + n_.r * n_.e;
     const isize count = std::min(feature_rows, p_.q.length - first);

@@ -22,7 +22,9 @@ struct linear_weights {
 
 inline void configure_gates(configuration_reader& c, const linear_attention& m) {
   const auto u = m.rule;
-  if ((u == rule::decay && m.gamma.empty()) || u == rule::gla || u == rule::gated_delta || u == rule::kda || u == rule::gdn2) c.call_input("g");
+  if ((u == rule::decay && m.gamma.empty()) || u == rule::gla || u == rule::gated_delta || u == rule::kda ||
+      u == rule::gdn2)
+    c.call_input("g");
   if (is_delta(u) && u != rule::gdn2) c.call_input("beta");
   if (u == rule::gdn2) c.call_input("b"), c.call_input("w");
   if (m.streaming()) c.call_input("S0"), c.call_input("z0");
@@ -34,7 +36,12 @@ inline any_attention configure_linear(configuration_reader& c) {
   auto keep = std::make_shared<detail::linear_weights>();
   linear_attention m;
   m.rule = c.choice("rule",
-                    {{"none", rule::none}, {"decay", rule::decay}, {"gla", rule::gla}, {"delta", rule::delta}, {"gated_delta", rule::gated_delta}, {"kda", rule::kda},
+                    {{"none", rule::none},
+                     {"decay", rule::decay},
+                     {"gla", rule::gla},
+                     {"delta", rule::delta},
+                     {"gated_delta", rule::gated_delta},
+                     {"kda", rule::kda},
                      {"gdn2", rule::gdn2}},
                     rule::none);
   m.map = configure_map(c, keep->map);

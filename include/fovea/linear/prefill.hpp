@@ -33,7 +33,8 @@ class linear_sweeper {
   void run(exec_ref exec) {
     if (tails_ != nullptr)
       for (isize i = 0; i < n_.B * n_.S; ++i)
-        for (isize j = 0; j < n_.tail_elements(); ++j) tails_[i * n_.tail_elements() + j] = head_state(i)[n_.S_elements() + j];
+        for (isize j = 0; j < n_.tail_elements(); ++j)
+          tails_[i * n_.tail_elements() + j] = head_state(i)[n_.S_elements() + j];
     exec.for_tasks(n_.B * n_.S * parts_, [&](isize task, isize slot) { sequence(task / parts_, task % parts_, slot); });
   }
 
@@ -71,7 +72,15 @@ class linear_sweeper {
     if (tails_ != nullptr)
       for (isize j = 0; j < n_.tail_elements(); ++j) tail[j] = tails_[index * n_.tail_elements() + j];
     const isize b = index / n_.S, head = index % n_.S;
-    site at{&s, b, head, head / (n_.S / p_.k.heads), n_.panels * part / parts_, n_.panels * (part + 1) / parts_, S, state_tail<Acc>(tail, n_), Acc(0)};
+    site at{&s,
+            b,
+            head,
+            head / (n_.S / p_.k.heads),
+            n_.panels * part / parts_,
+            n_.panels * (part + 1) / parts_,
+            S,
+            state_tail<Acc>(tail, n_),
+            Acc(0)};
     if (rows_.map.surveys()) at.survey = rows_.template survey<Arch, Acc>(s.x, s.map, b, at.k_head);
     s.clear_padding(n_, std::min(p_.k.length, feature_rows));
 
@@ -91,7 +100,8 @@ class linear_sweeper {
   void zero_row(const site& at, isize i) const {
     Acc* zeros = at.s->out;
     for (isize c = 0; c < n_.e; ++c) zeros[c] = Acc(0);
-    for (isize h = 0; h < n_.R; ++h) simd::store_row<Arch, Acc>(p_.out.type, zeros, n_.e, p_.out.row(at.b, at.head * n_.R + h, i));
+    for (isize h = 0; h < n_.R; ++h)
+      simd::store_row<Arch, Acc>(p_.out.type, zeros, n_.e, p_.out.row(at.b, at.head * n_.R + h, i));
   }
 
   /// Keys [t, t + count); query i of the block is query `query + i` of the call, none of them where query < 0.
@@ -147,7 +157,8 @@ class linear_sweeper {
     } else if (g.log_decay || !m_.gamma.empty()) {
       s.decays = true;
       if (g.log_decay) {
-        for (isize i = 0; i < count; ++i) simd::load_row<Arch, Acc>(g.log_decay.type, g.log_decay.row(at.b, at.head, t + i), 1, s.decay + i);
+        for (isize i = 0; i < count; ++i)
+          simd::load_row<Arch, Acc>(g.log_decay.type, g.log_decay.row(at.b, at.head, t + i), 1, s.decay + i);
         exponentials<Arch>(s.decay, count);
       } else {
         const auto gamma = m_.gamma[m_.gamma.size() == 1 ? 0 : static_cast<std::size_t>(at.head)];
@@ -209,14 +220,27 @@ class linear_sweeper {
   void sweep(site& at, isize t, isize count, isize padded, isize query) const {
     auto& s = *at.s;
     const bool reads = query >= 0;
-    kernel::sweep_block<Acc, T> b{padded / T, n_.r, s.stride, s.k, own_erase_ ? s.u : s.k, s.step, reads ? n_.R : 1, s.q, s.q_head, s.read, feature_rows / T};
-    kernel::weight_block<Acc> w{s.decays ? s.decay : nullptr, s.channel, s.beta, m_.normalised(), s.gain, s.add, s.floor, at.tail.z, s.scale, s.keep};
+    kernel::sweep_block<Acc, T> b{padded / T,       n_.r, s.stride, s.k,    own_erase_ ? s.u : s.k, s.step,
+                                  reads ? n_.R : 1, s.q,  s.q_head, s.read, feature_rows / T};
+    kernel::weight_block<Acc> w{s.decays ? s.decay : nullptr,
+                                s.channel,
+                                s.beta,
+                                m_.normalised(),
+                                s.gain,
+                                s.add,
+                                s.floor,
+                                at.tail.z,
+                                s.scale,
+                                s.keep};
     if (channel_)
-      delta_ ? kernel::channel_weights<Arch, Acc, true>(b, w, s.k, s.q, s.u, s.step, s.read) : kernel::channel_weights<Arch, Acc, false>(b, w, s.k, s.q, s.u, s.step, s.read);
+      delta_ ? kernel::channel_weights<Arch, Acc, true>(b, w, s.k, s.q, s.u, s.step, s.read)
+             : kernel::channel_weights<Arch, Acc, false>(b, w, s.k, s.q, s.u, s.step, s.read);
     else if (s.decays)
-      delta_ ? kernel::scalar_weights<Arch, Acc, true, true>(b, w, s.step, s.read) : kernel::scalar_weights<Arch, Acc, false, true>(b, w, s.step, s.read);
+      delta_ ? kernel::scalar_weights<Arch, Acc, true, true>(b, w, s.step, s.read)
+             : kernel::scalar_weights<Arch, Acc, false, true>(b, w, s.step, s.read);
     else
-      delta_ ? kernel::scalar_weights<Arch, Acc, true, false>(b, w, s.step, s.read) : kernel::scalar_weights<Arch, Acc, false, false>(b, w, s.step, s.read);
+      delta_ ? kernel::scalar_weights<Arch, Acc, true, false>(b, w, s.step, s.read)
+             : kernel::scalar_weights<Arch, Acc, false, false>(b, w, s.step, s.read);
     isize v_stride = 0, out_stride = s.e_stride, out_head = feature_rows * s.e_stride;
     const Acc* v = values(at, t, count, padded, v_stride);
     Acc* out = s.out;
@@ -241,7 +265,8 @@ class linear_sweeper {
 
   void store_columns(const site& at, isize h, isize i, const Acc* row) const {
     const isize c = at.first_panel * n_.width, count = std::min(n_.e, at.last_panel * n_.width) - c;
-    auto* to = static_cast<unsigned char*>(p_.out.row(at.b, at.head * n_.R + h, i)) + c * static_cast<isize>(size_of(p_.out.type));
+    auto* to = static_cast<unsigned char*>(p_.out.row(at.b, at.head * n_.R + h, i)) +
+               c * static_cast<isize>(size_of(p_.out.type));
     simd::store_row<Arch, Acc>(p_.out.type, row + c, count, to);
   }
 
@@ -264,14 +289,17 @@ class linear_sweeper {
       Acc* S = at.S + panel * n_.r * n_.width;
       const Acc* x = v + panel * n_.width;
       if (!delta_) {
-        kernel::step_panel<Arch, Acc>(n_.r, S, keep, keep_step, s.k, x, n_.R, s.q, s.q_head, s.out + panel * n_.width, s.e_stride);
+        kernel::step_panel<Arch, Acc>(n_.r, S, keep, keep_step, s.k, x, n_.R, s.q, s.q_head, s.out + panel * n_.width,
+                                      s.e_stride);
         continue;
       }
-      kernel::step_panel<Arch, Acc>(n_.r, S, keep, keep_step, nullptr, nullptr, n_.R + 1, s.lines, s.stride, s.y, n_.width);
+      kernel::step_panel<Arch, Acc>(n_.r, S, keep, keep_step, nullptr, nullptr, n_.R + 1, s.lines, s.stride, s.y,
+                                    n_.width);
       for (isize c = 0; c < n_.width; ++c) s.x_row[c] = s.beta[0] * (x[c] - s.y[c]);
       kernel::step_panel<Arch, Acc>(n_.r, S, keep, keep_step, s.k, s.x_row, 0, nullptr, 0, nullptr, 0);
       for (isize h = 0; h < n_.R; ++h)
-        for (isize c = 0; c < n_.width; ++c) s.out[h * s.e_stride + panel * n_.width + c] = s.y[(h + 1) * n_.width + c] + s.single_dot[h] * s.x_row[c];
+        for (isize c = 0; c < n_.width; ++c)
+          s.out[h * s.e_stride + panel * n_.width + c] = s.y[(h + 1) * n_.width + c] + s.single_dot[h] * s.x_row[c];
     }
     for (isize h = 0; h < n_.R; ++h) {
       Acc* row = s.out + h * s.e_stride;
@@ -314,11 +342,13 @@ inline std::size_t linear_attention::workspace_size(const shape& s, int threads)
 }
 
 inline void linear_attention::prefill(exec_ref exec, const problem& p, arena scratch) const {
-  p.q.type == dtype::f64 ? run<simd::native, double>(exec, p, nullptr, scratch) : run<simd::native, float>(exec, p, nullptr, scratch);
+  p.q.type == dtype::f64 ? run<simd::native, double>(exec, p, nullptr, scratch)
+                         : run<simd::native, float>(exec, p, nullptr, scratch);
 }
 
 inline void linear_attention::prefill(exec_ref exec, const problem& p, state& s, arena scratch) const {
-  p.q.type == dtype::f64 ? run<simd::native, double>(exec, p, &s, scratch) : run<simd::native, float>(exec, p, &s, scratch);
+  p.q.type == dtype::f64 ? run<simd::native, double>(exec, p, &s, scratch)
+                         : run<simd::native, float>(exec, p, &s, scratch);
   s.set_tokens(s.tokens() + p.k.length);
 }
 

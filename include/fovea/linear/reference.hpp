@@ -36,7 +36,8 @@ inline double gate(const tensor_ref& g, isize b, isize h, isize t, isize c, doub
 }
 
 /// Takes key t in.
-inline void absorb(const linear_attention& m, const problem& p, isize b, isize h, isize t, std::vector<double> k, double log_scale, linear_head& s) {
+inline void absorb(const linear_attention& m, const problem& p, isize b, isize h, isize t, std::vector<double> k,
+                   double log_scale, linear_head& s) {
   if (log_scale > s.peak) {
     const double fade = std::exp(s.peak - log_scale);
     for (isize i = 0; i < s.r * s.e; ++i) s.S[i] *= fade;
@@ -64,7 +65,8 @@ inline void absorb(const linear_attention& m, const problem& p, isize b, isize h
 }
 
 /// Writes the output row of query i, whose features lack a factor e^log_scale.
-inline void answer(const linear_attention& m, const problem& p, isize b, isize head, isize i, const std::vector<double>& q, double log_scale, const linear_head& s) {
+inline void answer(const linear_attention& m, const problem& p, isize b, isize head, isize i,
+                   const std::vector<double>& q, double log_scale, const linear_head& s) {
   double den = 0.0, sum = 0.0;
   for (isize f = 0; f < s.r; ++f) den += q[static_cast<std::size_t>(f)] * s.z[f], sum += q[static_cast<std::size_t>(f)];
   const double lacks = m.phi().log_scaled() ? log_scale + s.peak : 0.0;
@@ -84,9 +86,11 @@ inline void answer(const linear_attention& m, const problem& p, isize b, isize h
 
 }  // namespace detail
 
-inline void prefill(const linear_attention& m, const problem& p, linear_state* state = nullptr, isize first_position = 0) {
+inline void prefill(const linear_attention& m, const problem& p, linear_state* state = nullptr,
+                    isize first_position = 0) {
   const feature_map map = m.phi();
-  const isize G = p.v.heads, H = p.q.heads, R = H > G ? H / G : 1, r = map.features(p.q.width), e = p.v.width, d = p.q.width;
+  const isize G = p.v.heads, H = p.q.heads, R = H > G ? H / G : 1, r = map.features(p.q.width), e = p.v.width,
+              d = p.q.width;
   linear_state own;
   linear_state& s = state != nullptr ? *state : own;
   const double start = map.log_scaled() && s.S.empty() ? -std::numeric_limits<double>::infinity() : 0.0;
@@ -99,7 +103,8 @@ inline void prefill(const linear_attention& m, const problem& p, linear_state* s
     for (isize g = 0; g < G; ++g) {
       const isize kh = g / (G / p.k.heads);
       const auto at = static_cast<std::size_t>(b * G + g), width = static_cast<std::size_t>(r);
-      detail::linear_head head{r, e, s.S.data() + at * width * static_cast<std::size_t>(e), s.z.data() + at * width, start};
+      detail::linear_head head{r, e, s.S.data() + at * width * static_cast<std::size_t>(e), s.z.data() + at * width,
+                               start};
       feature_site key{kh * (H / p.k.heads), kh, 0, true, -std::numeric_limits<double>::infinity()};
       for (isize j = 0; map.surveys() && j < p.k.length; ++j) {
         row(p.k, b, kh, j);

@@ -32,16 +32,16 @@ struct linear_scratch {
   static constexpr int T = kernel::sweep_shape<Arch>::T;
   static constexpr isize tokens = feature_rows, steps = feature_rows / T;
 
-  Acc *x, *map;                    // converted input rows; the map's own
-  Acc *k, *u, *q, *channel;        // [tokens][stride]: features, erase rows, [heads] query features, decays by channel
-  Acc *v, *w, *out;                // [tokens][e_stride]; one row; [heads][tokens][e_stride]
-  Acc *log_k, *log_q, *peaks;      // [tokens]
-  Acc *decay, *beta;               // [tokens]
-  Acc *gain, *add, *floor;         // [heads][tokens]
-  Acc *scale, *keep;               // [stride], [steps][stride]
-  Acc *lines, *y, *x_row;          // one token: [heads + 1][stride], [heads + 1][width], [width]
-  Acc *single_gain, *single_dot;   // [heads]
-  Acc* state;                      // a head's state where the caller keeps none
+  Acc *x, *map;                   // converted input rows; the map's own
+  Acc *k, *u, *q, *channel;       // [tokens][stride]: features, erase rows, [heads] query features, decays by channel
+  Acc *v, *w, *out;               // [tokens][e_stride]; one row; [heads][tokens][e_stride]
+  Acc *log_k, *log_q, *peaks;     // [tokens]
+  Acc *decay, *beta;              // [tokens]
+  Acc *gain, *add, *floor;        // [heads][tokens]
+  Acc *scale, *keep;              // [stride], [steps][stride]
+  Acc *lines, *y, *x_row;         // one token: [heads + 1][stride], [heads + 1][width], [width]
+  Acc *single_gain, *single_dot;  // [heads]
+  Acc* state;                     // a head's state where the caller keeps none
   kernel::step_weights<Acc, T>* step;
   kernel::read_weights<Acc, T>* read;
   isize stride, q_head, e_stride;
@@ -103,7 +103,8 @@ struct linear_rows {
   feature_map map;
   bool normalised;
 
-  linear_rows(const linear_attention& mechanism, const problem& call) : m(mechanism), p(call), map(mechanism.phi()), normalised(mechanism.normalised()) {}
+  linear_rows(const linear_attention& mechanism, const problem& call)
+      : m(mechanism), p(call), map(mechanism.phi()), normalised(mechanism.normalised()) {}
 
   /// Rows [first, first + count) of one head: in place, or converted into `scratch`.
   template <class Arch, class Acc>
@@ -114,7 +115,8 @@ struct linear_rows {
       out.x = static_cast<const Acc*>(from.row(b, head, first)), out.x_stride = from.row_stride;
       return out;
     }
-    for (isize i = 0; i < count; ++i) simd::load_row<Arch, Acc>(from.type, from.row(b, head, first + i), from.width, scratch + i * from.width);
+    for (isize i = 0; i < count; ++i)
+      simd::load_row<Arch, Acc>(from.type, from.row(b, head, first + i), from.width, scratch + i * from.width);
     out.x = scratch, out.x_stride = from.width;
     return out;
   }
@@ -135,7 +137,8 @@ struct linear_rows {
   /// e^{log_q} and e^{peak}, eps and clamp are divided by them, so that they mean what they say.
   template <class Arch, class Acc, class Scratch>
   void output_factors(Scratch& s, isize h, isize r, isize count) const {
-    const Acc scale = static_cast<Acc>(m.scale), eps = static_cast<Acc>(m.eps), least = -std::numeric_limits<Acc>::infinity();
+    const Acc scale = static_cast<Acc>(m.scale), eps = static_cast<Acc>(m.eps),
+              least = -std::numeric_limits<Acc>::infinity();
     const Acc clamp = m.clamp > 0.0 ? static_cast<Acc>(m.clamp) : least, key_eps = static_cast<Acc>(m.key_sum_eps);
     s.fill_factors(h, count, scale, eps, clamp);
     const isize at = h * Scratch::tokens;

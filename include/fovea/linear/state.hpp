@@ -12,7 +12,7 @@
 #include <limits>
 
 #include <fovea/kernel/linear_sweep.hpp>
-#include <fovea/linear.hpp>
+#include <fovea/linear/mechanism.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -26,8 +26,10 @@ struct linear_sizes {
 };
 
 inline linear_sizes sizes_of(const linear_attention& m, const shape& s) {
-  const isize r = m.phi().features(s.d), width = s.type == dtype::f64 ? kernel::panel_width<double> : kernel::panel_width<float>;
-  return {s.B, s.G, s.G > 0 && s.H > s.G ? s.H / s.G : 1, s.e, r, width, ceil_div(s.e, width), ceil_div(r, isize{16}) * 16};
+  const isize r = m.phi().features(s.d),
+              width = s.type == dtype::f64 ? kernel::panel_width<double> : kernel::panel_width<float>;
+  return {
+      s.B, s.G, s.G > 0 && s.H > s.G ? s.H / s.G : 1, s.e, r, width, ceil_div(s.e, width), ceil_div(r, isize{16}) * 16};
 }
 
 /// z, faded and peak of one head.
@@ -78,10 +80,12 @@ void for_state_heads(const linear_sizes& n, F&& f) {
 }  // namespace detail
 
 inline state linear_attention::make_state(const shape& s) const {
-  require(streaming(), "this linear attention keeps no state: ", is_causal ? "its feature map needs all keys at once" : "is_causal is false");
-  require(s.B >= 0 && s.G >= 1 && s.H >= 1 && s.d >= 1 && s.e >= 1, "make_state: B, H, G, d, e are ", s.B, ", ", s.H, ", ", s.G, ", ", s.d, ", ", s.e,
-          "; wanted positive sizes");
-  require(s.H % s.G == 0 || s.G % s.H == 0, "make_state: H is ", s.H, " and G is ", s.G, "; one must be a multiple of the other");
+  require(streaming(), "this linear attention keeps no state: ",
+          is_causal ? "its feature map needs all keys at once" : "is_causal is false");
+  require(s.B >= 0 && s.G >= 1 && s.H >= 1 && s.d >= 1 && s.e >= 1, "make_state: B, H, G, d, e are ", s.B, ", ", s.H,
+          ", ", s.G, ", ", s.d, ", ", s.e, "; wanted positive sizes");
+  require(s.H % s.G == 0 || s.G % s.H == 0, "make_state: H is ", s.H, " and G is ", s.G,
+          "; one must be a multiple of the other");
   const auto n = detail::sizes_of(*this, s);
   state out(tag(), s, state_bytes(s));
   const bool log_scaled = phi().log_scaled();
@@ -109,17 +113,21 @@ inline std::uint64_t linear_attention::tag() const {
 }
 
 inline void linear_attention::merge(state& earlier, const state& later) const {
-  require(!is_delta(rule), "merge: states of rule ", name_of(rule), " have none (the later stretch multiplies the earlier state by an r x r matrix that is not kept)");
+  require(!is_delta(rule), "merge: states of rule ", name_of(rule),
+          " have none (the later stretch multiplies the earlier state by an r x r matrix that is not kept)");
   require(!phi().positional(), "merge: the feature map depends on positions, which the later state counted from 0");
   earlier.check(tag(), later.sizes(), name);
   later.check(tag(), earlier.sizes(), name);
-  require(earlier.bytes() == later.bytes(), "merge: the states hold ", earlier.bytes(), " and ", later.bytes(), " bytes");
+  require(earlier.bytes() == later.bytes(), "merge: the states hold ", earlier.bytes(), " and ", later.bytes(),
+          " bytes");
   const auto n = detail::sizes_of(*this, earlier.sizes());
   detail::for_state_heads(n, [&](isize i) {
     if (earlier.sizes().type == dtype::f64)
-      detail::merge_heads(*this, n, earlier.as<double>() + i * n.head_elements(), static_cast<const double*>(later.as<double>()) + i * n.head_elements());
+      detail::merge_heads(*this, n, earlier.as<double>() + i * n.head_elements(),
+                          static_cast<const double*>(later.as<double>()) + i * n.head_elements());
     else
-      detail::merge_heads(*this, n, earlier.as<float>() + i * n.head_elements(), static_cast<const float*>(later.as<float>()) + i * n.head_elements());
+      detail::merge_heads(*this, n, earlier.as<float>() + i * n.head_elements(),
+                          static_cast<const float*>(later.as<float>()) + i * n.head_elements());
   });
   earlier.set_tokens(earlier.tokens() + later.tokens());
 }
@@ -135,7 +143,8 @@ void load_heads(const linear_sizes& n, Acc* to, const array* S0, const array* z0
     if (log_scaled && S0 == nullptr && z0 == nullptr) *t.peak = -std::numeric_limits<Acc>::infinity();
     for (isize f = 0; f < n.r; ++f) {
       if (S0 != nullptr)
-        for (isize c = 0; c < n.e; ++c) head[(c / n.width * n.r + f) * n.width + c % n.width] = static_cast<Acc>(S0->at((i * n.r + f) * n.e + c));
+        for (isize c = 0; c < n.e; ++c)
+          head[(c / n.width * n.r + f) * n.width + c % n.width] = static_cast<Acc>(S0->at((i * n.r + f) * n.e + c));
       if (z0 != nullptr) t.z[f] = static_cast<Acc>(z0->at(i * n.r + f));
     }
   });
@@ -148,7 +157,8 @@ void store_heads(const linear_sizes& n, const Acc* from, Acc* S, Acc* z, bool lo
     const state_tail<Acc> t(const_cast<Acc*>(head) + n.S_elements(), n);
     const Acc gain = log_scaled ? std::exp(*t.peak) : Acc(1);
     for (isize f = 0; f < n.r; ++f) {
-      for (isize c = 0; c < n.e; ++c) S[(i * n.r + f) * n.e + c] = gain * head[(c / n.width * n.r + f) * n.width + c % n.width];
+      for (isize c = 0; c < n.e; ++c)
+        S[(i * n.r + f) * n.e + c] = gain * head[(c / n.width * n.r + f) * n.width + c % n.width];
       z[i * n.r + f] = gain * t.z[f];
     }
   });
@@ -162,8 +172,8 @@ inline void linear_attention::load_state(state& s, const arrays& from) const {
   const auto at = [&](const char* key, isize elements, const char* wanted) -> const array* {
     const auto found = from.find(key);
     if (found == from.end()) return nullptr;
-    require(found->second.size() == elements && is_float(found->second.type()), key, " is ", found->second.describe(), "; wanted floats ", wanted, " with B, G, r, e = ", n.B, ", ",
-            n.S, ", ", n.r, ", ", n.e);
+    require(found->second.size() == elements && is_float(found->second.type()), key, " is ", found->second.describe(),
+            "; wanted floats ", wanted, " with B, G, r, e = ", n.B, ", ", n.S, ", ", n.r, ", ", n.e);
     return &found->second;
   };
   const array* S0 = at("S0", n.B * n.S * n.r * n.e, "[B, G, r, e]");
@@ -178,11 +188,14 @@ inline arrays linear_attention::store_state(const state& s) const {
   s.check(tag(), s.sizes(), name);
   const auto n = detail::sizes_of(*this, s.sizes());
   const bool wide = s.sizes().type == dtype::f64;
-  array S(wide ? element::f64 : element::f32, {n.B, n.S, n.r, n.e}), z(wide ? element::f64 : element::f32, {n.B, n.S, n.r});
+  array S(wide ? element::f64 : element::f32, {n.B, n.S, n.r, n.e}),
+      z(wide ? element::f64 : element::f32, {n.B, n.S, n.r});
   if (wide)
-    detail::store_heads(n, s.as<double>(), static_cast<double*>(S.mutable_data()), static_cast<double*>(z.mutable_data()), phi().log_scaled());
+    detail::store_heads(n, s.as<double>(), static_cast<double*>(S.mutable_data()),
+                        static_cast<double*>(z.mutable_data()), phi().log_scaled());
   else
-    detail::store_heads(n, s.as<float>(), static_cast<float*>(S.mutable_data()), static_cast<float*>(z.mutable_data()), phi().log_scaled());
+    detail::store_heads(n, s.as<float>(), static_cast<float*>(S.mutable_data()), static_cast<float*>(z.mutable_data()),
+                        phi().log_scaled());
   arrays out{{"S", S}};
   if (normalised()) out.emplace("z", z);
   return out;
