@@ -18,7 +18,8 @@ using test::dtype;
 bool is_attention(const golden::test_case& c) { return c.has("o"); }
 
 fovea::any_attention make(const golden::test_case& c) {
-  fovea::configuration config{"dijiang", {{"form", c.text("form", "")}, {"causal", c.flag("causal")}, {"normalise", c.flag("normalise")}}};
+  fovea::configuration config{
+      "dijiang", {{"form", c.text("form", "")}, {"causal", c.flag("causal")}, {"normalise", c.flag("normalise")}}};
   if (c.params.contains("blocks")) config.values["blocks"] = c.number("blocks", 1);
   fovea::arrays weights;
   for (const char* key : {"t", "D", "r", "signs", "gamma", "log_d1", "log_d2"})
@@ -31,7 +32,8 @@ fovea::any_attention make(const golden::test_case& c) {
 
 struct tensors {
   test::tensor q, k, v, out;
-  tensors(const golden::test_case& c, dtype type, test::layout l) : q(c.tensor("q", type, l)), k(c.tensor("k", type, l)), v(c.tensor("v", type, l)) {
+  tensors(const golden::test_case& c, dtype type, test::layout l)
+      : q(c.tensor("q", type, l)), k(c.tensor("k", type, l)), v(c.tensor("v", type, l)) {
     out = test::unwritten(type, q.batch(), q.heads(), q.length(), v.width(), l);
   }
 };
@@ -52,9 +54,13 @@ void check_transforms(double allowed) {
       test::array got{{rows, d}, {}};
       if (type == 2)
         fovea::feature::cosine_type2<fovea::simd::native, T>(transform.table<T>(), rows, a.data(), b.data());
-      for (isize i = 0; type == 3 && i < rows * d; ++i) a[static_cast<std::size_t>(i)] *= static_cast<T>(transform.scale(i % d));
-      if (type == 3) fovea::feature::cosine_type3<fovea::simd::native, T>(transform.table<T>(), rows, a.data(), b.data());
-      for (isize i = 0; i < rows * d; ++i) got.data.push_back(static_cast<double>(b[static_cast<std::size_t>(i)]) * (type == 2 ? transform.scale(i % d) : 1.0));
+      for (isize i = 0; type == 3 && i < rows * d; ++i)
+        a[static_cast<std::size_t>(i)] *= static_cast<T>(transform.scale(i % d));
+      if (type == 3)
+        fovea::feature::cosine_type3<fovea::simd::native, T>(transform.table<T>(), rows, a.data(), b.data());
+      for (isize i = 0; i < rows * d; ++i)
+        got.data.push_back(static_cast<double>(b[static_cast<std::size_t>(i)]) *
+                           (type == 2 ? transform.scale(i % d) : 1.0));
       CHECK_CLOSE(got, c.at(type == 2 ? "dct2" : "dct3"), {.c = allowed, .acc = fovea::dtype_of<T>});
     }
   }
@@ -72,7 +78,8 @@ void check_case(const golden::test_case& c, dtype type, test::layout l, double u
     fovea::state s = m.make_state(fovea::problem{x.q, x.k, x.v, x.out, {}, {}}.shape());
     for (isize t = 0; t < n; t += chunk) {
       const isize count = std::min(chunk, n - t);
-      fovea::prefill(fovea::serial, m, x.q.ref().slice(t, count), x.k.ref().slice(t, count), x.v.ref().slice(t, count), x.out.ref().slice(t, count), s);
+      fovea::prefill(fovea::serial, m, x.q.ref().slice(t, count), x.k.ref().slice(t, count), x.v.ref().slice(t, count),
+                     x.out.ref().slice(t, count), s);
     }
   }
   CHECK_CLOSE(x.out.values(), c.at("o"), {.c = bound(c, usual), .acc = type, .stored = type});
@@ -89,10 +96,12 @@ TEST_CASE("golden dijiang: cosine transforms of types 2 and 3") {
 TEST_CASE("golden dijiang: normal and chi quantiles") {
   const auto& c = golden::find("dijiang", "quantiles");
   const auto& t = c.at("t").data;
-  for (const auto& [key, degrees] : {std::pair<const char*, isize>{"normal", 0}, {"chi_16", 16}, {"chi_64", 64}, {"chi_128", 128}}) {
+  for (const auto& [key, degrees] :
+       {std::pair<const char*, isize>{"normal", 0}, {"chi_16", 16}, {"chi_64", 64}, {"chi_128", 128}}) {
     CAPTURE(key);
     for (std::size_t i = 0; i < t.size(); ++i) {
-      const double got = degrees == 0 ? fovea::feature::normal_quantile(t[i]) : fovea::feature::chi_quantile(degrees, t[i]);
+      const double got =
+          degrees == 0 ? fovea::feature::normal_quantile(t[i]) : fovea::feature::chi_quantile(degrees, t[i]);
       const double want = c.at(key).data[i];
       CAPTURE(t[i], got, want);
       CHECK(std::fabs(got - want) <= 1e-13 * std::fmax(1.0, std::fabs(want)));

@@ -55,14 +55,16 @@ struct call {
 
 TEST_CASE("dijiang: the unbiased form is unbiased with every way of sampling, in one block and in two") {
   const isize d = 16;
-  for (const auto how : {dijiang_sampling::monte_carlo, dijiang_sampling::stratified, dijiang_sampling::sobol, dijiang_sampling::halton})
+  for (const auto how :
+       {dijiang_sampling::monte_carlo, dijiang_sampling::stratified, dijiang_sampling::sobol, dijiang_sampling::halton})
     for (const isize blocks : {1, 2})
       for (const std::uint64_t seed : {1, 2, 3}) {
         const pair_of_rows x(d, seed, 0.45);
         double sum = 0, squares = 0;
         const int draws = 1500;
         for (int i = 0; i < draws; ++i) {
-          const auto t = make_dijiang_tables({.head_dim = d, .features = blocks * d, .seed = static_cast<std::uint64_t>(i), .sampling = how});
+          const auto t = make_dijiang_tables(
+              {.head_dim = d, .features = blocks * d, .seed = static_cast<std::uint64_t>(i), .sampling = how});
           const double y = kernel_value(*t, x.q, x.k) / x.target;
           sum += y, squares += y * y;
         }
@@ -81,17 +83,19 @@ TEST_CASE("dijiang: without signs and with normal radii, as published, the kerne
     dijiang_options o{.head_dim = d, .seed = 5};
     const auto drawn = make_dijiang_tables(o);
     o.signs.assign(64, 1.0F);
-    unsigned_gap = std::fmax(unsigned_gap, std::fabs(std::log(kernel_value(*make_dijiang_tables(o), x.q, x.k) / x.target)));
+    unsigned_gap =
+        std::fmax(unsigned_gap, std::fabs(std::log(kernel_value(*make_dijiang_tables(o), x.q, x.k) / x.target)));
     feature::random_source rng(seed);
     o.t = detail::normal_radii(dijiang_sampling::stratified, 1, d, rng);
     normal_ratio = std::fmax(normal_ratio, kernel_value(*make_dijiang_tables(o), x.q, x.k) / x.target);
   }
-  CHECK(unsigned_gap > 0.5);    // a fixed set of directions is off by a factor for a given pair
-  CHECK(normal_ratio < 0.2);    // E e^{t v.x} is about e^{|x|^2 / 2d} instead of e^{|x|^2 / 2}
+  CHECK(unsigned_gap > 0.5);  // a fixed set of directions is off by a factor for a given pair
+  CHECK(normal_ratio < 0.2);  // E e^{t v.x} is about e^{|x|^2 / 2d} instead of e^{|x|^2 / 2}
 }
 
 TEST_CASE("dijiang: a seed decides everything; stratified radii are one per interval") {
-  const auto a = make_dijiang_tables({.head_dim = 32, .features = 64, .seed = 9}), b = make_dijiang_tables({.head_dim = 32, .features = 64, .seed = 9}),
+  const auto a = make_dijiang_tables({.head_dim = 32, .features = 64, .seed = 9}),
+             b = make_dijiang_tables({.head_dim = 32, .features = 64, .seed = 9}),
              c = make_dijiang_tables({.head_dim = 32, .features = 64, .seed = 10});
   CHECK(a->t == b->t);
   CHECK(a->signs == b->signs);
@@ -100,7 +104,9 @@ TEST_CASE("dijiang: a seed decides everything; stratified radii are one per inte
   auto t = detail::dijiang_points(dijiang_sampling::stratified, 2, 32, rng);
   std::sort(t.begin(), t.end());
   for (std::size_t i = 0; i < t.size(); ++i) CHECK(t[i] == Approx((static_cast<double>(i) + 0.5) / 64));
-  CHECK_SAYS(test::refusal([] { make_dijiang_tables({.head_dim = 4, .features = 68, .sampling = dijiang_sampling::sobol}); }), "at most 16");
+  CHECK_SAYS(
+      test::refusal([] { make_dijiang_tables({.head_dim = 4, .features = 68, .sampling = dijiang_sampling::sobol}); }),
+      "at most 16");
 }
 
 TEST_CASE("dijiang: fitted weights lower the error that they minimise, on rows not seen too") {
@@ -142,8 +148,11 @@ TEST_CASE("dijiang: references rise with the stream, whatever its exponents do")
       call x(4, 2, n, d, e, 1.0);
       for (isize g = 0; g < 2; ++g)
         for (isize j = 0; j < n; ++j)
-          for (isize c = 0; c < d; ++c) x.k.set(0, g, j, c, x.k.get(0, g, j, c) * (1 + std::fabs(growth) * static_cast<double>(growth > 0 ? j : n - j) / 20));
-      const auto m = dijiang_attention::make({.head_dim = d, .seed = 3, .form = dijiang_form::paper, .normalise = true});
+          for (isize c = 0; c < d; ++c)
+            x.k.set(0, g, j, c,
+                    x.k.get(0, g, j, c) * (1 + std::fabs(growth) * static_cast<double>(growth > 0 ? j : n - j) / 20));
+      const auto m =
+          dijiang_attention::make({.head_dim = d, .seed = 3, .form = dijiang_form::paper, .normalise = true});
       test::tensor want(dtype::f64, 1, 4, n, e);
       problem twin = x.p();
       twin.out = want;
@@ -151,10 +160,12 @@ TEST_CASE("dijiang: references rise with the stream, whatever its exponents do")
       state s = m.make_state(x.p().shape());
       for (isize t = 0; t < n; t += chunk) {
         const isize count = std::min(chunk, n - t);
-        prefill(serial, m, x.q.ref().slice(t, count), x.k.ref().slice(t, count), x.v.ref().slice(t, count), x.out.ref().slice(t, count), s);
+        prefill(serial, m, x.q.ref().slice(t, count), x.k.ref().slice(t, count), x.v.ref().slice(t, count),
+                x.out.ref().slice(t, count), s);
       }
       CAPTURE(growth, chunk);
-      CHECK_CLOSE(x.out.values(), want.values(), {.c = 4000});  // exponents of several hundred, each rounded to its own eps
+      CHECK_CLOSE(x.out.values(), want.values(),
+                  {.c = 4000});  // exponents of several hundred, each rounded to its own eps
       CHECK(s.tokens() == n);
     }
 }
@@ -206,12 +217,18 @@ TEST_CASE("dijiang: what does not fit is refused by name") {
   CHECK_SAYS(made({.head_dim = 2, .is_causal = false, .gamma = {0.5}}), "needs an order");
   CHECK_SAYS(made({.head_dim = 2, .log_d1 = {0, 0}}), "go together");
   call x(4, 2, 6, 8, 8, 1.0);
-  const auto refused = [&](const dijiang_attention& m) { return test::refusal([&] { prefill(serial, m, x.q, x.k, x.v, x.out); }); };
+  const auto refused = [&](const dijiang_attention& m) {
+    return test::refusal([&] { prefill(serial, m, x.q, x.k, x.v, x.out); });
+  };
   CHECK_SAYS(refused({}), "no tables");
   CHECK_SAYS(refused(dijiang_attention::make({.head_dim = 16})), "head_dim = 16");
   CHECK_SAYS(refused(dijiang_attention::make({.head_dim = 8, .D = std::vector<float>(24, 1.0F)})), "3 KV heads");
   CHECK_SAYS(refused(dijiang_attention::make({.head_dim = 8, .gamma = {0.5, 0.5, 0.5}})), "gamma holds 3");
-  dijiang_options gains{.head_dim = 8, .form = dijiang_form::released, .log_d1 = std::vector<float>(20), .log_d2 = std::vector<float>(10), .positions = 5};
+  dijiang_options gains{.head_dim = 8,
+                        .form = dijiang_form::released,
+                        .log_d1 = std::vector<float>(20),
+                        .log_d2 = std::vector<float>(10),
+                        .positions = 5};
   CHECK_SAYS(refused(dijiang_attention::make(gains)), "end at position 4");
   const auto both_ways = dijiang_attention::make({.head_dim = 8, .is_causal = false});
   CHECK_SAYS(test::refusal([&] { both_ways.make_state(x.p().shape()); }), "keeps no state");
@@ -219,6 +236,9 @@ TEST_CASE("dijiang: what does not fit is refused by name") {
   const auto by_position = dijiang_attention::make(gains);
   state a = by_position.make_state(x.p().shape()), b = a;
   CHECK_SAYS(test::refusal([&] { by_position.merge(a, b); }), "absolute positions");
-  CHECK_SAYS(test::refusal([&] { any_attention::make({"dijiang", {{"blocks", 2.0}, {"head_dim", 8.0}, {"features", 8.0}}}); }), "blocks is 2");
+  CHECK_SAYS(test::refusal([&] {
+               any_attention::make({"dijiang", {{"blocks", 2.0}, {"head_dim", 8.0}, {"features", 8.0}}});
+             }),
+             "blocks is 2");
   CHECK_SAYS(test::refusal([&] { any_attention::make({"dijiang", {{"from", std::string("paper")}}}); }), "from");
 }

@@ -20,11 +20,13 @@ double gap(const feature_map& map, isize d, isize H, isize G) {
   test::random random(7);
   const isize rows = 11, r = map.features(d);
   double worst = 0;
-  std::vector<Acc> x(static_cast<std::size_t>(rows * d)), out(static_cast<std::size_t>(rows * r), Acc(NAN)), scratch(static_cast<std::size_t>(map.scratch(d) + 1)), log_scale(64);
+  std::vector<Acc> x(static_cast<std::size_t>(rows * d)), out(static_cast<std::size_t>(rows * r), Acc(NAN)),
+      scratch(static_cast<std::size_t>(map.scratch(d) + 1)), log_scale(64);
   std::vector<double> want(static_cast<std::size_t>(r)), row(static_cast<std::size_t>(d));
   for (auto& a : x) a = static_cast<Acc>(random.normal());
   const auto load = [&](isize t) {
-    for (isize c = 0; c < d; ++c) row[static_cast<std::size_t>(c)] = static_cast<double>(x[static_cast<std::size_t>(t * d + c)]);
+    for (isize c = 0; c < d; ++c)
+      row[static_cast<std::size_t>(c)] = static_cast<double>(x[static_cast<std::size_t>(t * d + c)]);
   };
   for (const bool key : {false, true}) {
     feature_block<Acc> b;
@@ -42,9 +44,12 @@ double gap(const feature_map& map, isize d, isize H, isize G) {
       load(t);
       at.position = 3 + t;
       const double log_want = map.define(at, row.data(), d, want.data());
-      if (map.log_scaled()) worst = std::fmax(worst, std::fabs(log_want - static_cast<double>(log_scale[static_cast<std::size_t>(t)])));
+      if (map.log_scaled())
+        worst = std::fmax(worst, std::fabs(log_want - static_cast<double>(log_scale[static_cast<std::size_t>(t)])));
       for (isize f = 0; f < r; ++f) {
-        const double w = want[static_cast<std::size_t>(f)], e = std::fabs(w - static_cast<double>(out[static_cast<std::size_t>(t * r + f)])) / (1 + std::fabs(w));
+        const double w = want[static_cast<std::size_t>(f)],
+                     e = std::fabs(w - static_cast<double>(out[static_cast<std::size_t>(t * r + f)])) /
+                         (1 + std::fabs(w));
         if (!(e <= worst)) worst = e;
       }
     }
@@ -56,7 +61,8 @@ double gap(const feature_map& map, isize d, isize H, isize G) {
 double kernel_value(const feature_map& map, const std::vector<double>& q, const std::vector<double>& k) {
   const auto d = static_cast<isize>(q.size()), r = map.features(d);
   std::vector<double> a(static_cast<std::size_t>(r)), b(a.size());
-  const double scale = map.define({0, 0, 0, false, 0}, q.data(), d, a.data()) + map.define({0, 0, 0, true, 0}, k.data(), d, b.data());
+  const double scale =
+      map.define({0, 0, 0, false, 0}, q.data(), d, a.data()) + map.define({0, 0, 0, true, 0}, k.data(), d, b.data());
   double dot = 0;
   for (std::size_t f = 0; f < a.size(); ++f) dot += a[f] * b[f];
   return dot * std::exp(scale);
@@ -67,8 +73,10 @@ double kernel_value(const feature_map& map, const std::vector<double>& q, const 
 TEST_CASE("maps: the vector path is the definition, for every map and many widths") {
   for (const isize d : {1, 4, 16, 17, 64}) {
     const isize H = 4, G = 2;
-    const auto wq = projection::random(H, 13, d, 1), wk = projection::random(G, 13, d, 2), both = projection::random(1, 20, d, 3);
-    const auto h1q = projection::random(H, 9, d, 4), h1k = projection::random(G, 9, d, 5), h2q = projection::random(H, 7, 9, 6), h2k = projection::random(G, 7, 9, 7);
+    const auto wq = projection::random(H, 13, d, 1), wk = projection::random(G, 13, d, 2),
+               both = projection::random(1, 20, d, 3);
+    const auto h1q = projection::random(H, 9, d, 4), h1k = projection::random(G, 9, d, 5),
+               h2q = projection::random(H, 7, 9, 6), h2k = projection::random(G, 7, 9, 7);
     const auto directions = feature::orthogonal_directions(2 * d + 1, d, 5);
     const projection random(directions.data(), 1, 2 * d + 1, d);
     const auto squares = [](const auto* x, isize n, auto* out) {
@@ -134,7 +142,8 @@ TEST_CASE("maps: FAVOR+ is unbiased for exp(q.k / sqrt d)") {
 
 TEST_CASE("maps: weights by head, and refusals") {
   const shape s{1, 4, 2, 5, 5, 16, 16, dtype::f32};
-  const auto one = projection::random(1, 8, 16, 1), kv = projection::random(2, 8, 16, 1), each = projection::random(4, 8, 16, 1), narrow = projection::random(1, 8, 12, 1);
+  const auto one = projection::random(1, 8, 16, 1), kv = projection::random(2, 8, 16, 1),
+             each = projection::random(4, 8, 16, 1), narrow = projection::random(1, 8, 12, 1);
   t2r{one.ref(), one.ref()}.check(s);
   t2r{kv.ref(), kv.ref()}.check(s);
   t2r{each.ref(), kv.ref()}.check(s);
@@ -170,7 +179,8 @@ TEST_CASE("maps: from a configuration") {
   CHECK(out[0] == Approx(0.5 * 0.5 * 10 + 1));  // queries are scaled by d^-1/2
   tied.define({0, 0, 0, true, 0}, x, 4, out);
   CHECK(out[0] == Approx(0.5 * 10 + 1));
-  const auto [drawn, keep_drawn] = configured({"linear", {{"map", "favor_plain"}, {"head_dim", 4.0}, {"features", 9.0}, {"seed", 3.0}}}, {});
+  const auto [drawn, keep_drawn] =
+      configured({"linear", {{"map", "favor_plain"}, {"head_dim", 4.0}, {"features", 9.0}, {"seed", 3.0}}}, {});
   CHECK(drawn.features(4) == 9);
   CHECK(!drawn.trained());
   CHECK_SAYS(test::refusal([&] { configured({"linear", {{"map", "t2r"}}}, {}); }), "head_dim");

@@ -31,7 +31,8 @@ double orthogonality(const feature::cosine_transform& c, bool type3) {
       double dot = 0;
       for (isize k = 0; k < d; ++k) {
         const double s = type3 ? 1.0 : c.scale(k);
-        dot += static_cast<double>(y[static_cast<std::size_t>(i * d + k)]) * s * static_cast<double>(y[static_cast<std::size_t>(j * d + k)]) * s;
+        dot += static_cast<double>(y[static_cast<std::size_t>(i * d + k)]) * s *
+               static_cast<double>(y[static_cast<std::size_t>(j * d + k)]) * s;
       }
       worst = std::fmax(worst, std::fabs(dot - (i == j ? 1.0 : 0.0)));
     }
@@ -69,7 +70,9 @@ TEST_CASE("maps: quantiles invert their distributions, tails included") {
       CAPTURE(d);
       const double r = feature::chi_quantile(d, t);
       CHECK(r > 0);
-      if (t > 1e-20) CHECK(feature::detail::incomplete_gamma(static_cast<double>(d) / 2, r * r / 2, true) == Approx(t).epsilon(1e-9));
+      if (t > 1e-20)
+        CHECK(feature::detail::incomplete_gamma(static_cast<double>(d) / 2, r * r / 2, true) ==
+              Approx(t).epsilon(1e-9));
     }
     CHECK(feature::chi_quantile(2, t) == Approx(std::sqrt(-2 * std::log1p(-t))).epsilon(1e-12));  // closed form
   }
@@ -85,7 +88,8 @@ TEST_CASE("maps: every Sobol coordinate of 2^k points is stratified; halton stay
       std::vector<double> column;
       for (isize i = 0; i < count; ++i) column.push_back(points[static_cast<std::size_t>(i * 16 + c)]);
       std::sort(column.begin(), column.end());
-      for (isize i = 0; i < count; ++i) CHECK(column[static_cast<std::size_t>(i)] == static_cast<double>(i) / static_cast<double>(count));
+      for (isize i = 0; i < count; ++i)
+        CHECK(column[static_cast<std::size_t>(i)] == static_cast<double>(i) / static_cast<double>(count));
     }
   }
   for (const double x : feature::halton(300, 16)) CHECK((x >= 0 && x < 1));
@@ -99,9 +103,12 @@ TEST_CASE("maps: orthogonal directions") {
     for (isize i = 0; i < r; ++i)
       for (isize j = 0; j <= i; ++j) {
         double dot = 0;
-        for (isize c = 0; c < d; ++c) dot += static_cast<double>(w[static_cast<std::size_t>(i * d + c)]) * static_cast<double>(w[static_cast<std::size_t>(j * d + c)]);
+        for (isize c = 0; c < d; ++c)
+          dot += static_cast<double>(w[static_cast<std::size_t>(i * d + c)]) *
+                 static_cast<double>(w[static_cast<std::size_t>(j * d + c)]);
         if (i / d == j / d && i != j) CHECK(std::fabs(dot) < 1e-5);
-        if (i == j && norm == feature::direction_norm::root_d) CHECK(dot == Approx(static_cast<double>(d)).epsilon(1e-6));
+        if (i == j && norm == feature::direction_norm::root_d)
+          CHECK(dot == Approx(static_cast<double>(d)).epsilon(1e-6));
         if (i == j && norm == feature::direction_norm::chi) CHECK((dot > 3 && dot < 90));
       }
   }

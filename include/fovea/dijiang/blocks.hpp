@@ -26,7 +26,8 @@ struct dijiang_scratch {
   kernel::read_weights<Acc, T>* read;
 
   dijiang_scratch(arena& a, const dijiang_sizes& n, isize d) {
-    stride = n.rows * static_cast<isize>(sizeof(Acc)) % 1024 == 0 ? n.rows + 16 : n.rows;  // rows 1 KB apart would share cache sets
+    stride = n.rows * static_cast<isize>(sizeof(Acc)) % 1024 == 0 ? n.rows + 16
+                                                                  : n.rows;  // rows 1 KB apart would share cache sets
     q_head = feature_rows * stride, e_stride = n.panels * n.width;
     x = a.take<Acc>(feature_rows * d), map = a.take<Acc>(2 * feature_rows * d);
     k = a.take<Acc>(q_head), q = a.take<Acc>(n.R * q_head);
@@ -63,7 +64,8 @@ template <class Arch, class Acc>
 FOVEA_INLINE bool above(const Acc* log_phi, isize r, const Acc* c) {
   using P = simd::pack<Acc, Arch>;
   P excess(Acc(-1));
-  for (isize f = 0; f < r; f += P::size) excess = simd::max(simd::load_n<P>(log_phi + f, r - f) - simd::load_n<P>(c + f, r - f), excess);
+  for (isize f = 0; f < r; f += P::size)
+    excess = simd::max(simd::load_n<P>(log_phi + f, r - f) - simd::load_n<P>(c + f, r - f), excess);
   return simd::reduce_max(excess) > Acc(0);
 }
 
@@ -71,15 +73,18 @@ FOVEA_INLINE bool above(const Acc* log_phi, isize r, const Acc* c) {
 template <class Arch, class Acc>
 FOVEA_INLINE void key_row(const Acc* log_phi, const Acc* c, isize r, Acc* out) {
   using P = simd::pack<Acc, Arch>;
-  for (isize f = 0; f < r; f += P::size) simd::store_n(out + f, simd::exp(simd::load_n<P>(log_phi + f, r - f) - simd::load_n<P>(c + f, r - f)), r - f);
+  for (isize f = 0; f < r; f += P::size)
+    simd::store_n(out + f, simd::exp(simd::load_n<P>(log_phi + f, r - f) - simd::load_n<P>(c + f, r - f)), r - f);
 }
 
 /// out = e^(log_phi + c - top), <= 1; returns top, the largest of log_phi + c.
 template <class Arch, class Acc>
 FOVEA_INLINE Acc query_row(const Acc* log_phi, const Acc* c, isize r, Acc* out) {
   using P = simd::pack<Acc, Arch>;
-  for (isize f = 0; f < r; f += P::size) simd::store_n(out + f, simd::load_n<P>(log_phi + f, r - f) + simd::load_n<P>(c + f, r - f), r - f);
-  const Acc top = std::max(feature::row_max<Arch, Acc>(out, r), static_cast<Acc>(4 * dijiang_never));  // finite where nothing is visible
+  for (isize f = 0; f < r; f += P::size)
+    simd::store_n(out + f, simd::load_n<P>(log_phi + f, r - f) + simd::load_n<P>(c + f, r - f), r - f);
+  const Acc top = std::max(feature::row_max<Arch, Acc>(out, r),
+                           static_cast<Acc>(4 * dijiang_never));  // finite where nothing is visible
   feature::row_exp<Arch, Acc>(out, r, Acc(1), top, out);
   return top;
 }
@@ -88,7 +93,8 @@ template <class Arch, class Acc>
 FOVEA_INLINE Acc row_dot(const Acc* a, const Acc* b, isize n) {
   using P = simd::pack<Acc, Arch>;
   P sum(Acc(0));
-  for (isize c = 0; c < n; c += P::size) sum = simd::fma(simd::load_n<P>(a + c, n - c), simd::load_n<P>(b + c, n - c), sum);
+  for (isize c = 0; c < n; c += P::size)
+    sum = simd::fma(simd::load_n<P>(a + c, n - c), simd::load_n<P>(b + c, n - c), sum);
   return simd::reduce_add(sum);
 }
 

@@ -45,9 +45,13 @@ struct dijiang_of_any_width {
   void prefill(exec_ref exec, const problem& p, arena scratch) const { of(p.q.width).prefill(exec, p, scratch); }
   bool streaming() const { return options.is_causal; }
   state make_state(const shape& s) const { return of(s.d).make_state(s); }
-  std::uint64_t tag() const { return detail::fingerprint{}.text("dijiang of any width").number(static_cast<double>(options.seed)).value; }
+  std::uint64_t tag() const {
+    return detail::fingerprint{}.text("dijiang of any width").number(static_cast<double>(options.seed)).value;
+  }
   void check(const problem& p, const state& s) const { of(p.q.width).check(p, s); }
-  void prefill(exec_ref exec, const problem& p, state& s, arena scratch) const { of(p.q.width).prefill(exec, p, s, scratch); }
+  void prefill(exec_ref exec, const problem& p, state& s, arena scratch) const {
+    of(p.q.width).prefill(exec, p, s, scratch);
+  }
   void merge(state& earlier, const state& later) const { of(earlier.sizes().d).merge(earlier, later); }
   double macs(const shape& s) const { return of(s.d).macs(s); }
   double step_macs(const shape& s) const { return of(s.d).step_macs(s); }
@@ -59,8 +63,8 @@ struct dijiang_of_any_width {
 inline isize configure_dijiang_sizes(configuration_reader& c, dijiang_options& o, const array* t, const array* signs) {
   isize blocks = c.integer("blocks", signs != nullptr && signs->rank() == 2 ? signs->dim(0) : 0);
   o.head_dim = c.integer("head_dim", 0), o.features = c.integer("features", 0);
-  require(blocks >= 0 && blocks <= 64 && o.head_dim >= 0 && o.features >= 0, "blocks, head_dim, features are ", blocks, ", ", o.head_dim, ", ", o.features,
-          "; wanted 0 to 64 blocks and no negative size");
+  require(blocks >= 0 && blocks <= 64 && o.head_dim >= 0 && o.features >= 0, "blocks, head_dim, features are ", blocks,
+          ", ", o.head_dim, ", ", o.features, "; wanted 0 to 64 blocks and no negative size");
   const bool given = blocks > 0;
   if (!given) blocks = 1;
   if (o.features == 0 && t != nullptr) o.features = t->dim(-1);
@@ -68,8 +72,8 @@ inline isize configure_dijiang_sizes(configuration_reader& c, dijiang_options& o
   if (o.head_dim == 0 && t != nullptr) o.head_dim = o.features / blocks;
   if (o.head_dim == 0) return blocks;
   if (o.features == 0) o.features = o.head_dim * blocks;
-  require(!given || o.features == blocks * o.head_dim, "blocks is ", blocks, " and features is ", o.features, "; with head_dim = ", o.head_dim, " wanted features = ",
-          blocks * o.head_dim);
+  require(!given || o.features == blocks * o.head_dim, "blocks is ", blocks, " and features is ", o.features,
+          "; with head_dim = ", o.head_dim, " wanted features = ", blocks * o.head_dim);
   return blocks;
 }
 
@@ -80,7 +84,8 @@ inline void configure_dijiang_gains(configuration_reader& c, dijiang_options& o)
   if (gamma != nullptr) o.gamma = gamma->doubles();
   require((d1 == nullptr) == (d2 == nullptr), "tensors log_d1 and log_d2 go together; only one was given");
   if (d1 == nullptr) return;
-  require(d1->rank() >= 1 && d1->dim(-1) == d2->dim(-1) && d1->size() > 0, "log_d1 is ", d1->describe(), " and log_d2 is ", d2->describe(), "; wanted [heads, positions] of one length");
+  require(d1->rank() >= 1 && d1->dim(-1) == d2->dim(-1) && d1->size() > 0, "log_d1 is ", d1->describe(),
+          " and log_d2 is ", d2->describe(), "; wanted [heads, positions] of one length");
   o.log_d1 = d1->floats(), o.log_d2 = d2->floats(), o.positions = d1->dim(-1);
 }
 
@@ -88,9 +93,14 @@ inline void configure_dijiang_gains(configuration_reader& c, dijiang_options& o)
 
 inline any_attention configure_dijiang(configuration_reader& c) {
   dijiang_options o;
-  o.form = c.choice("form", {{"paper", dijiang_form::paper}, {"released", dijiang_form::released}, {"unbiased", dijiang_form::unbiased}}, o.form);
+  o.form = c.choice(
+      "form",
+      {{"paper", dijiang_form::paper}, {"released", dijiang_form::released}, {"unbiased", dijiang_form::unbiased}},
+      o.form);
   o.sampling = c.choice("sampling",
-                        {{"monte_carlo", dijiang_sampling::monte_carlo}, {"stratified", dijiang_sampling::stratified}, {"sobol", dijiang_sampling::sobol},
+                        {{"monte_carlo", dijiang_sampling::monte_carlo},
+                         {"stratified", dijiang_sampling::stratified},
+                         {"sobol", dijiang_sampling::sobol},
                          {"halton", dijiang_sampling::halton}},
                         o.sampling);
   o.is_causal = c.flag("causal", true);
@@ -98,7 +108,8 @@ inline any_attention configure_dijiang(configuration_reader& c) {
   const isize seed = c.integer("seed", 1);
   require(seed >= 0, "seed is ", seed, "; it must not be negative");
   o.seed = static_cast<std::uint64_t>(seed);
-  const array *t = c.tensor(o.form == dijiang_form::unbiased ? "r" : "t"), *signs = c.tensor("signs"), *D = c.tensor("D");
+  const array *t = c.tensor(o.form == dijiang_form::unbiased ? "r" : "t"), *signs = c.tensor("signs"),
+              *D = c.tensor("D");
   const isize blocks = detail::configure_dijiang_sizes(c, o, t, signs);
   if (t != nullptr) o.t = t->floats();
   if (signs != nullptr) o.signs = signs->floats();

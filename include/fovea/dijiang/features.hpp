@@ -29,8 +29,8 @@ FOVEA_INLINE void dijiang_row(const Acc* x, const Acc* w, const Acc* add, isize 
 
 /// `scratch` holds 2 * rows * d elements.
 template <class Arch, class Acc>
-void dijiang_features(const dijiang_tables& m, isize kv_head, const Acc* x, isize x_stride, isize rows, Acc* out, isize out_stride,
-                      Acc* scratch, bool logarithms) noexcept {
+void dijiang_features(const dijiang_tables& m, isize kv_head, const Acc* x, isize x_stride, isize rows, Acc* out,
+                      isize out_stride, Acc* scratch, bool logarithms) noexcept {
   const auto& table = m.transform.template table<Acc>();
   const auto& c = m.constants<Acc>();
   const Acc *after = c.after.data() + m.pick(kv_head) * m.r, *offset = c.offset.data() + m.pick(kv_head) * m.r;
@@ -38,14 +38,17 @@ void dijiang_features(const dijiang_tables& m, isize kv_head, const Acc* x, isiz
   const Acc shrink = static_cast<Acc>(0.5 / std::sqrt(static_cast<double>(m.d)));
   for (isize block = 0; block < m.blocks; ++block) {
     const isize first = block * m.d;
-    for (isize t = 0; t < rows; ++t) dijiang_row<Arch, Acc>(x + t * x_stride, c.before.data() + first, nullptr, m.d, Acc(0), a + t * m.d);
+    for (isize t = 0; t < rows; ++t)
+      dijiang_row<Arch, Acc>(x + t * x_stride, c.before.data() + first, nullptr, m.d, Acc(0), a + t * m.d);
     if (m.form == dijiang_form::released)
       feature::cosine_type3<Arch, Acc>(table, rows, a, b);
     else
       feature::cosine_type2<Arch, Acc>(table, rows, a, b);
     for (isize t = 0; t < rows; ++t) {
-      const Acc half_square = m.form == dijiang_form::unbiased ? shrink * feature::row_square<Arch, Acc>(x + t * x_stride, m.d) : Acc(0);
-      dijiang_row<Arch, Acc>(b + t * m.d, after + first, offset + first, m.d, half_square, out + t * out_stride + first);
+      const Acc half_square =
+          m.form == dijiang_form::unbiased ? shrink * feature::row_square<Arch, Acc>(x + t * x_stride, m.d) : Acc(0);
+      dijiang_row<Arch, Acc>(b + t * m.d, after + first, offset + first, m.d, half_square,
+                             out + t * out_stride + first);
     }
   }
   if (m.form != dijiang_form::released) return;
@@ -69,12 +72,15 @@ struct dijiang_map {
   static constexpr bool log_scaled = true;
   isize features(isize) const { return tables->r; }
   isize scratch(isize d) const { return 2 * feature_rows * d; }
-  double macs(isize) const { return static_cast<double>(tables->blocks) * (tables->transform.macs() + 2.0 * static_cast<double>(tables->d)); }
+  double macs(isize) const {
+    return static_cast<double>(tables->blocks) * (tables->transform.macs() + 2.0 * static_cast<double>(tables->d));
+  }
   bool trained() const { return tables->trained; }
   void check(const shape& s) const {
     require(tables != nullptr, "dijiang_map has no tables");
     require(tables->d == s.d, "dijiang_map is made for head_dim = ", tables->d, " and q, k are ", s.d, " wide");
-    require(tables->heads() == 1 || tables->heads() == s.G, "dijiang_map has tables for ", tables->heads(), " heads; wanted 1, or ", s.G, " (KV heads)");
+    require(tables->heads() == 1 || tables->heads() == s.G, "dijiang_map has tables for ", tables->heads(),
+            " heads; wanted 1, or ", s.G, " (KV heads)");
     require(tables->gamma.empty() && !tables->gains(), "dijiang_map: gamma and gains belong to dijiang_attention");
   }
   void fingerprint(detail::fingerprint& f) const {
@@ -84,7 +90,8 @@ struct dijiang_map {
 
   template <class Arch, class Acc>
   void apply(const feature_block<Acc>& b, Acc* scratch) const noexcept {
-    detail::dijiang_features<Arch, Acc>(*tables, b.kv_head, b.x, b.x_stride, b.rows, b.out, b.out_stride, scratch, tables->logarithmic());
+    detail::dijiang_features<Arch, Acc>(*tables, b.kv_head, b.x, b.x_stride, b.rows, b.out, b.out_stride, scratch,
+                                        tables->logarithmic());
     for (isize t = 0; t < b.rows; ++t) {
       Acc* y = b.out + t * b.out_stride;
       b.log_scale[t] = tables->logarithmic() ? feature::row_max<Arch, Acc>(y, tables->r) : Acc(0);

@@ -15,7 +15,14 @@ template <class Arch, class Acc>
 class dijiang_sweeper {
  public:
   dijiang_sweeper(const dijiang_attention& m, const problem& p, state* s, arena scratch)
-      : m_(m), p_(p), t_(*m.tables), n_(sizes_of(m, p.shape())), log_(m.tables->logarithmic() || m.normalise), state_(s == nullptr ? nullptr : s->as<Acc>()), past_(s == nullptr ? 0 : s->tokens()), memory_(scratch) {}
+      : m_(m),
+        p_(p),
+        t_(*m.tables),
+        n_(sizes_of(m, p.shape())),
+        log_(m.tables->logarithmic() || m.normalise),
+        state_(s == nullptr ? nullptr : s->as<Acc>()),
+        past_(s == nullptr ? 0 : s->tokens()),
+        memory_(scratch) {}
 
   void run(exec_ref exec) const {
     exec.for_tasks(n_.B * n_.G, [&](isize task, isize slot) { sequence(task, slot); });
@@ -51,14 +58,17 @@ class dijiang_sweeper {
     for (isize i = 0; i < empty; ++i) zero_row(here, i);
     for (isize i = empty, most = feature_rows; i < n;) {
       const isize done = block(here, i, i + m - n, std::min(most, n - i));
-      most = std::min(feature_rows, done == most ? 2 * most : std::max(isize{4}, 2 * done));  // rising exponents: shorter blocks waste less
+      most = std::min(feature_rows, done == most
+                                        ? 2 * most
+                                        : std::max(isize{4}, 2 * done));  // rising exponents: shorter blocks waste less
       i += done;
     }
   }
 
   void zero_row(site& at, isize i) const {
     for (isize c = 0; c < n_.e; ++c) at.s.out[c] = Acc(0);
-    for (isize h = 0; h < n_.R; ++h) simd::store_row<Arch, Acc>(p_.out.type, at.s.out, n_.e, p_.out.row(at.b, at.g * n_.R + h, i));
+    for (isize h = 0; h < n_.R; ++h)
+      simd::store_row<Arch, Acc>(p_.out.type, at.s.out, n_.e, p_.out.row(at.b, at.g * n_.R + h, i));
   }
 
   /// Features of keys [j, j + count), and of queries [i, i + count) of each head, as logarithms where log_.
@@ -70,7 +80,8 @@ class dijiang_sweeper {
     isize stride = from.row_stride;
     const Acc* x = static_cast<const Acc*>(from.row(at.b, head, first));
     if (from.type != dtype_of<Acc>) {
-      for (isize i = 0; i < count; ++i) simd::load_row<Arch, Acc>(from.type, from.row(at.b, head, first + i), t_.d, at.s.x + i * t_.d);
+      for (isize i = 0; i < count; ++i)
+        simd::load_row<Arch, Acc>(from.type, from.row(at.b, head, first + i), t_.d, at.s.x + i * t_.d);
       x = at.s.x, stride = t_.d;
     }
     dijiang_features<Arch, Acc>(t_, at.g, x, stride, count, out, at.s.stride, at.s.map, log_);
@@ -80,7 +91,9 @@ class dijiang_sweeper {
   double gain(const std::vector<float>& log_d, isize head, isize position) const {
     return t_.gains() ? static_cast<double>(log_d[static_cast<std::size_t>(head * t_.positions + position)]) : 0.0;
   }
-  double rate(isize g) const { return t_.gamma.empty() ? 1.0 : t_.gamma[t_.gamma.size() == 1 ? 0 : static_cast<std::size_t>(g)]; }
+  double rate(isize g) const {
+    return t_.gamma.empty() ? 1.0 : t_.gamma[t_.gamma.size() == 1 ? 0 : static_cast<std::size_t>(g)];
+  }
 
   /// Does key j (row i of s.k) lie above a reference?
   bool rises(const site& at, isize i, isize j) const {
@@ -100,7 +113,9 @@ class dijiang_sweeper {
     auto& s = at.s;
     Acc* k = s.k + i * s.stride;
     if (log_) key_row<Arch, Acc>(k, at.head.c, n_.r, k);
-    if (t_.gains()) feature::row_scale<Arch, Acc>(k, n_.r, static_cast<Acc>(std::exp(gain(t_.log_d2, at.g, past_ + j) - static_cast<double>(at.head.g[0]))));
+    if (t_.gains())
+      feature::row_scale<Arch, Acc>(
+          k, n_.r, static_cast<Acc>(std::exp(gain(t_.log_d2, at.g, past_ + j) - static_cast<double>(at.head.g[0]))));
     for (isize h = 0; h < n_.R; ++h) query_weight(at, h, i, past_ + j);
   }
 
@@ -111,7 +126,9 @@ class dijiang_sweeper {
     double log_gain = 0;
     if (log_) log_gain = static_cast<double>(query_row<Arch, Acc>(q, at.head.c, n_.r, q));
     if (t_.gains()) log_gain += gain(t_.log_d1, at.g * n_.R + h, position) + static_cast<double>(at.head.g[0]);
-    s.gain[h * feature_rows + i] = m_.normalise ? Acc(1) : log_gain == 0 ? Acc(1) : static_cast<Acc>(std::exp(log_gain));
+    s.gain[h * feature_rows + i] = m_.normalise    ? Acc(1)
+                                   : log_gain == 0 ? Acc(1)
+                                                   : static_cast<Acc>(std::exp(log_gain));
   }
 
   /// Causal: up to `count` queries from i on, against keys up to their own (from j on), which join the state. Returns how many were
@@ -137,24 +154,41 @@ class dijiang_sweeper {
     for (isize t = 0; t < padded; ++t) s.decay[t] = t < count ? static_cast<Acc>(rate(at.g)) : Acc(1);
     for (isize t = count; t < padded; ++t) {
       clear_row(s.k + t * s.stride);
-      for (isize h = 0; h < n_.R; ++h) clear_row(s.q + h * s.q_head + t * s.stride), s.gain[h * feature_rows + t] = Acc(0);
+      for (isize h = 0; h < n_.R; ++h)
+        clear_row(s.q + h * s.q_head + t * s.stride), s.gain[h * feature_rows + t] = Acc(0);
     }
-    const kernel::sweep_block<Acc, T> b{padded / T, n_.r, s.stride, s.k, s.k, s.step, n_.R, s.q, s.q_head, s.read, feature_rows / T};
-    const kernel::weight_block<Acc> w{decays ? s.decay : nullptr, nullptr, nullptr, m_.normalise, s.gain, s.zeros, s.zeros, at.head.z, s.scale, s.keep};
-    kernel::scalar_weights<Arch, Acc, false>(b, w, s.step, s.read);
+    const kernel::sweep_block<Acc, T> b{padded / T, n_.r,   s.stride,        s.k, s.k, s.step, n_.R, s.q,
+                                        s.q_head,   s.read, feature_rows / T};
+    const kernel::weight_block<Acc> w{decays ? s.decay : nullptr,
+                                      nullptr,
+                                      nullptr,
+                                      m_.normalise,
+                                      s.gain,
+                                      s.zeros,
+                                      s.zeros,
+                                      at.head.z,
+                                      s.scale,
+                                      s.keep};
+    if (decays)
+      kernel::scalar_weights<Arch, Acc, false, true>(b, w, s.step, s.read);
+    else
+      kernel::scalar_weights<Arch, Acc, false, false>(b, w, s.step, s.read);
     constexpr isize columns = kernel::sweep_shape<Arch>::NR * simd::pack<Acc, Arch>::size;
     for (isize c = 0; c < s.e_stride; c += columns)
-      kernel::sweep_panel<Arch, Acc, false>(b, at.head.S + c / n_.width * n_.r * n_.width + c % n_.width, s.v + c, s.e_stride, s.out + c, s.e_stride, feature_rows * s.e_stride);
+      kernel::sweep_panel<Arch, Acc, false>(b, at.head.S + c / n_.width * n_.r * n_.width + c % n_.width, s.v + c,
+                                            s.e_stride, s.out + c, s.e_stride, feature_rows * s.e_stride);
     for (isize h = 0; h < n_.R; ++h)
       for (isize t = 0; t < count; ++t)
-        simd::store_row<Arch, Acc>(p_.out.type, s.out + (h * feature_rows + t) * s.e_stride, n_.e, p_.out.row(at.b, at.g * n_.R + h, i + t));
+        simd::store_row<Arch, Acc>(p_.out.type, s.out + (h * feature_rows + t) * s.e_stride, n_.e,
+                                   p_.out.row(at.b, at.g * n_.R + h, i + t));
   }
   void clear_row(Acc* x) const {
     for (isize f = 0; f < n_.rows; ++f) x[f] = Acc(0);
   }
   void load_values(site& at, isize j, isize count, isize padded) const {
     auto& s = at.s;
-    for (isize t = 0; t < count; ++t) simd::load_row<Arch, Acc>(p_.v.type, p_.v.row(at.b, at.g, j + t), n_.e, s.v + t * s.e_stride);
+    for (isize t = 0; t < count; ++t)
+      simd::load_row<Arch, Acc>(p_.v.type, p_.v.row(at.b, at.g, j + t), n_.e, s.v + t * s.e_stride);
     for (isize c = count * s.e_stride; c < padded * s.e_stride; ++c) s.v[c] = Acc(0);
   }
 
@@ -164,8 +198,8 @@ class dijiang_sweeper {
     const Acc keep = static_cast<Acc>(rate(at.g));
     for (isize f = 0; f < n_.r; ++f) at.head.z[f] = keep * at.head.z[f] + s.k[f];
     for (isize panel = 0; panel < n_.panels; ++panel)
-      kernel::step_panel<Arch, Acc>(n_.r, at.head.S + panel * n_.r * n_.width, &keep, 0, s.k, s.v + panel * n_.width, n_.R, s.q, s.q_head, s.out + panel * n_.width,
-                                    feature_rows * s.e_stride);
+      kernel::step_panel<Arch, Acc>(n_.r, at.head.S + panel * n_.r * n_.width, &keep, 0, s.k, s.v + panel * n_.width,
+                                    n_.R, s.q, s.q_head, s.out + panel * n_.width, feature_rows * s.e_stride);
     for (isize h = 0; h < n_.R; ++h) finish(at, h, 0, i);
   }
   /// Divides row t of head h by its sum and stores it as output row i.
@@ -195,21 +229,24 @@ class dijiang_sweeper {
       for (isize t = 0; t < count; ++t) {
         Acc* k = s.k + t * s.stride;
         if (log_) key_row<Arch, Acc>(k, at.head.c, n_.r, k);
-        const double own = std::pow(g, static_cast<double>(count - 1 - t)) *
-                           (t_.gains() ? std::exp(gain(t_.log_d2, at.g, past_ + j + t) - static_cast<double>(at.head.g[0])) : 1.0);
+        const double own =
+            std::pow(g, static_cast<double>(count - 1 - t)) *
+            (t_.gains() ? std::exp(gain(t_.log_d2, at.g, past_ + j + t) - static_cast<double>(at.head.g[0])) : 1.0);
         if (own != 1) feature::row_scale<Arch, Acc>(k, n_.r, static_cast<Acc>(own));
         for (isize f = 0; f < n_.r; ++f) at.head.z[f] += k[f];
       }
       load_values(at, j, count, count);
       for (isize panel = 0; panel < n_.panels; ++panel)
-        tile::gemm<Arch, Acc>(n_.r, n_.width, count, s.k, isize{1}, s.stride, s.v + panel * n_.width, s.e_stride, at.head.S + panel * n_.r * n_.width, n_.width, true);
+        tile::gemm<Arch, Acc>(n_.r, n_.width, count, s.k, isize{1}, s.stride, s.v + panel * n_.width, s.e_stride,
+                              at.head.S + panel * n_.r * n_.width, n_.width, true);
     }
   }
   void rescale(site& at, const Acc* fade) const {
     for (isize f = 0; f < n_.r; ++f) {
       if (fade[f] == Acc(1)) continue;
       at.head.z[f] *= fade[f];
-      for (isize panel = 0; panel < n_.panels; ++panel) feature::row_scale<Arch, Acc>(at.head.S + (panel * n_.r + f) * n_.width, n_.width, fade[f]);
+      for (isize panel = 0; panel < n_.panels; ++panel)
+        feature::row_scale<Arch, Acc>(at.head.S + (panel * n_.r + f) * n_.width, n_.width, fade[f]);
     }
   }
 
@@ -220,7 +257,8 @@ class dijiang_sweeper {
     for (isize h = 0; h < n_.R; ++h) {
       for (isize t = 0; t < count; ++t) query_weight(at, h, t, 0);
       for (isize panel = 0; panel < n_.panels; ++panel)
-        tile::gemm<Arch, Acc>(count, n_.width, n_.r, s.q + h * s.q_head, s.stride, isize{1}, at.head.S + panel * n_.r * n_.width, n_.width,
+        tile::gemm<Arch, Acc>(count, n_.width, n_.r, s.q + h * s.q_head, s.stride, isize{1},
+                              at.head.S + panel * n_.r * n_.width, n_.width,
                               s.out + h * feature_rows * s.e_stride + panel * n_.width, s.e_stride, false);
       for (isize t = 0; t < count; ++t) finish(at, h, t, i + t);
     }
@@ -230,7 +268,8 @@ class dijiang_sweeper {
   const problem& p_;
   const dijiang_tables& t_;
   dijiang_sizes n_;
-  bool log_;  // features as logarithms: exponentials, and the released form's softmax where a quotient of tiny products is wanted
+  bool
+      log_;  // features as logarithms: exponentials, and the released form's softmax where a quotient of tiny products is wanted
   Acc* state_;
   isize past_;
   arena memory_;
@@ -243,10 +282,12 @@ void dijiang_attention::run(exec_ref exec, const problem& p, state* s, arena scr
   detail::dijiang_sweeper<Arch, Acc>(*this, p, s, scratch).run(exec);
 }
 inline void dijiang_attention::prefill(exec_ref exec, const problem& p, arena scratch) const {
-  p.q.type == dtype::f64 ? run<simd::native, double>(exec, p, nullptr, scratch) : run<simd::native, float>(exec, p, nullptr, scratch);
+  p.q.type == dtype::f64 ? run<simd::native, double>(exec, p, nullptr, scratch)
+                         : run<simd::native, float>(exec, p, nullptr, scratch);
 }
 inline void dijiang_attention::prefill(exec_ref exec, const problem& p, state& s, arena scratch) const {
-  p.q.type == dtype::f64 ? run<simd::native, double>(exec, p, &s, scratch) : run<simd::native, float>(exec, p, &s, scratch);
+  p.q.type == dtype::f64 ? run<simd::native, double>(exec, p, &s, scratch)
+                         : run<simd::native, float>(exec, p, &s, scratch);
   s.set_tokens(s.tokens() + p.k.length);
 }
 inline std::size_t dijiang_attention::workspace_size(const shape& s, int threads) const {

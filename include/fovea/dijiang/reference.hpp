@@ -13,22 +13,27 @@ inline namespace FOVEA_ABI {
 namespace reference {
 
 /// ln w of query i against key j; `first` is the position of query 0 among the keys.
-inline double dijiang_log_weight(const dijiang_tables& t, const double* log_q, const double* log_k, isize h, isize g, isize i, isize j) {
+inline double dijiang_log_weight(const dijiang_tables& t, const double* log_q, const double* log_k, isize h, isize g,
+                                 isize i, isize j) {
   double top = -INFINITY, sum = 0;
   for (isize f = 0; f < t.r; ++f) top = std::max(top, log_q[f] + log_k[f]);
   if (top == -INFINITY) return top;
   for (isize f = 0; f < t.r; ++f) sum += std::exp(log_q[f] + log_k[f] - top);
   double w = top + std::log(sum);
-  if (!t.gamma.empty()) w += static_cast<double>(i - j) * std::log(t.gamma[t.gamma.size() == 1 ? 0 : static_cast<std::size_t>(g)]);
+  if (!t.gamma.empty())
+    w += static_cast<double>(i - j) * std::log(t.gamma[t.gamma.size() == 1 ? 0 : static_cast<std::size_t>(g)]);
   if (t.gains())
-    w += static_cast<double>(t.log_d1[static_cast<std::size_t>(h * t.positions + i)]) + static_cast<double>(t.log_d2[static_cast<std::size_t>(g * t.positions + j)]);
+    w += static_cast<double>(t.log_d1[static_cast<std::size_t>(h * t.positions + i)]) +
+         static_cast<double>(t.log_d2[static_cast<std::size_t>(g * t.positions + j)]);
   return w;
 }
 
 inline void prefill(const dijiang_attention& mechanism, const problem& p) {
   const dijiang_tables& t = *mechanism.tables;
-  const isize n = p.q.length, m = p.k.length, d = p.q.width, e = p.v.width, group = p.k.heads > 0 ? p.q.heads / p.k.heads : 0;
-  std::vector<double> x(static_cast<std::size_t>(d)), log_k(static_cast<std::size_t>(m * t.r)), log_q(static_cast<std::size_t>(t.r)), w(static_cast<std::size_t>(m));
+  const isize n = p.q.length, m = p.k.length, d = p.q.width, e = p.v.width,
+              group = p.k.heads > 0 ? p.q.heads / p.k.heads : 0;
+  std::vector<double> x(static_cast<std::size_t>(d)), log_k(static_cast<std::size_t>(m * t.r)),
+      log_q(static_cast<std::size_t>(t.r)), w(static_cast<std::size_t>(m));
   for (isize b = 0; b < p.q.batch; ++b)
     for (isize g = 0; g < p.k.heads; ++g) {
       for (isize j = 0; j < m; ++j) {
@@ -46,7 +51,8 @@ inline void prefill(const dijiang_attention& mechanism, const problem& p) {
             top = std::max(top, w[static_cast<std::size_t>(j)]);
           }
           if (!mechanism.normalise || top == -INFINITY) top = 0;
-          for (isize j = 0; j < seen; ++j) sum += w[static_cast<std::size_t>(j)] = std::exp(w[static_cast<std::size_t>(j)] - top);
+          for (isize j = 0; j < seen; ++j)
+            sum += w[static_cast<std::size_t>(j)] = std::exp(w[static_cast<std::size_t>(j)] - top);
           for (isize c = 0; c < e; ++c) {
             double o = 0;
             for (isize j = 0; j < seen; ++j) o += w[static_cast<std::size_t>(j)] * p.v.get(b, g, j, c);

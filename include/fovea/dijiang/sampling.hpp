@@ -34,15 +34,18 @@ inline std::vector<double> dijiang_points(dijiang_sampling how, isize blocks, is
     const auto order = rng.permutation(r);
     for (std::size_t i = 0; i < u.size(); ++i) u[i] = (static_cast<double>(order[i]) + 0.5) / static_cast<double>(r);
   } else {
-    require(blocks <= feature::point_set_dimensions, "dijiang: ", blocks, " blocks of features with a Sobol or Halton set; wanted at most ",
-            feature::point_set_dimensions, ", or stratified sampling");
+    require(blocks <= feature::point_set_dimensions, "dijiang: ", blocks,
+            " blocks of features with a Sobol or Halton set; wanted at most ", feature::point_set_dimensions,
+            ", or stratified sampling");
     const auto points = how == dijiang_sampling::sobol ? feature::sobol(d, blocks) : feature::halton(d, blocks);
     for (isize b = 0; b < blocks; ++b) {
       const double shift = rng.uniform();
       for (isize j = 0; j < d; ++j) {
         const double x = points[static_cast<std::size_t>(j * blocks + b)] + shift;
         const double inside = x - std::floor(x);
-        u[static_cast<std::size_t>(b * d + j)] = inside < 0x1p-40 ? 0x1p-40 : inside > 1 - 0x1p-40 ? 1 - 0x1p-40 : inside;
+        u[static_cast<std::size_t>(b * d + j)] = inside < 0x1p-40       ? 0x1p-40
+                                                 : inside > 1 - 0x1p-40 ? 1 - 0x1p-40
+                                                                        : inside;
       }
     }
   }

@@ -11,7 +11,7 @@
 
 #include <algorithm>
 
-#include <fovea/dijiang.hpp>
+#include <fovea/dijiang/mechanism.hpp>
 #include <fovea/kernel/linear_sweep.hpp>
 
 namespace fovea {
@@ -46,7 +46,8 @@ void clear_head(Acc* at, const dijiang_sizes& n) {
 
 /// a becomes the join of a and, after it, b.
 template <class Acc>
-void merge_heads(const dijiang_attention& m, const dijiang_sizes& n, isize head, isize later_tokens, Acc* a, const Acc* b) {
+void merge_heads(const dijiang_attention& m, const dijiang_sizes& n, isize head, isize later_tokens, Acc* a,
+                 const Acc* b) {
   const dijiang_head<Acc> to(a, n), from(const_cast<Acc*>(b), n);
   const auto& gamma = m.tables->gamma;
   const double rate = gamma.empty() ? 1.0 : gamma[gamma.size() == 1 ? 0 : static_cast<std::size_t>(head)];
@@ -72,16 +73,18 @@ inline void check_dijiang(const dijiang_attention& m, const problem& p, isize pa
   require(!p.lse, "lse was asked for; dijiang has no log-sum-exp");
   require(p.q.width == t.d, "q and k are ", p.q.width, " wide; this dijiang was made for head_dim = ", t.d);
   require(t.heads() == 1 || t.heads() == p.k.heads, "t and D are for ", t.heads(), " KV heads and k has ", p.k.heads);
-  require(t.gamma.size() <= 1 || static_cast<isize>(t.gamma.size()) == p.k.heads, "gamma holds ", t.gamma.size(), " numbers; wanted one, or one for each of ",
-          p.k.heads, " KV heads");
+  require(t.gamma.size() <= 1 || static_cast<isize>(t.gamma.size()) == p.k.heads, "gamma holds ", t.gamma.size(),
+          " numbers; wanted one, or one for each of ", p.k.heads, " KV heads");
   require(m.is_causal || (t.gamma.empty() && !t.gains()), "is_causal is false; gamma and gains need an order");
   if (!t.gains()) return;
-  const isize q_heads = static_cast<isize>(t.log_d1.size()) / t.positions, k_heads = static_cast<isize>(t.log_d2.size()) / t.positions;
-  require(q_heads * t.positions == static_cast<isize>(t.log_d1.size()) && q_heads == p.q.heads, "log_d1 holds ", t.log_d1.size(), " numbers; wanted ", p.q.heads,
-          " query heads x ", t.positions, " positions");
-  require(k_heads * t.positions == static_cast<isize>(t.log_d2.size()) && k_heads == p.k.heads, "log_d2 holds ", t.log_d2.size(), " numbers; wanted ", p.k.heads,
-          " KV heads x ", t.positions, " positions");
-  require(past + p.k.length <= t.positions, "the sequence reaches position ", past + p.k.length - 1, "; log_d1 and log_d2 end at position ", t.positions - 1);
+  const isize q_heads = static_cast<isize>(t.log_d1.size()) / t.positions,
+              k_heads = static_cast<isize>(t.log_d2.size()) / t.positions;
+  require(q_heads * t.positions == static_cast<isize>(t.log_d1.size()) && q_heads == p.q.heads, "log_d1 holds ",
+          t.log_d1.size(), " numbers; wanted ", p.q.heads, " query heads x ", t.positions, " positions");
+  require(k_heads * t.positions == static_cast<isize>(t.log_d2.size()) && k_heads == p.k.heads, "log_d2 holds ",
+          t.log_d2.size(), " numbers; wanted ", p.k.heads, " KV heads x ", t.positions, " positions");
+  require(past + p.k.length <= t.positions, "the sequence reaches position ", past + p.k.length - 1,
+          "; log_d1 and log_d2 end at position ", t.positions - 1);
 }
 
 }  // namespace detail
@@ -92,7 +95,8 @@ inline void dijiang_attention::check(const problem& p, const state& s) const {
   require(is_causal, "this dijiang keeps no state: is_causal is false");
   detail::check_dijiang(*this, p, s.tokens());
   s.check(tag(), p.shape(), name);
-  require(s.bytes() == state_bytes(p.shape()), "the state holds ", s.bytes(), " bytes; this call needs ", state_bytes(p.shape()));
+  require(s.bytes() == state_bytes(p.shape()), "the state holds ", s.bytes(), " bytes; this call needs ",
+          state_bytes(p.shape()));
 }
 
 inline std::uint64_t dijiang_attention::tag() const {
@@ -101,7 +105,9 @@ inline std::uint64_t dijiang_attention::tag() const {
   if (tables == nullptr) return f.value;
   const auto& t = *tables;
   f.number(static_cast<double>(t.form)).number(static_cast<double>(t.d)).number(static_cast<double>(t.r));
-  const auto floats = [&](const std::vector<float>& x) { f.number(static_cast<double>(x.size())).bytes(x.data(), x.size() * sizeof(float)); };
+  const auto floats = [&](const std::vector<float>& x) {
+    f.number(static_cast<double>(x.size())).bytes(x.data(), x.size() * sizeof(float));
+  };
   floats(t.t), floats(t.signs), floats(t.D), floats(t.log_d1), floats(t.log_d2);
   f.bytes(t.gamma.data(), t.gamma.size() * sizeof(double));
   return f.value;
@@ -109,31 +115,37 @@ inline std::uint64_t dijiang_attention::tag() const {
 
 inline std::size_t dijiang_attention::state_bytes(const shape& s) const {
   const auto n = detail::sizes_of(*this, s);
-  return static_cast<std::size_t>(n.B * n.G * n.head_elements()) * (s.type == dtype::f64 ? sizeof(double) : sizeof(float));
+  return static_cast<std::size_t>(n.B * n.G * n.head_elements()) *
+         (s.type == dtype::f64 ? sizeof(double) : sizeof(float));
 }
 
 inline state dijiang_attention::make_state(const shape& s) const {
   require(is_causal, "this dijiang keeps no state: is_causal is false");
   require(tables != nullptr, "dijiang has no tables; use dijiang_attention::make");
-  require(s.B >= 0 && s.G >= 1 && s.H % s.G == 0 && s.d == tables->d && s.e >= 1, "make_state: B, H, G, d, e are ", s.B, ", ", s.H, ", ", s.G, ", ", s.d, ", ", s.e,
-          "; wanted H a multiple of G, d = ", tables->d, " and positive sizes");
+  require(s.B >= 0 && s.G >= 1 && s.H % s.G == 0 && s.d == tables->d && s.e >= 1, "make_state: B, H, G, d, e are ", s.B,
+          ", ", s.H, ", ", s.G, ", ", s.d, ", ", s.e, "; wanted H a multiple of G, d = ", tables->d,
+          " and positive sizes");
   state out(tag(), s, state_bytes(s));
   const auto n = detail::sizes_of(*this, s);
   for (isize i = 0; i < n.B * n.G; ++i)
-    s.type == dtype::f64 ? detail::clear_head(out.as<double>() + i * n.head_elements(), n) : detail::clear_head(out.as<float>() + i * n.head_elements(), n);
+    s.type == dtype::f64 ? detail::clear_head(out.as<double>() + i * n.head_elements(), n)
+                         : detail::clear_head(out.as<float>() + i * n.head_elements(), n);
   return out;
 }
 
 inline void dijiang_attention::merge(state& earlier, const state& later) const {
-  require(tables != nullptr && !tables->gains(), "merge: log_d1 and log_d2 belong to absolute positions, which the later state counted from 0");
+  require(tables != nullptr && !tables->gains(),
+          "merge: log_d1 and log_d2 belong to absolute positions, which the later state counted from 0");
   earlier.check(tag(), later.sizes(), name);
   later.check(tag(), earlier.sizes(), name);
-  require(earlier.bytes() == later.bytes(), "merge: the states hold ", earlier.bytes(), " and ", later.bytes(), " bytes");
+  require(earlier.bytes() == later.bytes(), "merge: the states hold ", earlier.bytes(), " and ", later.bytes(),
+          " bytes");
   const auto n = detail::sizes_of(*this, earlier.sizes());
   for (isize i = 0; i < n.B * n.G; ++i) {
     const isize at = i * n.head_elements();
     if (earlier.sizes().type == dtype::f64)
-      detail::merge_heads<double>(*this, n, i % n.G, later.tokens(), earlier.as<double>() + at, later.as<double>() + at);
+      detail::merge_heads<double>(*this, n, i % n.G, later.tokens(), earlier.as<double>() + at,
+                                  later.as<double>() + at);
     else
       detail::merge_heads<float>(*this, n, i % n.G, later.tokens(), earlier.as<float>() + at, later.as<float>() + at);
   }
@@ -141,7 +153,8 @@ inline void dijiang_attention::merge(state& earlier, const state& later) const {
 }
 
 inline double dijiang_attention::macs(const shape& s) const {
-  const double r = static_cast<double>(tables->r), e = static_cast<double>(s.e), map = dijiang_map{tables.get()}.macs(s.d);
+  const double r = static_cast<double>(tables->r), e = static_cast<double>(s.e),
+               map = dijiang_map{tables.get()}.macs(s.d);
   const double queries = static_cast<double>(s.B * s.H * s.n), keys = static_cast<double>(s.B * s.G * s.m);
   return queries * (map + r * (e + (normalise ? 1.0 : 0.0))) + keys * (map + r * e);
 }

@@ -27,7 +27,7 @@ enum class dijiang_form : unsigned char { paper, released, unbiased };
 /// How to make a DiJiang mechanism. What is left empty is drawn (t, signs), 1 (D), or absent (gamma, log_d1, log_d2).
 struct dijiang_options {
   isize head_dim = 0;
-  isize features = 0;             ///< a multiple of head_dim; 0: head_dim
+  isize features = 0;  ///< a multiple of head_dim; 0: head_dim
   std::uint64_t seed = 1;
   dijiang_form form = dijiang_form::unbiased;
   dijiang_sampling sampling = dijiang_sampling::stratified;
@@ -37,9 +37,10 @@ struct dijiang_options {
   std::vector<float> signs = {};       ///< [blocks, head_dim], each 1 or -1
   std::vector<float> D = {};           ///< [features] or [KV heads, features]
   std::vector<double> gamma = {};      ///< decay per token in (0, 1]: one number, or one per KV head (released code)
-  std::vector<float> log_d1 = {};      ///< [H, positions] logarithm of the query gain of each position (released code, trained)
-  std::vector<float> log_d2 = {};      ///< [KV heads, positions] the same for keys
-  isize positions = 0;                 ///< width of log_d1 and log_d2
+  std::vector<float> log_d1 =
+      {};  ///< [H, positions] logarithm of the query gain of each position (released code, trained)
+  std::vector<float> log_d2 = {};  ///< [KV heads, positions] the same for keys
+  isize positions = 0;             ///< width of log_d1 and log_d2
 };
 
 namespace detail {
@@ -55,7 +56,7 @@ struct dijiang_tables {
   dijiang_form form = dijiang_form::unbiased;
   isize d = 0, blocks = 0, r = 0;
   isize t_heads = 1, D_heads = 1;
-  bool trained = false;           ///< D, t or gains were given
+  bool trained = false;  ///< D, t or gains were given
   std::vector<float> t, signs, D;
   std::vector<double> gamma;
   std::vector<float> log_d1, log_d2;
@@ -87,12 +88,15 @@ struct dijiang_tables {
         double y = 0;
         for (isize n = 0; n < d; ++n) {
           const isize k = form == dijiang_form::released ? n : j, at = form == dijiang_form::released ? j : n;
-          const double c = std::sqrt((k == 0 ? 1.0 : 2.0) / width) * std::cos(pi * static_cast<double>((2 * at + 1) * k % (4 * d)) / (2 * width));
+          const double c = std::sqrt((k == 0 ? 1.0 : 2.0) / width) *
+                           std::cos(pi * static_cast<double>((2 * at + 1) * k % (4 * d)) / (2 * width));
           y += c * static_cast<double>(signs[static_cast<std::size_t>(b * d + n)]) * shrink * x[n];
         }
         const isize f = b * d + j;
         log_phi[f] = static_cast<double>(t[static_cast<std::size_t>((t_heads == 1 ? 0 : kv_head) * r + f)]) * y;
-        if (form != dijiang_form::released) log_phi[f] += std::log(std::fabs(static_cast<double>(D[static_cast<std::size_t>((D_heads == 1 ? 0 : kv_head) * r + f)])));
+        if (form != dijiang_form::released)
+          log_phi[f] += std::log(
+              std::fabs(static_cast<double>(D[static_cast<std::size_t>((D_heads == 1 ? 0 : kv_head) * r + f)])));
         if (form == dijiang_form::unbiased) log_phi[f] -= square / 2 + std::log(static_cast<double>(r)) / 2;
       }
     if (form != dijiang_form::released) return;
@@ -113,20 +117,25 @@ void fill_dijiang_constants(const dijiang_tables& m, dijiang_constants<T>& out) 
   for (isize f = 0; f < m.r; ++f) {
     const bool inverse = m.form == dijiang_form::released;  // type 3 is scaled before the transform, type 2 after it
     const double scale = m.transform.scale(f % m.d);
-    out.before[static_cast<std::size_t>(f)] = static_cast<T>(static_cast<double>(m.signs[static_cast<std::size_t>(f)]) * shrink * (inverse ? scale : 1.0));
+    out.before[static_cast<std::size_t>(f)] =
+        static_cast<T>(static_cast<double>(m.signs[static_cast<std::size_t>(f)]) * shrink * (inverse ? scale : 1.0));
     for (isize h = 0; h < m.heads(); ++h) {
       const auto at = static_cast<std::size_t>(h * m.r + f);
       const double t = static_cast<double>(m.t[static_cast<std::size_t>((m.t_heads == 1 ? 0 : h) * m.r + f)]);
       const double D = static_cast<double>(m.D[static_cast<std::size_t>((m.D_heads == 1 ? 0 : h) * m.r + f)]);
       out.after[at] = static_cast<T>(inverse ? t : t * scale);
-      out.offset[at] = static_cast<T>(inverse ? 0.0 : std::log(std::fabs(D)) - (m.form == dijiang_form::unbiased ? 0.5 * std::log(static_cast<double>(m.r)) : 0.0));
+      out.offset[at] = static_cast<T>(inverse ? 0.0
+                                              : std::log(std::fabs(D)) - (m.form == dijiang_form::unbiased
+                                                                              ? 0.5 * std::log(static_cast<double>(m.r))
+                                                                              : 0.0));
     }
   }
 }
 
 inline isize dijiang_heads(const char* name, std::size_t size, isize r) {
   const isize count = static_cast<isize>(size);
-  require(count > 0 && count % r == 0, "dijiang: ", name, " holds ", count, " numbers; wanted ", r, " (features), or a multiple of it (KV heads x features)");
+  require(count > 0 && count % r == 0, "dijiang: ", name, " holds ", count, " numbers; wanted ", r,
+          " (features), or a multiple of it (KV heads x features)");
   return count / r;
 }
 template <class T>
@@ -136,19 +145,23 @@ void require_all_finite(const char* name, const std::vector<T>& x) {
 
 /// All that does not depend on the sizes.
 inline void check_dijiang_values(const dijiang_options& o) {
-  require_all_finite("t", o.t), require_all_finite("D", o.D), require_all_finite("log_d1", o.log_d1), require_all_finite("log_d2", o.log_d2);
+  require_all_finite("t", o.t), require_all_finite("D", o.D), require_all_finite("log_d1", o.log_d1),
+      require_all_finite("log_d2", o.log_d2);
   for (const float s : o.signs) require(s == 1.0F || s == -1.0F, "dijiang: a sign is ", s, "; wanted 1 or -1");
   for (const double g : o.gamma) require(g > 0 && g <= 1, "dijiang: gamma holds ", g, "; wanted numbers in (0, 1]");
   require(o.positions >= 0, "dijiang: positions is ", o.positions, "; it must not be negative");
-  require(o.log_d1.empty() == o.log_d2.empty() && o.log_d1.empty() == (o.positions == 0), "dijiang: log_d1, log_d2 and positions go together");
-  require(o.gamma.empty() || o.log_d1.empty(), "dijiang: gamma and the gains log_d1, log_d2 were given; the gains contain the decay");
-  require(o.is_causal || (o.gamma.empty() && o.log_d1.empty()), "dijiang: gamma or gains with is_causal = false; decay by position needs an order");
+  require(o.log_d1.empty() == o.log_d2.empty() && o.log_d1.empty() == (o.positions == 0),
+          "dijiang: log_d1, log_d2 and positions go together");
+  require(o.gamma.empty() || o.log_d1.empty(),
+          "dijiang: gamma and the gains log_d1, log_d2 were given; the gains contain the decay");
+  require(o.is_causal || (o.gamma.empty() && o.log_d1.empty()),
+          "dijiang: gamma or gains with is_causal = false; decay by position needs an order");
 }
 
 inline void check_dijiang_sizes(const dijiang_options& o) {
   require(o.head_dim >= 1 && o.head_dim <= 1024, "dijiang: head_dim is ", o.head_dim, "; wanted 1 to 1024");
-  require(o.features >= 0 && o.features % o.head_dim == 0 && o.features <= 64 * o.head_dim, "dijiang: features is ", o.features,
-          "; wanted a multiple of head_dim = ", o.head_dim, ", at most 64 times it");
+  require(o.features >= 0 && o.features % o.head_dim == 0 && o.features <= 64 * o.head_dim, "dijiang: features is ",
+          o.features, "; wanted a multiple of head_dim = ", o.head_dim, ", at most 64 times it");
 }
 
 }  // namespace detail
@@ -162,15 +175,19 @@ inline std::shared_ptr<const dijiang_tables> make_dijiang_tables(const dijiang_o
   m->signs = o.signs;
   if (o.signs.empty()) {
     m->signs.assign(static_cast<std::size_t>(m->r), 1.0F);
-    for (isize f = o.form == dijiang_form::unbiased ? 0 : m->d; f < m->r; ++f) m->signs[static_cast<std::size_t>(f)] = static_cast<float>(rng.sign());
+    for (isize f = o.form == dijiang_form::unbiased ? 0 : m->d; f < m->r; ++f)
+      m->signs[static_cast<std::size_t>(f)] = static_cast<float>(rng.sign());
   }
-  require(static_cast<isize>(m->signs.size()) == m->r, "dijiang: signs holds ", m->signs.size(), " numbers; wanted ", m->blocks, " x ", m->d);
-  m->t = !o.t.empty()                          ? o.t
-         : o.form == dijiang_form::unbiased    ? detail::chi_radii(o.sampling, m->blocks, m->d, rng)
-                                               : detail::normal_radii(o.sampling, m->blocks, m->d, rng);
+  require(static_cast<isize>(m->signs.size()) == m->r, "dijiang: signs holds ", m->signs.size(), " numbers; wanted ",
+          m->blocks, " x ", m->d);
+  m->t = !o.t.empty()                       ? o.t
+         : o.form == dijiang_form::unbiased ? detail::chi_radii(o.sampling, m->blocks, m->d, rng)
+                                            : detail::normal_radii(o.sampling, m->blocks, m->d, rng);
   m->D = o.D.empty() ? std::vector<float>(static_cast<std::size_t>(m->r), 1.0F) : o.D;
-  m->t_heads = detail::dijiang_heads("t", m->t.size(), m->r), m->D_heads = detail::dijiang_heads("D", m->D.size(), m->r);
-  require(m->t_heads == 1 || m->D_heads == 1 || m->t_heads == m->D_heads, "dijiang: t is for ", m->t_heads, " heads and D for ", m->D_heads, "; wanted the same, or 1");
+  m->t_heads = detail::dijiang_heads("t", m->t.size(), m->r),
+  m->D_heads = detail::dijiang_heads("D", m->D.size(), m->r);
+  require(m->t_heads == 1 || m->D_heads == 1 || m->t_heads == m->D_heads, "dijiang: t is for ", m->t_heads,
+          " heads and D for ", m->D_heads, "; wanted the same, or 1");
   m->gamma = o.gamma, m->log_d1 = o.log_d1, m->log_d2 = o.log_d2, m->positions = o.positions;
   m->transform = feature::cosine_transform(m->d);
   detail::fill_dijiang_constants(*m, m->single), detail::fill_dijiang_constants(*m, m->wide);

@@ -22,7 +22,8 @@ inline namespace FOVEA_ABI {
 namespace detail {
 
 /// min 1/2 w'A w - b'w over w >= 0, A [r x r] symmetric with a positive diagonal.
-inline std::vector<double> nonnegative_least_squares(const std::vector<double>& A, const std::vector<double>& b, int sweeps = 500) {
+inline std::vector<double> nonnegative_least_squares(const std::vector<double>& A, const std::vector<double>& b,
+                                                     int sweeps = 500) {
   const std::size_t r = b.size();
   std::vector<double> w(r, 0.0), gradient(r);
   for (std::size_t f = 0; f < r; ++f) gradient[f] = -b[f];
@@ -43,13 +44,17 @@ inline std::vector<double> nonnegative_least_squares(const std::vector<double>& 
 
 }  // namespace detail
 
-inline std::vector<float> fit_dijiang_weights(const dijiang_tables& tables, const float* q, isize n, isize q_stride, const float* k, isize m, isize k_stride, double scale) {
-  require(q != nullptr && k != nullptr && n >= 1 && m >= 1, "fit_dijiang_weights: n, m are ", n, ", ", m, "; wanted at least one query and one key");
-  require(tables.form != dijiang_form::released, "fit_dijiang_weights: the released form is a softmax over features and has no weights D");
+inline std::vector<float> fit_dijiang_weights(const dijiang_tables& tables, const float* q, isize n, isize q_stride,
+                                              const float* k, isize m, isize k_stride, double scale) {
+  require(q != nullptr && k != nullptr && n >= 1 && m >= 1, "fit_dijiang_weights: n, m are ", n, ", ", m,
+          "; wanted at least one query and one key");
+  require(tables.form != dijiang_form::released,
+          "fit_dijiang_weights: the released form is a softmax over features and has no weights D");
   require(std::isfinite(scale), "fit_dijiang_weights: scale is ", scale, "; it must be a finite number");
   const isize d = tables.d, r = tables.r;
   const auto size = static_cast<std::size_t>(r);
-  std::vector<double> x(static_cast<std::size_t>(d)), log_q(size), log_k(static_cast<std::size_t>(m * r)), score(static_cast<std::size_t>(m)), phi(size), A(size * size), b(size);
+  std::vector<double> x(static_cast<std::size_t>(d)), log_q(size), log_k(static_cast<std::size_t>(m * r)),
+      score(static_cast<std::size_t>(m)), phi(size), A(size * size), b(size);
   for (isize j = 0; j < m; ++j) {
     for (isize c = 0; c < d; ++c) x[static_cast<std::size_t>(c)] = static_cast<double>(k[j * k_stride + c]);
     tables.define(0, x.data(), log_k.data() + j * r);
@@ -67,7 +72,8 @@ inline std::vector<float> fit_dijiang_weights(const dijiang_tables& tables, cons
     for (isize j = 0; j < m; ++j) sum += std::exp(score[static_cast<std::size_t>(j)] - top);
     for (isize j = 0; j < m; ++j) {
       const double target = std::exp(score[static_cast<std::size_t>(j)] - top) / sum;
-      for (std::size_t f = 0; f < size; ++f) phi[f] = std::exp(std::fmin(log_q[f] + log_k[static_cast<std::size_t>(j * r) + f] - top, 80.0)) / sum;
+      for (std::size_t f = 0; f < size; ++f)
+        phi[f] = std::exp(std::fmin(log_q[f] + log_k[static_cast<std::size_t>(j * r) + f] - top, 80.0)) / sum;
       for (std::size_t f = 0; f < size; ++f) {
         b[f] += phi[f] * target;
         for (std::size_t g = 0; g <= f; ++g) A[f * size + g] += phi[f] * phi[g];

@@ -39,10 +39,12 @@ inline projection configure_projection(configuration_reader& c, const std::strin
     require(b == nullptr, "tensor ", b_name, " was given without ", w_name);
     return {};
   }
-  require(w->rank() == 2 || w->rank() == 3, "tensor ", w_name, " is ", w->describe(), "; wanted [r, d], or [heads, r, d]");
+  require(w->rank() == 2 || w->rank() == 3, "tensor ", w_name, " is ", w->describe(),
+          "; wanted [r, d], or [heads, r, d]");
   const isize heads = w->dim(-3), r = w->dim(-2), d = w->dim(-1);
-  require(b == nullptr || (b->dim(-1) == r && b->size() == heads * r), "tensor ", b_name, " is ", b == nullptr ? "" : b->describe(), "; ", w_name,
-          " is ", w->describe(), " and takes ", heads, " x ", r, " numbers");
+  require(b == nullptr || (b->dim(-1) == r && b->size() == heads * r), "tensor ", b_name, " is ",
+          b == nullptr ? "" : b->describe(), "; ", w_name, " is ", w->describe(), " and takes ", heads, " x ", r,
+          " numbers");
   const std::vector<float> weights = w->floats(), bias = b == nullptr ? std::vector<float>{} : b->floats();
   return {weights.data(), heads, r, d, b == nullptr ? nullptr : bias.data()};
 }
@@ -55,8 +57,10 @@ struct projection_pair {
 inline projection_pair configure_pair(configuration_reader& c, const std::string& w, const std::string& b) {
   const projection both = configure_projection(c, w, b);
   const projection query = configure_projection(c, w + "q", b + "q"), key = configure_projection(c, w + "k", b + "k");
-  require(static_cast<bool>(query.ref()) == static_cast<bool>(key.ref()), "tensors ", w, "q and ", w, "k go together; only one was given");
-  require(!both.ref() || !query.ref(), "tensors ", w, " and ", w, "q, ", w, "k were given; the map takes one or the other");
+  require(static_cast<bool>(query.ref()) == static_cast<bool>(key.ref()), "tensors ", w, "q and ", w,
+          "k go together; only one was given");
+  require(!both.ref() || !query.ref(), "tensors ", w, " and ", w, "q, ", w,
+          "k were given; the map takes one or the other");
   if (both.ref()) return {both, both, true};
   return {query, key, false};
 }
@@ -66,7 +70,8 @@ struct drawn_sizes {
 };
 inline drawn_sizes configure_drawn(configuration_reader& c, const char* map) {
   const isize d = c.integer("head_dim", 0), r = c.integer("features", d), seed = c.integer("seed", 1);
-  require(d >= 1 && r >= 1, "map ", map, " without weights needs head_dim and features >= 1 to draw them; they are ", d, " and ", r);
+  require(d >= 1 && r >= 1, "map ", map, " without weights needs head_dim and features >= 1 to draw them; they are ", d,
+          " and ", r);
   return {d, r, static_cast<std::uint64_t>(seed)};
 }
 
@@ -78,11 +83,37 @@ struct configured_weights {
 
 /// Empty if the configuration names no map.
 inline std::optional<feature_map> configure_map(configuration_reader& c, std::shared_ptr<const void>& keep_alive) {
-  enum class kind { none, identity, elu1, t2r, mlp, hedgehog, hedgehog_two, hedgehog_exp, favor, favor_plain, cosformer, taylor2, taylor2_packed, square, square_packed };
+  enum class kind {
+    none,
+    identity,
+    elu1,
+    t2r,
+    mlp,
+    hedgehog,
+    hedgehog_two,
+    hedgehog_exp,
+    favor,
+    favor_plain,
+    cosformer,
+    taylor2,
+    taylor2_packed,
+    square,
+    square_packed
+  };
   const kind k = c.choice<kind>("map",
-                                {{"identity", kind::identity}, {"elu1", kind::elu1}, {"t2r", kind::t2r}, {"mlp", kind::mlp}, {"hedgehog", kind::hedgehog},
-                                 {"hedgehog_two", kind::hedgehog_two}, {"hedgehog_exp", kind::hedgehog_exp}, {"favor", kind::favor}, {"favor_plain", kind::favor_plain},
-                                 {"cosformer", kind::cosformer}, {"taylor2", kind::taylor2}, {"taylor2_packed", kind::taylor2_packed}, {"square", kind::square},
+                                {{"identity", kind::identity},
+                                 {"elu1", kind::elu1},
+                                 {"t2r", kind::t2r},
+                                 {"mlp", kind::mlp},
+                                 {"hedgehog", kind::hedgehog},
+                                 {"hedgehog_two", kind::hedgehog_two},
+                                 {"hedgehog_exp", kind::hedgehog_exp},
+                                 {"favor", kind::favor},
+                                 {"favor_plain", kind::favor_plain},
+                                 {"cosformer", kind::cosformer},
+                                 {"taylor2", kind::taylor2},
+                                 {"taylor2_packed", kind::taylor2_packed},
+                                 {"square", kind::square},
                                  {"square_packed", kind::square_packed}},
                                 kind::none);
   switch (k) {
@@ -101,8 +132,10 @@ inline std::optional<feature_map> configure_map(configuration_reader& c, std::sh
   auto& [first, second] = *weights;
   if (k == kind::mlp) {
     first = detail::configure_pair(c, "W1", "b1"), second = detail::configure_pair(c, "W2", "b2");
-    require(static_cast<bool>(first.key.ref()) && static_cast<bool>(second.key.ref()), "map mlp needs tensors W1 and W2 (or W1q, W1k, W2q, W2k)");
-    const double scale = c.number("query_scale", first.tied ? 1 / std::sqrt(static_cast<double>(first.key.ref().width())) : 1.0);
+    require(static_cast<bool>(first.key.ref()) && static_cast<bool>(second.key.ref()),
+            "map mlp needs tensors W1 and W2 (or W1q, W1k, W2q, W2k)");
+    const double scale =
+        c.number("query_scale", first.tied ? 1 / std::sqrt(static_cast<double>(first.key.ref().width())) : 1.0);
     return mlp_map{first.query.ref(), second.query.ref(), first.key.ref(), second.key.ref(), scale};
   }
   first = detail::configure_pair(c, "W", "b");
@@ -123,9 +156,12 @@ inline std::optional<feature_map> configure_map(configuration_reader& c, std::sh
       first.query = first.key = projection::random(1, r, d, seed);
       first.tied = true;
     }
-    return t2r{first.query.ref(), first.key.ref(), c.number("query_scale", first.tied ? 1 / std::sqrt(static_cast<double>(first.key.ref().width())) : 1.0)};
+    return t2r{first.query.ref(), first.key.ref(),
+               c.number("query_scale", first.tied ? 1 / std::sqrt(static_cast<double>(first.key.ref().width())) : 1.0)};
   }
-  const auto form = k == kind::hedgehog ? hedgehog_form::joint : k == kind::hedgehog_two ? hedgehog_form::separate : hedgehog_form::paired;
+  const auto form = k == kind::hedgehog       ? hedgehog_form::joint
+                    : k == kind::hedgehog_two ? hedgehog_form::separate
+                                              : hedgehog_form::paired;
   return hedgehog{first.query.ref(), first.key.ref(), form};
 }
 

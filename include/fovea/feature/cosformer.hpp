@@ -27,7 +27,8 @@ struct cosformer {
   isize scratch(isize) const { return 0; }
   void check(const shape& s) const {
     require(M >= 1, "cosformer M is ", M, "; it is the longest sequence and must be at least 1");
-    require(s.n <= M && s.m <= M, "cosformer M is ", M, " and the call has n, m = ", s.n, ", ", s.m, "; M must be the longest sequence");
+    require(s.n <= M && s.m <= M, "cosformer M is ", M, " and the call has n, m = ", s.n, ", ", s.m,
+            "; M must be the longest sequence");
   }
   void fingerprint(detail::fingerprint& f) const { f.text("cosformer").number(static_cast<double>(M)); }
 
@@ -51,7 +52,9 @@ struct cosformer {
   }
 
  private:
-  double turn(isize position) const { return 3.14159265358979323846 * static_cast<double>(position + 1) / (2.0 * static_cast<double>(M)); }
+  double turn(isize position) const {
+    return 3.14159265358979323846 * static_cast<double>(position + 1) / (2.0 * static_cast<double>(M));
+  }
 };
 
 }  // namespace FOVEA_ABI

@@ -54,7 +54,8 @@ struct cosine_table {
       }
     for (isize N = d / 2; N > leaf; N /= 2)
       for (isize part = 0; part < 2; ++part)
-        for (isize n = 0; n < N / 2; ++n) rotation.push_back(static_cast<T>(cosine(part == 0 ? 2 * n + 1 : 2 * N - (2 * n + 1), 4 * N)));
+        for (isize n = 0; n < N / 2; ++n)
+          rotation.push_back(static_cast<T>(cosine(part == 0 ? 2 * n + 1 : 2 * N - (2 * n + 1), 4 * N)));
   }
   /// cos(pi p / q), with the angle reduced as an integer first.
   static double cosine(isize p, isize q) {
@@ -63,7 +64,9 @@ struct cosine_table {
     const bool negative = 2 * p > q;
     if (negative) p = q - p;
     const double angle = 3.14159265358979323846 * static_cast<double>(p) / static_cast<double>(q);
-    const double c = 4 * p > q ? std::sin(3.14159265358979323846 * static_cast<double>(q - 2 * p) / (2 * static_cast<double>(q))) : std::cos(angle);
+    const double c =
+        4 * p > q ? std::sin(3.14159265358979323846 * static_cast<double>(q - 2 * p) / (2 * static_cast<double>(q)))
+                  : std::cos(angle);
     return negative ? -c : c;
   }
 };
@@ -128,7 +131,8 @@ struct cosine_block {
       b[M + n] = a[2 * n + 1];
     }
   }
-  static FOVEA_INLINE void rotate(isize M, const T* FOVEA_RESTRICT turn, const T* FOVEA_RESTRICT a, T* FOVEA_RESTRICT b) {
+  static FOVEA_INLINE void rotate(isize M, const T* FOVEA_RESTRICT turn, const T* FOVEA_RESTRICT a,
+                                  T* FOVEA_RESTRICT b) {
     for (isize n = 0; n < M; ++n) {
       const T x = a[n], y = a[2 * M - 1 - n], c = turn[n], s = turn[M + n];
       b[n] = x * c + y * s;

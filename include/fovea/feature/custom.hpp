@@ -33,7 +33,8 @@ struct custom_map {
   template <class Arch, class Acc>
   void apply(const feature_block<Acc>& b, Acc*) const noexcept {
     for (isize t = 0; t < b.rows; ++t)
-      call<Acc>({b.head, b.kv_head, b.position + t, b.key, 0.0}, b.x + t * b.x_stride, b.width, b.out + t * b.out_stride);
+      call<Acc>({b.head, b.kv_head, b.position + t, b.key, 0.0}, b.x + t * b.x_stride, b.width,
+                b.out + t * b.out_stride);
   }
   double define(const feature_site& at, const double* x, isize d, double* out) const {
     call<double>(at, x, d, out);

@@ -26,7 +26,8 @@ namespace feature {
 enum class direction_norm : unsigned char { chi, root_d };
 
 /// [r x d]: blocks of d orthogonal directions, each of the length of a Gaussian vector (chi) or of length sqrt(d).
-inline std::vector<float> orthogonal_directions(isize r, isize d, std::uint64_t seed, direction_norm norm = direction_norm::chi) {
+inline std::vector<float> orthogonal_directions(isize r, isize d, std::uint64_t seed,
+                                                direction_norm norm = direction_norm::chi) {
   require(r >= 1 && d >= 1, "orthogonal_directions: r, d are ", r, ", ", d, "; they must be positive");
   random_source rng(seed);
   std::vector<float> w(static_cast<std::size_t>(r * d));
@@ -50,8 +51,11 @@ inline std::vector<float> orthogonal_directions(isize r, isize d, std::uint64_t 
       for (isize c = 0; c < d; ++c) row[c] /= length;
     }
     for (isize i = 0; i < d && first + i < r; ++i) {
-      const double length = norm == direction_norm::chi ? chi_quantile(d, rng.uniform()) : std::sqrt(static_cast<double>(d));
-      for (isize c = 0; c < d; ++c) w[static_cast<std::size_t>((first + i) * d + c)] = static_cast<float>(length * block[static_cast<std::size_t>(i * d + c)]);
+      const double length =
+          norm == direction_norm::chi ? chi_quantile(d, rng.uniform()) : std::sqrt(static_cast<double>(d));
+      for (isize c = 0; c < d; ++c)
+        w[static_cast<std::size_t>((first + i) * d + c)] =
+            static_cast<float>(length * block[static_cast<std::size_t>(i * d + c)]);
     }
   }
   return w;
@@ -68,7 +72,9 @@ struct favor_plain {
   bool trained() const { return directions.trained(); }
   isize scratch(isize) const { return 0; }
   void check(const shape& s) const { detail::check_pair("favor_plain", directions, directions, s); }
-  void fingerprint(detail::fingerprint& f) const { f.text("favor_plain").number(static_cast<double>(directions.rows())); }
+  void fingerprint(detail::fingerprint& f) const {
+    f.text("favor_plain").number(static_cast<double>(directions.rows()));
+  }
 
   template <class Arch, class Acc>
   void apply(const feature_block<Acc>& b, Acc*) const noexcept {
@@ -106,9 +112,12 @@ struct favor {
   bool surveys() const { return true; }
   void check(const shape& s) const {
     detail::check_pair("favor", directions, directions, s);
-    require(std::isfinite(feature_eps) && feature_eps >= 0, "favor feature_eps is ", feature_eps, "; it must not be negative");
+    require(std::isfinite(feature_eps) && feature_eps >= 0, "favor feature_eps is ", feature_eps,
+            "; it must not be negative");
   }
-  void fingerprint(detail::fingerprint& f) const { f.text("favor").number(feature_eps).number(static_cast<double>(directions.rows())); }
+  void fingerprint(detail::fingerprint& f) const {
+    f.text("favor").number(feature_eps).number(static_cast<double>(directions.rows()));
+  }
 
   template <class Arch, class Acc>
   Acc survey(const feature_block<Acc>& b, Acc* u) const noexcept {  // the largest exponent of these keys
@@ -145,7 +154,8 @@ struct favor {
     double square = 0;
     for (isize c = 0; c < d; ++c) square += x[c] * x[c];
     const double half = square / std::sqrt(static_cast<double>(d)) / 2;
-    for (isize j = 0; j < r; ++j) out[j] = (std::exp(out[j] - half - top) + feature_eps) / std::sqrt(static_cast<double>(r));
+    for (isize j = 0; j < r; ++j)
+      out[j] = (std::exp(out[j] - half - top) + feature_eps) / std::sqrt(static_cast<double>(r));
     return 0.0;
   }
 };

@@ -42,7 +42,8 @@ struct t2r {
     w.template apply<Arch, Acc>(head, b.x, b.x_stride, b.rows, b.out, b.out_stride);
     const Acc scale = b.key ? Acc(1) : static_cast<Acc>(query_scale);
     for (isize t = 0; t < b.rows; ++t)
-      feature::row_relu<Arch, Acc>(b.out + t * b.out_stride, w.template bias<Acc>(head), r, scale, b.out + t * b.out_stride);
+      feature::row_relu<Arch, Acc>(b.out + t * b.out_stride, w.template bias<Acc>(head), r, scale,
+                                   b.out + t * b.out_stride);
   }
   double define(const feature_site& at, const double* x, isize, double* out) const {
     const projection_ref& w = at.key ? key : query;
@@ -58,15 +59,20 @@ struct mlp_map {
 
   static constexpr bool log_scaled = false;
   isize features(isize) const { return key_out.rows(); }
-  isize scratch(isize) const { return feature_rows * (key_hidden.rows() > query_hidden.rows() ? key_hidden.rows() : query_hidden.rows()); }
+  isize scratch(isize) const {
+    return feature_rows * (key_hidden.rows() > query_hidden.rows() ? key_hidden.rows() : query_hidden.rows());
+  }
   double macs(isize) const { return key_hidden.macs() + key_out.macs(); }
-  bool trained() const { return query_hidden.trained() && query_out.trained() && key_hidden.trained() && key_out.trained(); }
+  bool trained() const {
+    return query_hidden.trained() && query_out.trained() && key_hidden.trained() && key_out.trained();
+  }
   void check(const shape& s) const {
     detail::check_pair("mlp_map: the hidden layer", query_hidden, key_hidden, s);
     shape inner = s;
     inner.d = key_hidden.rows();
     detail::check_pair("mlp_map: the output layer", query_out, key_out, inner);
-    require(std::isfinite(query_scale) && query_scale > 0, "mlp_map query_scale is ", query_scale, "; it must be positive");
+    require(std::isfinite(query_scale) && query_scale > 0, "mlp_map query_scale is ", query_scale,
+            "; it must be positive");
   }
   void fingerprint(detail::fingerprint& f) const { f.text("mlp").number(static_cast<double>(key_out.rows())); }
 
@@ -74,13 +80,16 @@ struct mlp_map {
   void apply(const feature_block<Acc>& b, Acc* hidden) const noexcept {
     const projection_ref& one = b.key ? key_hidden : query_hidden;
     const projection_ref& two = b.key ? key_out : query_out;
-    const isize first = detail::pair_head(query_hidden, key_hidden, b), second = detail::pair_head(query_out, key_out, b), h = one.rows();
+    const isize first = detail::pair_head(query_hidden, key_hidden, b),
+                second = detail::pair_head(query_out, key_out, b), h = one.rows();
     one.template apply<Arch, Acc>(first, b.x, b.x_stride, b.rows, hidden, h);
     const Acc scale = b.key ? Acc(1) : static_cast<Acc>(query_scale);
-    for (isize t = 0; t < b.rows; ++t) feature::row_relu<Arch, Acc>(hidden + t * h, one.template bias<Acc>(first), h, scale, hidden + t * h);
+    for (isize t = 0; t < b.rows; ++t)
+      feature::row_relu<Arch, Acc>(hidden + t * h, one.template bias<Acc>(first), h, scale, hidden + t * h);
     two.template apply<Arch, Acc>(second, hidden, h, b.rows, b.out, b.out_stride);
     for (isize t = 0; t < b.rows; ++t)
-      feature::row_relu<Arch, Acc>(b.out + t * b.out_stride, two.template bias<Acc>(second), two.rows(), Acc(1), b.out + t * b.out_stride);
+      feature::row_relu<Arch, Acc>(b.out + t * b.out_stride, two.template bias<Acc>(second), two.rows(), Acc(1),
+                                   b.out + t * b.out_stride);
   }
   double define(const feature_site& at, const double* x, isize, double* out) const {
     const projection_ref& one = at.key ? key_hidden : query_hidden;
@@ -106,10 +115,13 @@ struct hedgehog {
   double macs(isize) const { return key ? key.macs() : 0.0; }
   bool trained() const { return query && key && query.trained() && key.trained(); }
   void check(const shape& s) const {
-    require(static_cast<bool>(query) == static_cast<bool>(key), "hedgehog has weights on one side only; give both, or neither");
+    require(static_cast<bool>(query) == static_cast<bool>(key),
+            "hedgehog has weights on one side only; give both, or neither");
     if (key) detail::check_pair("hedgehog", query, key, s);
   }
-  void fingerprint(detail::fingerprint& f) const { f.text("hedgehog").number(static_cast<double>(form)).number(key ? static_cast<double>(key.rows()) : 0.0); }
+  void fingerprint(detail::fingerprint& f) const {
+    f.text("hedgehog").number(static_cast<double>(form)).number(key ? static_cast<double>(key.rows()) : 0.0);
+  }
 
   template <class Arch, class Acc>
   void apply(const feature_block<Acc>& b, Acc*) const noexcept {

@@ -27,22 +27,21 @@ struct primitive_polynomial {
   unsigned coefficients;  // the inner ones, highest first
   unsigned m[6];          // initial direction numbers
 };
-inline constexpr primitive_polynomial joe_kuo[point_set_dimensions - 1] = {
-    {1, 0, {1}},
-    {2, 1, {1, 3}},
-    {3, 1, {1, 3, 1}},
-    {3, 2, {1, 1, 1}},
-    {4, 1, {1, 1, 3, 3}},
-    {4, 4, {1, 3, 5, 13}},
-    {5, 2, {1, 1, 5, 5, 17}},
-    {5, 4, {1, 1, 5, 5, 5}},
-    {5, 7, {1, 1, 7, 11, 19}},
-    {5, 11, {1, 1, 5, 1, 1}},
-    {5, 13, {1, 1, 1, 3, 11}},
-    {5, 14, {1, 3, 5, 5, 31}},
-    {6, 1, {1, 3, 3, 9, 7, 49}},
-    {6, 13, {1, 1, 1, 15, 21, 21}},
-    {6, 16, {1, 3, 1, 13, 27, 49}}};
+inline constexpr primitive_polynomial joe_kuo[point_set_dimensions - 1] = {{1, 0, {1}},
+                                                                           {2, 1, {1, 3}},
+                                                                           {3, 1, {1, 3, 1}},
+                                                                           {3, 2, {1, 1, 1}},
+                                                                           {4, 1, {1, 1, 3, 3}},
+                                                                           {4, 4, {1, 3, 5, 13}},
+                                                                           {5, 2, {1, 1, 5, 5, 17}},
+                                                                           {5, 4, {1, 1, 5, 5, 5}},
+                                                                           {5, 7, {1, 1, 7, 11, 19}},
+                                                                           {5, 11, {1, 1, 5, 1, 1}},
+                                                                           {5, 13, {1, 1, 1, 3, 11}},
+                                                                           {5, 14, {1, 3, 5, 5, 31}},
+                                                                           {6, 1, {1, 3, 3, 9, 7, 49}},
+                                                                           {6, 13, {1, 1, 1, 15, 21, 21}},
+                                                                           {6, 16, {1, 3, 1, 13, 27, 49}}};
 
 /// v[b] = direction number of bit b as a 32-bit binary fraction.
 inline void sobol_directions(isize coordinate, std::uint32_t (&v)[32]) {
@@ -59,9 +58,10 @@ inline void sobol_directions(isize coordinate, std::uint32_t (&v)[32]) {
   }
 }
 inline void check_point_set(isize points, isize dimensions) {
-  require(points >= 0 && points <= isize{1} << 31, "a point set of ", points, " points was asked for; wanted 0 to 2^31");
-  require(dimensions >= 1 && dimensions <= point_set_dimensions, "a point set in ", dimensions, " dimensions was asked for; wanted 1 to ",
-          point_set_dimensions);
+  require(points >= 0 && points <= isize{1} << 31, "a point set of ", points,
+          " points was asked for; wanted 0 to 2^31");
+  require(dimensions >= 1 && dimensions <= point_set_dimensions, "a point set in ", dimensions,
+          " dimensions was asked for; wanted 1 to ", point_set_dimensions);
 }
 }  // namespace detail
 
@@ -90,7 +90,8 @@ inline std::vector<double> halton(isize points, isize dimensions) {
   detail::check_point_set(points, dimensions);
   std::vector<double> out(static_cast<std::size_t>(points * dimensions));
   for (isize i = 0; i < points; ++i)
-    for (isize c = 0; c < dimensions; ++c) out[static_cast<std::size_t>(i * dimensions + c)] = radical_inverse(i, primes[c]);
+    for (isize c = 0; c < dimensions; ++c)
+      out[static_cast<std::size_t>(i * dimensions + c)] = radical_inverse(i, primes[c]);
   return out;
 }
 

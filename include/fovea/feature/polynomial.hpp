@@ -38,7 +38,8 @@ FOVEA_INLINE isize outer_square(const Acc* x, isize d, bool packed, Acc scale, A
 inline isize define_outer_square(const double* x, isize d, bool packed, double scale, double* out) {
   isize at = 0;
   for (isize i = 0; i < d; ++i)
-    for (isize j = packed ? i : 0; j < d; ++j) out[at++] = scale * x[i] * x[j] * (packed && j > i ? std::sqrt(2.0) : 1.0);
+    for (isize j = packed ? i : 0; j < d; ++j)
+      out[at++] = scale * x[i] * x[j] * (packed && j > i ? std::sqrt(2.0) : 1.0);
   return at;
 }
 constexpr isize outer_size(isize d, bool packed) { return packed ? d * (d + 1) / 2 : d * d; }
@@ -51,7 +52,10 @@ struct taylor2 {
   isize features(isize d) const { return 1 + d + detail::outer_size(d, packed); }
   double macs(isize d) const { return static_cast<double>(features(d)); }
   isize scratch(isize) const { return 0; }
-  void check(const shape& s) const { require(s.d <= 256, "taylor2 makes 1 + d + d^2 features and q, k are ", s.d, " wide; wanted d <= 256 (Based projects to 16)"); }
+  void check(const shape& s) const {
+    require(s.d <= 256, "taylor2 makes 1 + d + d^2 features and q, k are ", s.d,
+            " wide; wanted d <= 256 (Based projects to 16)");
+  }
   void fingerprint(detail::fingerprint& f) const { f.text("taylor2").number(packed ? 1.0 : 0.0); }
 
   template <class Arch, class Acc>
@@ -82,13 +86,16 @@ struct square_map {
   isize features(isize d) const { return detail::outer_size(d, packed); }
   double macs(isize d) const { return static_cast<double>(features(d)); }
   isize scratch(isize) const { return 0; }
-  void check(const shape& s) const { require(s.d <= 256, "square_map makes d^2 features and q, k are ", s.d, " wide; wanted d <= 256"); }
+  void check(const shape& s) const {
+    require(s.d <= 256, "square_map makes d^2 features and q, k are ", s.d, " wide; wanted d <= 256");
+  }
   void fingerprint(detail::fingerprint& f) const { f.text("square").number(packed ? 1.0 : 0.0); }
 
   template <class Arch, class Acc>
   void apply(const feature_block<Acc>& b, Acc*) const noexcept {
     const Acc scale = static_cast<Acc>(1 / std::sqrt(static_cast<double>(b.width)));
-    for (isize t = 0; t < b.rows; ++t) detail::outer_square<Arch, Acc>(b.x + t * b.x_stride, b.width, packed, scale, b.out + t * b.out_stride);
+    for (isize t = 0; t < b.rows; ++t)
+      detail::outer_square<Arch, Acc>(b.x + t * b.x_stride, b.width, packed, scale, b.out + t * b.out_stride);
   }
   double define(const feature_site&, const double* x, isize d, double* out) const {
     detail::define_outer_square(x, d, packed, 1 / std::sqrt(static_cast<double>(d)), out);

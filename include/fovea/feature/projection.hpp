@@ -27,7 +27,7 @@ namespace detail {
 struct projection_table {
   isize heads = 1, rows = 0, width = 0;
   bool has_bias = false, trained = true;
-  std::vector<float> w32, b32;    // [heads][width][rows], [heads][rows]
+  std::vector<float> w32, b32;  // [heads][width][rows], [heads][rows]
   std::vector<double> w64, b64;
   template <class Acc>
   const Acc* weights(isize head) const {
@@ -63,7 +63,8 @@ struct projection_ref {
   /// out [rows of b][r] = x W^T, without the bias.
   template <class Arch, class Acc>
   void apply(isize head, const Acc* x, isize x_stride, isize count, Acc* out, isize out_stride) const noexcept {
-    tile::gemm<Arch, Acc>(count, table->rows, table->width, x, x_stride, isize{1}, table->weights<Acc>(pick(head)), table->rows, out, out_stride, false);
+    tile::gemm<Arch, Acc>(count, table->rows, table->width, x, x_stride, isize{1}, table->weights<Acc>(pick(head)),
+                          table->rows, out, out_stride, false);
   }
   template <class Acc>
   const Acc* bias(isize head) const {
@@ -81,7 +82,8 @@ struct projection_ref {
   }
   void check(const char* name, isize wanted_heads, const char* of, isize d) const {
     require(width() == d, name, " takes rows of width ", width(), " and q, k are ", d, " wide");
-    require(heads() == 1 || heads() == wanted_heads, name, " has weights for ", heads(), " heads; wanted 1 (shared) or ", wanted_heads, " (", of, ")");
+    require(heads() == 1 || heads() == wanted_heads, name, " has weights for ", heads(),
+            " heads; wanted 1 (shared) or ", wanted_heads, " (", of, ")");
   }
 };
 
@@ -89,8 +91,8 @@ class projection {
  public:
   projection() = default;
   projection(const float* w, isize heads, isize rows, isize width, const float* b = nullptr, bool trained = true) {
-    require(w != nullptr && heads >= 1 && rows >= 1 && width >= 1, "projection: W is ", w == nullptr ? "null, " : "", "[", heads, ", ", rows, ", ", width,
-            "]; wanted memory and positive sizes");
+    require(w != nullptr && heads >= 1 && rows >= 1 && width >= 1, "projection: W is ", w == nullptr ? "null, " : "",
+            "[", heads, ", ", rows, ", ", width, "]; wanted memory and positive sizes");
     auto t = std::make_shared<detail::projection_table>();
     t->heads = heads, t->rows = rows, t->width = width, t->has_bias = b != nullptr, t->trained = trained;
     const auto size = static_cast<std::size_t>(heads * rows * width);
@@ -138,7 +140,8 @@ namespace detail {
 /// The rules of heads above, for a map with a query and a key projection.
 inline void check_pair(const char* name, projection_ref query, projection_ref key, const shape& s) {
   require(query && key, name, " has no weights; give it a query and a key projection");
-  require(query.rows() == key.rows(), name, " makes ", query.rows(), " features of a query and ", key.rows(), " of a key; they must be equal");
+  require(query.rows() == key.rows(), name, " makes ", query.rows(), " features of a query and ", key.rows(),
+          " of a key; they must be equal");
   key.check(name, s.G, "the KV heads", s.d);
   if (query.table == key.table)
     query.check(name, s.G, "the KV heads, as it serves queries and keys", s.d);

@@ -53,25 +53,47 @@ inline double incomplete_gamma(double a, double x, bool lower) {
 
 inline double normal_quantile(double t) {
   require(t > 0 && t < 1, "normal_quantile: t is ", t, "; it must lie inside (0, 1)");
-  static constexpr double a[] = {3.3871328727963666080e0, 1.3314166789178437745e2, 1.9715909503065514427e3, 1.3731693765509461125e4,
-                                 4.5921953931549871457e4, 6.7265770927008700853e4, 3.3430575583588128105e4, 2.5090809287301226727e3};
-  static constexpr double b[] = {1.0, 4.2313330701600911252e1, 6.8718700749205790830e2, 5.3941960214247511077e3,
-                                 2.1213794301586595867e4, 3.9307895800092710610e4, 2.8729085735721942674e4, 5.2264952788528545610e3};
-  static constexpr double c[] = {1.42343711074968357734e0, 4.63033784615654529590e0, 5.76949722146069140550e0, 3.64784832476320460504e0,
-                                 1.27045825245236838258e0, 2.41780725177450611770e-1, 2.27238449892691845833e-2, 7.74545014278341407640e-4};
-  static constexpr double d[] = {1.0, 2.05319162663775882187e0, 1.67638483018380384940e0, 6.89767334985100004550e-1,
-                                 1.48103976427480074590e-1, 1.51986665636164571966e-2, 5.47593808499534494600e-4, 1.05075007164441684324e-9};
-  static constexpr double e[] = {6.65790464350110377720e0, 5.46378491116411436990e0, 1.78482653991729133580e0, 2.96560571828504891230e-1,
-                                 2.65321895265761230930e-2, 1.24266094738807843860e-3, 2.71155556874348757815e-5, 2.01033439929228813265e-7};
-  static constexpr double f[] = {1.0, 5.99832206555887937690e-1, 1.36929880922735805310e-1, 1.48753612908506148525e-2,
-                                 7.86869131145613259100e-4, 1.84631831751005468180e-5, 1.42151175831644588870e-7, 2.04426310338993978564e-15};
+  static constexpr double a[] = {3.3871328727963666080e0, 1.3314166789178437745e2, 1.9715909503065514427e3,
+                                 1.3731693765509461125e4, 4.5921953931549871457e4, 6.7265770927008700853e4,
+                                 3.3430575583588128105e4, 2.5090809287301226727e3};
+  static constexpr double b[] = {1.0,
+                                 4.2313330701600911252e1,
+                                 6.8718700749205790830e2,
+                                 5.3941960214247511077e3,
+                                 2.1213794301586595867e4,
+                                 3.9307895800092710610e4,
+                                 2.8729085735721942674e4,
+                                 5.2264952788528545610e3};
+  static constexpr double c[] = {1.42343711074968357734e0,  4.63033784615654529590e0, 5.76949722146069140550e0,
+                                 3.64784832476320460504e0,  1.27045825245236838258e0, 2.41780725177450611770e-1,
+                                 2.27238449892691845833e-2, 7.74545014278341407640e-4};
+  static constexpr double d[] = {1.0,
+                                 2.05319162663775882187e0,
+                                 1.67638483018380384940e0,
+                                 6.89767334985100004550e-1,
+                                 1.48103976427480074590e-1,
+                                 1.51986665636164571966e-2,
+                                 5.47593808499534494600e-4,
+                                 1.05075007164441684324e-9};
+  static constexpr double e[] = {6.65790464350110377720e0,  5.46378491116411436990e0,  1.78482653991729133580e0,
+                                 2.96560571828504891230e-1, 2.65321895265761230930e-2, 1.24266094738807843860e-3,
+                                 2.71155556874348757815e-5, 2.01033439929228813265e-7};
+  static constexpr double f[] = {1.0,
+                                 5.99832206555887937690e-1,
+                                 1.36929880922735805310e-1,
+                                 1.48753612908506148525e-2,
+                                 7.86869131145613259100e-4,
+                                 1.84631831751005468180e-5,
+                                 1.42151175831644588870e-7,
+                                 2.04426310338993978564e-15};
   const double q = t - 0.5;
   if (std::fabs(q) <= 0.425) {
     const double r = 0.180625 - q * q;
     return q * detail::horner(a, r) / detail::horner(b, r);
   }
   const double r = std::sqrt(-std::log(q < 0 ? t : 1 - t));
-  const double z = r <= 5 ? detail::horner(c, r - 1.6) / detail::horner(d, r - 1.6) : detail::horner(e, r - 5) / detail::horner(f, r - 5);
+  const double z = r <= 5 ? detail::horner(c, r - 1.6) / detail::horner(d, r - 1.6)
+                          : detail::horner(e, r - 5) / detail::horner(f, r - 5);
   return q < 0 ? -z : z;
 }
 
@@ -80,11 +102,13 @@ inline double chi_quantile(isize degrees, double t) {
   require(t >= 1e-100 && t < 1, "chi_quantile: t is ", t, "; it must lie in [1e-100, 1)");
   const double a = static_cast<double>(degrees) / 2, k = 2 / (9 * static_cast<double>(degrees));
   const double root = 1 - k + normal_quantile(t) * std::sqrt(k);
-  double x = root > 0.1 ? a * root * root * root : std::exp((std::log(t) + std::lgamma(a + 1)) / a);  // small x: P ~ x^a / Gamma(a + 1)
+  double x = root > 0.1 ? a * root * root * root
+                        : std::exp((std::log(t) + std::lgamma(a + 1)) / a);  // small x: P ~ x^a / Gamma(a + 1)
   const bool lower = t <= 0.5;
   for (int i = 0; i < 60; ++i) {
     const double density = std::exp((a - 1) * std::log(x) - x - std::lgamma(a));
-    const double error = lower ? detail::incomplete_gamma(a, x, true) - t : (1 - t) - detail::incomplete_gamma(a, x, false);
+    const double error =
+        lower ? detail::incomplete_gamma(a, x, true) - t : (1 - t) - detail::incomplete_gamma(a, x, false);
     const double newton = error / density, curvature = (a - 1) / x - 1;
     double move = newton / (1 - 0.5 * std::fmin(1.0, newton * curvature));
     if (move >= x) move = 0.5 * x;  // stay positive
