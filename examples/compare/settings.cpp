@@ -63,11 +63,11 @@ void add_linear(std::vector<setting>& all) {
   all.push_back({0, "elu+1", "linear", "untrained", far, plain("linear", {{"map", "elu1"}, {"normalise", true}})});
   all.push_back({0, "T2R relu r=32", "linear", "untrained", far, plain("linear", {{"map", "t2r"}, {"normalise", true}, {"clamp", 0.01}}), [](const input& in) {
                    const double deviation = 1 / std::sqrt(static_cast<double>(in.d));
-                   return arrays{{"W", array({in.H, 32, in.d}, normal(static_cast<std::size_t>(in.H * 32 * in.d), 1, deviation))},
-                                 {"b", array({in.H, 1, 32}, std::vector<float>(static_cast<std::size_t>(in.H * 32), 0.0F))}};
+                   return arrays{{"W", array({in.G, 32, in.d}, normal(static_cast<std::size_t>(in.G * 32 * in.d), 1, deviation))},
+                                 {"b", array({in.G, 1, 32}, std::vector<float>(static_cast<std::size_t>(in.G * 32), 0.0F))}};
                  }});
   all.push_back({0, "Hedgehog r=2d", "linear", "untrained", far, plain("linear", {{"map", "hedgehog_two"}, {"normalise", true}}), [](const input& in) {
-                   return arrays{{"Wq", identity(in.H, in.d)}, {"Wk", identity(in.H, in.d)}};
+                   return arrays{{"Wq", identity(in.H, in.d)}, {"Wk", identity(in.G, in.d)}};
                  }});
   for (const isize m : {64, 256})
     all.push_back({0, "FAVOR+ m=" + std::to_string(m), "linear", "untrained", "positive random features, 4 m floats a key channel; " + far,
