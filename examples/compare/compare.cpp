@@ -4,6 +4,7 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <cstdio>
 #include <filesystem>
 #include <iostream>
 #include <memory>
@@ -145,12 +146,11 @@ void write_policy(const report& r, const std::string& path) {
 
 void print_budget(const report& r) {
   const budget_result& b = *r.budget;
-  std::cout << "\nCheapest setting of each head with a " << b.error_of << " error of at most " << 100 * b.error << " % (cost: " << b.cost_of << "):\n";
+  std::cout << "\nCheapest setting of each head with a " << b.error_of << " error of at most " << 100 * b.error << " % (cost: " << b.cost_of << "):\n" << std::flush;
   for (const assignment& a : b.assignments)
-    std::cout << "  " << r.inputs[static_cast<std::size_t>(a.input)].file << "  head " << a.head << "  " << r.settings[static_cast<std::size_t>(a.setting)].label << "  ("
-              << 100 * a.error << " %)\n";
-  std::cout << "  against exact everywhere: prefill time " << (b.time_saved >= 0 ? "-" : "+") << std::abs(100 * b.time_saved) << " %, state "
-            << (b.bytes_saved >= 0 ? "-" : "+") << std::abs(100 * b.bytes_saved) << " %\n";
+    std::printf("  %-30s head %2d  %-34s %6.2f %%\n", r.inputs[static_cast<std::size_t>(a.input)].file.c_str(), a.head, r.settings[static_cast<std::size_t>(a.setting)].label.c_str(), 100 * a.error);
+  std::printf("  against exact everywhere: prefill time %+.0f %%, state %+.0f %%\n", -100 * b.time_saved, -100 * b.bytes_saved);
+  std::fflush(stdout);
 }
 
 int run(const options& o, const std::string& command) {
