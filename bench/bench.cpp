@@ -27,7 +27,9 @@ struct tensors {
     std::uint64_t seed = 1;
     for (fovea::buffer* b : {&q, &k, &v}) fill(*b, seed);
   }
-  static std::size_t bytes(const fovea::shape& s, isize count) { return static_cast<std::size_t>(count) * fovea::size_of(s.type); }
+  static std::size_t bytes(const fovea::shape& s, isize count) {
+    return static_cast<std::size_t>(count) * fovea::size_of(s.type);
+  }
   void fill(fovea::buffer& b, std::uint64_t& seed) const {  // uniform in [-1.7, 1.7]: variance 1
     const isize count = static_cast<isize>(b.size() / fovea::size_of(s.type));
     for (isize i = 0; i < count; ++i) {
@@ -101,7 +103,8 @@ struct runner {
       for (isize n = 0; n + piece.m <= c.shape.m; n += piece.m)  // the cache, without the cost of attending to fill it
         fovea::kv_cache::append({t.Q(), t.K(), t.V(), t.O(), {}, {}}, s);
     else
-      fovea::prefill(exec, a, t.Q(), t.K(), t.V(), t.O(), s, {.lse = {}, .gates = gates.views(piece.n), .workspace = {}});
+      fovea::prefill(exec, a, t.Q(), t.K(), t.V(), t.O(), s,
+                     {.lse = {}, .gates = gates.views(piece.n), .workspace = {}});
     fovea::buffer memory(a.workspace_size(one, c.threads) + 64);
     const fovea::call_options options{.lse = {}, .gates = gates.views(1), .workspace = memory.span()};
     const isize held = s.tokens();
@@ -131,13 +134,17 @@ int main(int argc, char** argv) {
   for (const bench::attention_case& c : bench::all_cases()) {
     if (c.threads > 1 && !pools.contains(c.threads)) pools[c.threads] = std::make_unique<fovea::threads>(c.threads);
     const runner r{c, c.threads > 1 ? fovea::exec_ref(*pools[c.threads]) : fovea::exec_ref(fovea::serial)};
-    benchmark::RegisterBenchmark(c.name().c_str(), [r](benchmark::State& b) {
-      try {
-        r.c.is_step ? r.step(b) : r.prefill(b);
-      } catch (const std::exception& e) {
-        b.SkipWithError(e.what());
-      }
-    })->UseManualTime()->Unit(benchmark::kMicrosecond)->MinTime(0.2);
+    benchmark::RegisterBenchmark(c.name().c_str(),
+                                 [r](benchmark::State& b) {
+                                   try {
+                                     r.c.is_step ? r.step(b) : r.prefill(b);
+                                   } catch (const std::exception& e) {
+                                     b.SkipWithError(e.what());
+                                   }
+                                 })
+        ->UseManualTime()
+        ->Unit(benchmark::kMicrosecond)
+        ->MinTime(0.2);
   }
   benchmark::AddCustomContext("fovea_arch", fovea::simd::name_of_arch<fovea::simd::native>);
   benchmark::AddCustomContext("cpu", machine::cpu_name());

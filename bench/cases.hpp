@@ -22,7 +22,7 @@ struct attention_case {
   bool keeps_tokens = false;  ///< its state is a KV cache
   isize gate_width = 0;       ///< 0: no decay; 1: scalar; d: by channel
   bool beta = false;
-  isize weight_rows = 0;      ///< random weights W (Wq, Wk) of so many features
+  isize weight_rows = 0;  ///< random weights W (Wq, Wk) of so many features
 
   fovea::any_attention make() const;
   std::string name() const;

@@ -18,7 +18,9 @@ namespace machine {
 
 using fovea::isize;
 
-inline double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+inline double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 /// Keeps a result alive.
 template <class T>

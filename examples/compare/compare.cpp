@@ -18,7 +18,8 @@
 namespace compare {
 
 machine_facts machine(int threads) {
-  return {::machine::cpu_name(), fovea::simd::name_of_arch<fovea::simd::native>, threads, ::machine::fma_peak(0.05) / 1e9, ::machine::stream_read() / 1e9};
+  return {::machine::cpu_name(), fovea::simd::name_of_arch<fovea::simd::native>, threads,
+          ::machine::fma_peak(0.05) / 1e9, ::machine::stream_read() / 1e9};
 }
 
 namespace {
@@ -39,8 +40,8 @@ class progress {
     ++done_;
     if (!shown_) return;
     const std::size_t width = 30, filled = total_ > 0 ? done_ * width / total_ : width;
-    std::cerr << "\r[" << std::string(filled, '#') << std::string(width - filled, '.') << "] " << done_ << "/" << total_ << "  " << what.substr(0, 44)
-              << std::string(what.size() < 44 ? 44 - what.size() : 0, ' ') << std::flush;
+    std::cerr << "\r[" << std::string(filled, '#') << std::string(width - filled, '.') << "] " << done_ << "/" << total_
+              << "  " << what.substr(0, 44) << std::string(what.size() < 44 ? 44 - what.size() : 0, ' ') << std::flush;
   }
   ~progress() {
     if (shown_) std::cerr << "\r" << std::string(96, ' ') << "\r";
@@ -69,17 +70,20 @@ void add_settings(const std::string& path, std::vector<setting>& all) {
       throw fovea::file_error(path, "every setting needs \"label\" (a text) and \"attention\" (a configuration)");
     for (const auto& [key, value] : item.items())
       if (key != "label" && key != "attention" && key != "weights" && key != "note" && key != "family")
-        throw fovea::file_error(path, "key \"" + key + "\" is not known; known: label, attention, weights, note, family");
+        throw fovea::file_error(path,
+                                "key \"" + key + "\" is not known; known: label, attention, weights, note, family");
     const auto c = fovea::configuration_from_json(item["attention"]);
     auto weights = std::make_shared<fovea::arrays>();
     if (item.contains("weights")) *weights = fovea::read_safetensors(item["weights"].get<std::string>()).tensors;
     const std::string family = item.value("family", c.mechanism == "softmax" ? "window" : c.mechanism);
-    all.push_back({static_cast<int>(all.size()), item["label"].get<std::string>(), family, "", item.value("note", ""), [c](const input&) { return c; },
-                   [weights](const input&) { return *weights; }});
+    all.push_back({static_cast<int>(all.size()), item["label"].get<std::string>(), family, "", item.value("note", ""),
+                   [c](const input&) { return c; }, [weights](const input&) { return *weights; }});
   }
 }
 
-fovea::any_attention make(const setting& s, const input& in) { return fovea::any_attention::make(s.configure(in), s.weights(in)); }
+fovea::any_attention make(const setting& s, const input& in) {
+  return fovea::any_attention::make(s.configure(in), s.weights(in));
+}
 
 /// One result for every input and setting; a mechanism that refuses an input says why.
 void measure_all(report& r, const options& o, fovea::exec_ref exec) {
@@ -115,7 +119,8 @@ void draw_all(report& r) {
     const input& in = r.inputs[x];
     std::vector<int> heads{0};
     for (const figures& f : r.results)
-      if (f.input == static_cast<int>(x) && r.settings[static_cast<std::size_t>(f.setting)].family == "window" && f.skipped.empty() && f.worst_head != 0 && heads.size() < 2)
+      if (f.input == static_cast<int>(x) && r.settings[static_cast<std::size_t>(f.setting)].family == "window" &&
+          f.skipped.empty() && f.worst_head != 0 && heads.size() < 2)
         heads.push_back(f.worst_head);
     if (heads.size() < 2 && in.H > 1) heads.push_back(static_cast<int>(in.H / 2));
     for (const figures& f : r.results) {
@@ -124,7 +129,8 @@ void draw_all(report& r) {
       bar.step("pictures: " + s.label);
       if (!f.skipped.empty()) continue;
       const isize size = std::min(most, in.n);
-      for (const int h : heads) r.pictures.push_back({f.input, h, s.id, s.label, size, attention_picture(in, make(s, in), h, size)});
+      for (const int h : heads)
+        r.pictures.push_back({f.input, h, s.id, s.label, size, attention_picture(in, make(s, in), h, size)});
     }
   }
 }
@@ -146,17 +152,22 @@ void write_policy(const report& r, const std::string& path) {
 
 void print_budget(const report& r) {
   const budget_result& b = *r.budget;
-  std::cout << "\nCheapest setting of each head with a " << b.error_of << " error of at most " << 100 * b.error << " % (cost: " << b.cost_of << "):\n" << std::flush;
+  std::cout << "\nCheapest setting of each head with a " << b.error_of << " error of at most " << 100 * b.error
+            << " % (cost: " << b.cost_of << "):\n"
+            << std::flush;
   for (const assignment& a : b.assignments)
-    std::printf("  %-30s head %2d  %-34s %6.2f %%\n", r.inputs[static_cast<std::size_t>(a.input)].file.c_str(), a.head, r.settings[static_cast<std::size_t>(a.setting)].label.c_str(), 100 * a.error);
-  std::printf("  against exact everywhere: prefill time %+.0f %%, state %+.0f %%\n", -100 * b.time_saved, -100 * b.bytes_saved);
+    std::printf("  %-30s head %2d  %-34s %6.2f %%\n", r.inputs[static_cast<std::size_t>(a.input)].file.c_str(), a.head,
+                r.settings[static_cast<std::size_t>(a.setting)].label.c_str(), 100 * a.error);
+  std::printf("  against exact everywhere: prefill time %+.0f %%, state %+.0f %%\n", -100 * b.time_saved,
+              -100 * b.bytes_saved);
   std::fflush(stdout);
 }
 
 int run(const options& o, const std::string& command) {
   report r;
   r.command = command;
-  for (const std::string& file : o.files.empty() ? built_in_files() : o.files) r.inputs.push_back(read_input(file, o.tokens));
+  for (const std::string& file : o.files.empty() ? built_in_files() : o.files)
+    r.inputs.push_back(read_input(file, o.tokens));
   std::vector<setting> all = built_in_settings();
   if (!o.extra.empty()) add_settings(o.extra, all);
   for (setting& s : all)
@@ -187,18 +198,25 @@ int run(const options& o, const std::string& command) {
 int main(int argc, char** argv) {
   compare::options o;
   CLI::App app{"Accuracy, time and memory of attention mechanisms on real Q, K, V, against exact attention."};
-  app.add_option("files", o.files, "safetensors files with q [H, n, d], k [G, n, d], v [G, n, e]; none: the built-in ones");
+  app.add_option("files", o.files,
+                 "safetensors files with q [H, n, d], k [G, n, d], v [G, n, e]; none: the built-in ones");
   app.add_option("--report", o.folder, "folder for report.html and report.json");
-  app.add_option("--budget", o.budget, "propose for each head the cheapest setting within this error, as 0.01, and write it as policy.json")->check(CLI::Range(1e-9, 10.0));
-  app.add_option("--budget-on", o.error_of, "which error of a head the budget bounds")->check(CLI::IsMember(std::vector<std::string>{"median", "p95"}));
-  app.add_option("--cost", o.cost_of, "what cheap means to --budget")->check(CLI::IsMember(std::vector<std::string>{"prefill", "step", "memory"}));
+  app.add_option("--budget", o.budget,
+                 "propose for each head the cheapest setting within this error, as 0.01, and write it as policy.json")
+      ->check(CLI::Range(1e-9, 10.0));
+  app.add_option("--budget-on", o.error_of, "which error of a head the budget bounds")
+      ->check(CLI::IsMember(std::vector<std::string>{"median", "p95"}));
+  app.add_option("--cost", o.cost_of, "what cheap means to --budget")
+      ->check(CLI::IsMember(std::vector<std::string>{"prefill", "step", "memory"}));
   app.add_option("--policy", o.policy_file, "where --budget writes (REPORT/policy.json)");
-  app.add_option("--settings", o.extra, "JSON file with more settings: [{\"label\": ..., \"attention\": {...}, \"weights\": FILE}]");
+  app.add_option("--settings", o.extra,
+                 "JSON file with more settings: [{\"label\": ..., \"attention\": {...}, \"weights\": FILE}]");
   app.add_option("--only", o.only, "only settings of this family, or with this text in their label (and exact)");
   app.add_option("--tokens", o.tokens, "use the first TOKENS tokens of each file")->check(CLI::Range(1, 1 << 30));
   app.add_option("--threads", o.threads, "threads of each call")->check(CLI::Range(1, 1024));
   app.add_option("--repeats", o.repeats, "timed runs of each setting")->check(CLI::Range(1, 1000));
-  app.add_option("--seconds", o.seconds, "at most this long for the timed runs of one setting")->check(CLI::Range(0.001, 3600.0));
+  app.add_option("--seconds", o.seconds, "at most this long for the timed runs of one setting")
+      ->check(CLI::Range(0.001, 3600.0));
   app.add_flag("!--no-pictures", o.pictures, "leave the attention pictures out");
   try {
     app.parse(argc, argv);

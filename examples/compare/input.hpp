@@ -45,9 +45,12 @@ inline double number_of(const input& in, const std::string& key, const std::stri
 /// Heads, rows and width of [H, n, d] or [1, H, n, d].
 inline void sizes(const input& in, const char* name, const fovea::array& a, isize& heads, isize& rows, isize& width) {
   if (!fovea::is_float(a.type()) || (a.rank() != 3 && a.rank() != 4) || (a.rank() == 4 && a.dim(0) != 1))
-    throw fovea::file_error(in.path, std::string("tensor ") + name + " is " + a.describe() + "; wanted floats [heads, n, width] or [1, heads, n, width]");
+    throw fovea::file_error(in.path, std::string("tensor ") + name + " is " + a.describe() +
+                                         "; wanted floats [heads, n, width] or [1, heads, n, width]");
   heads = a.dim(-3), rows = a.dim(-2), width = a.dim(-1);
-  if (heads < 1 || rows < 1 || width < 1) throw fovea::file_error(in.path, std::string("tensor ") + name + " is " + a.describe() + "; wanted at least one of each");
+  if (heads < 1 || rows < 1 || width < 1)
+    throw fovea::file_error(in.path,
+                            std::string("tensor ") + name + " is " + a.describe() + "; wanted at least one of each");
 }
 }  // namespace detail
 
@@ -58,17 +61,20 @@ inline input read_input(const std::string& path, isize most) {
   in.file = std::filesystem::path(path).filename().string();
   const fovea::safetensors_file f = fovea::read_safetensors(path);
   for (const char* name : {"q", "k", "v"})
-    if (!f.tensors.contains(name)) throw fovea::file_error(path, std::string("has no tensor \"") + name + "\"; wanted q, k and v");
+    if (!f.tensors.contains(name))
+      throw fovea::file_error(path, std::string("has no tensor \"") + name + "\"; wanted q, k and v");
   const fovea::array &q = f.tensors.at("q"), &k = f.tensors.at("k"), &v = f.tensors.at("v");
   isize k_rows = 0, k_width = 0, v_heads = 0, v_rows = 0;
   detail::sizes(in, "q", q, in.H, in.n, in.d);
   detail::sizes(in, "k", k, in.G, k_rows, k_width);
   detail::sizes(in, "v", v, v_heads, v_rows, in.e);
   if (k_rows != in.n || v_rows != in.n || v_heads != in.G || k_width != in.d || in.H % in.G != 0)
-    throw fovea::file_error(path, "q, k, v are " + q.describe() + ", " + k.describe() + ", " + v.describe() +
-                                      "; wanted q [H, n, d], k [G, n, d], v [G, n, e] with one n and H a multiple of G");
+    throw fovea::file_error(path,
+                            "q, k, v are " + q.describe() + ", " + k.describe() + ", " + v.describe() +
+                                "; wanted q [H, n, d], k [G, n, d], v [G, n, e] with one n and H a multiple of G");
   in.model = detail::text_of(f, "model"), in.text = detail::text_of(f, "text");
-  if (const auto t = detail::text_of(f, "layer"); !t.empty()) in.layer = static_cast<int>(detail::number_of(in, "layer", t));
+  if (const auto t = detail::text_of(f, "layer"); !t.empty())
+    in.layer = static_cast<int>(detail::number_of(in, "layer", t));
   if (const auto t = detail::text_of(f, "causal"); !t.empty()) in.causal = t == "1" || t == "true";
   const auto t = detail::text_of(f, "scale");
   in.scale = t.empty() ? 1.0 / std::sqrt(static_cast<double>(in.d)) : detail::number_of(in, "scale", t);

@@ -46,12 +46,13 @@ struct call {
   const fovea::any_attention& a;
   fovea::exec_ref exec;
   fovea::buffer memory;
-  call(const fovea::any_attention& mechanism, fovea::exec_ref e, const fovea::shape& s) : a(mechanism), exec(e), memory(a.workspace_size(s, e.concurrency()) + 64) {}
+  call(const fovea::any_attention& mechanism, fovea::exec_ref e, const fovea::shape& s)
+      : a(mechanism), exec(e), memory(a.workspace_size(s, e.concurrency()) + 64) {}
   fovea::call_options options() const { return {.lse = {}, .gates = {}, .workspace = memory.span()}; }
 };
 
-void time_prefill(const input& in, const fovea::any_attention& exact, const fovea::any_attention& a, fovea::exec_ref exec, const timing_options& t, std::vector<float>& out,
-                  figures& f) {
+void time_prefill(const input& in, const fovea::any_attention& exact, const fovea::any_attention& a,
+                  fovea::exec_ref exec, const timing_options& t, std::vector<float>& out, figures& f) {
   const call yard(exact, exec, in.shape()), own(a, exec, in.shape());
   std::vector<float> other(out.size());
   const auto to = [&](std::vector<float>& x) { return fovea::bhnd(x.data(), 1, in.H, in.n, in.e); };
@@ -63,7 +64,8 @@ void time_prefill(const input& in, const fovea::any_attention& exact, const fove
 }
 
 /// Steps with the whole input as context: the last token again and again, a few dozen times.
-void time_step(const input& in, const fovea::any_attention& exact, const fovea::any_attention& a, fovea::exec_ref exec, const timing_options& t, figures& f) {
+void time_step(const input& in, const fovea::any_attention& exact, const fovea::any_attention& a, fovea::exec_ref exec,
+               const timing_options& t, figures& f) {
   if (!in.causal || !a.streaming()) return;
   const isize steps = 4 * t.repeats + 2;
   fovea::shape room = in.shape();
@@ -83,7 +85,8 @@ void time_step(const input& in, const fovea::any_attention& exact, const fovea::
   };
   stream yard = start(exact), own = start(a);
   const auto step = [&](const fovea::any_attention& m, stream& x) {
-    fovea::step(exec, m, last(in.Q()), last(in.K()), last(in.V()), fovea::bhnd(o.data(), 1, in.H, 1, in.e), x.s, x.step.options());
+    fovea::step(exec, m, last(in.Q()), last(in.K()), last(in.V()), fovea::bhnd(o.data(), 1, in.H, 1, in.e), x.s,
+                x.step.options());
   };
   turns x;
   x.run([&] { step(exact, yard); }, [&] { step(a, own); }, {static_cast<int>(steps) - 2, t.budget_s});
@@ -109,13 +112,16 @@ void compare_rows(const input& in, const std::vector<float>& out, figures& f) {
       cosine += norm > 0 && own > 0 ? dot / std::sqrt(norm * own) : 0;
     }
     head_figures g;
-    g.error_median = median(errors), g.error_p95 = quantile(errors, 0.95), g.cosine = cosine / static_cast<double>(in.n);
+    g.error_median = median(errors), g.error_p95 = quantile(errors, 0.95),
+    g.cosine = cosine / static_cast<double>(in.n);
     every.insert(every.end(), errors.begin(), errors.end());
     cosine_sum += g.cosine;
-    if (h == 0 || !(g.error_median <= f.worst_error)) f.worst_head = static_cast<int>(h), f.worst_error = g.error_median;
+    if (h == 0 || !(g.error_median <= f.worst_error))
+      f.worst_head = static_cast<int>(h), f.worst_error = g.error_median;
     f.heads.push_back(g);
   }
-  f.error_median = median(every), f.error_p95 = quantile(every, 0.95), f.cosine = cosine_sum / static_cast<double>(in.H);
+  f.error_median = median(every), f.error_p95 = quantile(every, 0.95),
+  f.cosine = cosine_sum / static_cast<double>(in.H);
 }
 
 /// Share of the exact attention mass on the keys that a softmax mask lets through, by head.
@@ -174,13 +180,16 @@ std::vector<double> exact_output(const input& in) {
   const auto wide = [](const std::vector<float>& x) { return std::vector<double>(x.begin(), x.end()); };
   const std::vector<double> q = wide(in.q), k = wide(in.k), v = wide(in.v);
   std::vector<double> out(static_cast<std::size_t>(in.H * in.n * in.e));
-  const fovea::softmax_attention m{.mask = in.causal ? fovea::mask(fovea::causal{}) : fovea::mask(fovea::no_mask{}), .scale = in.scale};
-  fovea::prefill(fovea::serial, m, fovea::bhnd(q.data(), 1, in.H, in.n, in.d), fovea::bhnd(k.data(), 1, in.G, in.n, in.d), fovea::bhnd(v.data(), 1, in.G, in.n, in.e),
+  const fovea::softmax_attention m{.mask = in.causal ? fovea::mask(fovea::causal{}) : fovea::mask(fovea::no_mask{}),
+                                   .scale = in.scale};
+  fovea::prefill(fovea::serial, m, fovea::bhnd(q.data(), 1, in.H, in.n, in.d),
+                 fovea::bhnd(k.data(), 1, in.G, in.n, in.d), fovea::bhnd(v.data(), 1, in.G, in.n, in.e),
                  fovea::bhnd(out.data(), 1, in.H, in.n, in.e));
   return out;
 }
 
-figures measure(const input& in, const fovea::any_attention& exact, const setting& s, const fovea::any_attention& a, fovea::exec_ref exec, const timing_options& t) {
+figures measure(const input& in, const fovea::any_attention& exact, const setting& s, const fovea::any_attention& a,
+                fovea::exec_ref exec, const timing_options& t) {
   figures f;
   std::vector<float> out(static_cast<std::size_t>(in.H * in.n * in.e), std::numeric_limits<float>::quiet_NaN());
   time_prefill(in, exact, a, exec, t, out, f);
@@ -201,17 +210,23 @@ figures measure(const input& in, const fovea::any_attention& exact, const settin
 
 std::vector<float> attention_picture(const input& in, const fovea::any_attention& a, isize head, isize size) {
   const auto bin = [&](isize i) { return i * size / in.n; };
-  std::vector<float> v(static_cast<std::size_t>(in.G * in.n * size), 0.0F), out(static_cast<std::size_t>(in.H * in.n * size));
+  std::vector<float> v(static_cast<std::size_t>(in.G * in.n * size), 0.0F),
+      out(static_cast<std::size_t>(in.H * in.n * size));
   for (isize g = 0; g < in.G; ++g)
     for (isize j = 0; j < in.n; ++j) v[static_cast<std::size_t>((g * in.n + j) * size + bin(j))] = 1.0F;
-  fovea::prefill(fovea::serial, a, in.Q(), in.K(), fovea::bhnd(static_cast<const float*>(v.data()), 1, in.G, in.n, size), fovea::bhnd(out.data(), 1, in.H, in.n, size));
+  fovea::prefill(fovea::serial, a, in.Q(), in.K(),
+                 fovea::bhnd(static_cast<const float*>(v.data()), 1, in.G, in.n, size),
+                 fovea::bhnd(out.data(), 1, in.H, in.n, size));
   std::vector<float> picture(static_cast<std::size_t>(size * size), 0.0F), rows(static_cast<std::size_t>(size), 0.0F);
   for (isize i = 0; i < in.n; ++i) {
     rows[static_cast<std::size_t>(bin(i))] += 1.0F;
-    for (isize c = 0; c < size; ++c) picture[static_cast<std::size_t>(bin(i) * size + c)] += out[static_cast<std::size_t>((head * in.n + i) * size + c)];
+    for (isize c = 0; c < size; ++c)
+      picture[static_cast<std::size_t>(bin(i) * size + c)] +=
+          out[static_cast<std::size_t>((head * in.n + i) * size + c)];
   }
   for (isize r = 0; r < size; ++r)
-    for (isize c = 0; c < size; ++c) picture[static_cast<std::size_t>(r * size + c)] /= rows[static_cast<std::size_t>(r)];
+    for (isize c = 0; c < size; ++c)
+      picture[static_cast<std::size_t>(r * size + c)] /= rows[static_cast<std::size_t>(r)];
   return picture;
 }
 

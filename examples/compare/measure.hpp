@@ -36,8 +36,8 @@ struct timing_options {
 std::vector<double> exact_output(const input& in);
 
 /// `exact` is measured in turns with the setting's mechanism, so that a slow passage of the machine hits both.
-figures measure(const input& in, const fovea::any_attention& exact, const setting& s, const fovea::any_attention& a, fovea::exec_ref exec,
-                const timing_options& t);
+figures measure(const input& in, const fovea::any_attention& exact, const setting& s, const fovea::any_attention& a,
+                fovea::exec_ref exec, const timing_options& t);
 
 /// Where the queries of a head look: [size, size] mass of query bins on key bins, by running the mechanism with bin indicators as values.
 std::vector<float> attention_picture(const input& in, const fovea::any_attention& a, isize head, isize size);

@@ -50,10 +50,13 @@ std::string now_text() {
 json result_json(const figures& f) {
   json j{{"input", f.input}, {"setting", f.setting}, {"skipped", f.skipped}};
   if (!f.skipped.empty()) return j;
-  j["prefill_ms"] = number(f.prefill_ms), j["step_us"] = number(f.step_us), j["state_bytes"] = number(f.state_bytes), j["macs"] = number(f.macs);
-  j["prefill_ratio"] = number(f.prefill_ratio), j["step_ratio"] = number(f.step_ratio), j["state_ratio"] = number(f.state_ratio);
+  j["prefill_ms"] = number(f.prefill_ms), j["step_us"] = number(f.step_us), j["state_bytes"] = number(f.state_bytes),
+  j["macs"] = number(f.macs);
+  j["prefill_ratio"] = number(f.prefill_ratio), j["step_ratio"] = number(f.step_ratio),
+  j["state_ratio"] = number(f.state_ratio);
   j["error_median"] = number(f.error_median), j["error_p95"] = number(f.error_p95);
-  j["worst_head"] = f.worst_head, j["worst_error"] = number(f.worst_error), j["cosine"] = number(f.cosine), j["recall"] = number(f.recall);
+  j["worst_head"] = f.worst_head, j["worst_error"] = number(f.worst_error), j["cosine"] = number(f.cosine),
+  j["recall"] = number(f.recall);
   j["heads"] = json::array();
   for (std::size_t h = 0; h < f.heads.size(); ++h)
     j["heads"].push_back({{"head", h},
@@ -74,7 +77,8 @@ json maps_json(const report& r) {
       at = maps.end() - 1;
     }
     json values = json::array();
-    for (const float x : p.values) values.push_back(std::isfinite(x) ? json(std::round(static_cast<double>(x) * 1e5) / 1e5) : json(nullptr));
+    for (const float x : p.values)
+      values.push_back(std::isfinite(x) ? json(std::round(static_cast<double>(x) * 1e5) / 1e5) : json(nullptr));
     (*at)["panels"].push_back({{"setting", p.setting}, {"title", p.title}, {"values", std::move(values)}});
   }
   return maps;
@@ -86,7 +90,9 @@ double cost(const figures& f, const std::string& cost_of) {
 }
 /// This setting's cost as a share of exact's: from the turns, where it is a time.
 double share(const figures& f, const std::string& cost_of) {
-  const std::optional<double> ratio = cost_of == "prefill" ? f.prefill_ratio : cost_of == "step" ? f.step_ratio : f.state_ratio;
+  const std::optional<double> ratio = cost_of == "prefill" ? f.prefill_ratio
+                                      : cost_of == "step"  ? f.step_ratio
+                                                           : f.state_ratio;
   return ratio ? 1 / *ratio : std::numeric_limits<double>::infinity();
 }
 
@@ -109,7 +115,8 @@ budget_result propose(const report& r, double error, const std::string& error_of
         const bool exact = f.setting == 0;
         const double e = exact ? 0 : error_of == "p95" ? g.error_p95 : g.error_median;
         if (!(e <= error)) continue;
-        if (best == nullptr || (exact ? 1.0 : share(f, by)) < (best->setting == 0 ? 1.0 : share(*best, by))) best = &f, best_error = e;
+        if (best == nullptr || (exact ? 1.0 : share(f, by)) < (best->setting == 0 ? 1.0 : share(*best, by)))
+          best = &f, best_error = e;
       }
       if (best == nullptr || !std::isfinite(cost(*best, by))) continue;
       b.assignments.push_back({x, static_cast<int>(h), best->setting, best_error});
@@ -118,7 +125,8 @@ budget_result propose(const report& r, double error, const std::string& error_of
       ++counted;
     }
   }
-  if (counted > 0) b.time_saved = 1 - time / static_cast<double>(counted), b.bytes_saved = 1 - bytes / static_cast<double>(counted);
+  if (counted > 0)
+    b.time_saved = 1 - time / static_cast<double>(counted), b.bytes_saved = 1 - bytes / static_cast<double>(counted);
   return b;
 }
 
@@ -127,9 +135,14 @@ void print_table(const report& r) {
     const input& in = r.inputs[x];
     std::cout << "\n" << in.file << ": " << (in.model.empty() ? "model not named" : in.model);
     if (in.layer >= 0) std::cout << ", layer " << in.layer;
-    std::cout << ", n = " << in.n << ", H/G = " << in.H << "/" << in.G << ", d = " << in.d << (in.causal ? ", causal" : ", bidirectional") << "\n";
-    std::cout << pad("", 36, true) << "   error of a row against exact               prefill            decode step        state          multiply-\n"
-              << pad("setting", 36, true) << "  median     p95   worst head  cosine recall     ms    saves     us     saves         saves   adds (M)\n";
+    std::cout << ", n = " << in.n << ", H/G = " << in.H << "/" << in.G << ", d = " << in.d
+              << (in.causal ? ", causal" : ", bidirectional") << "\n";
+    std::cout
+        << pad("", 36, true)
+        << "   error of a row against exact               prefill            decode step        state          "
+           "multiply-\n"
+        << pad("setting", 36, true)
+        << "  median     p95   worst head  cosine recall     ms    saves     us     saves         saves   adds (M)\n";
     for (const figures& f : r.results) {
       if (f.input != static_cast<int>(x)) continue;
       const setting& s = r.settings[static_cast<std::size_t>(f.setting)];
@@ -138,14 +151,17 @@ void print_table(const report& r) {
         std::cout << "  not applicable: " << f.skipped << "\n";
         continue;
       }
-      std::cout << pad(percent(f.error_median), 8) << pad(percent(f.error_p95), 8) << pad(percent(f.worst_error), 8) << " #" << pad(std::to_string(f.worst_head), 3, true)
-                << pad(fixed(f.cosine, 3), 7) << pad(f.recall ? fixed(*f.recall, 3) : "-", 7) << pad(f.prefill_ms ? fixed(*f.prefill_ms, 2) : "-", 8)
-                << pad(times(f.prefill_ratio), 8) << pad(f.step_us ? fixed(*f.step_us, 1) : "-", 8) << pad(times(f.step_ratio), 8) << pad(size(f.state_bytes), 10)
-                << pad(times(f.state_ratio), 7) << pad(f.macs ? fixed(*f.macs / 1e6, 0) : "-", 9) << "\n";
+      std::cout << pad(percent(f.error_median), 8) << pad(percent(f.error_p95), 8) << pad(percent(f.worst_error), 8)
+                << " #" << pad(std::to_string(f.worst_head), 3, true) << pad(fixed(f.cosine, 3), 7)
+                << pad(f.recall ? fixed(*f.recall, 3) : "-", 7) << pad(f.prefill_ms ? fixed(*f.prefill_ms, 2) : "-", 8)
+                << pad(times(f.prefill_ratio), 8) << pad(f.step_us ? fixed(*f.step_us, 1) : "-", 8)
+                << pad(times(f.step_ratio), 8) << pad(size(f.state_bytes), 10) << pad(times(f.state_ratio), 7)
+                << pad(f.macs ? fixed(*f.macs / 1e6, 0) : "-", 9) << "\n";
     }
   }
   std::cout << "\n* untrained: its maps or projections were drawn, not learned; 100 % is as wrong as answering zero.\n"
-               "  saves: exact over this setting, timed in turns; above 1x is cheaper. Average error does not predict what a model loses: docs/mechanisms.\n";
+               "  saves: exact over this setting, timed in turns; above 1x is cheaper. Average error does not predict "
+               "what a model loses: docs/mechanisms.\n";
 }
 
 json to_json(const report& r) {
@@ -189,13 +205,17 @@ json to_json(const report& r) {
                    {"time_saved", number(r.budget->time_saved)},
                    {"bytes_saved", number(r.budget->bytes_saved)}};
     for (const assignment& a : r.budget->assignments)
-      j["budget"]["assignments"].push_back({{"input", a.input}, {"head", a.head}, {"setting", a.setting}, {"error", number(a.error)}});
+      j["budget"]["assignments"].push_back(
+          {{"input", a.input}, {"head", a.head}, {"setting", a.setting}, {"error", number(a.error)}});
   }
   return j;
 }
 
 json policy(const report& r) {
-  json j{{"fovea_policy", 1}, {"error", r.budget->error}, {"error_of", r.budget->error_of}, {"cost_of", r.budget->cost_of}};
+  json j{{"fovea_policy", 1},
+         {"error", r.budget->error},
+         {"error_of", r.budget->error_of},
+         {"cost_of", r.budget->cost_of}};
   j["default"] = {{"mechanism", "softmax"}, {"causal", r.inputs.empty() || r.inputs.front().causal}};
   j["overrides"] = json::array();
   for (const assignment& a : r.budget->assignments) {

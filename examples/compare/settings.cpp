@@ -21,7 +21,8 @@ std::vector<float> normal(std::size_t count, std::uint64_t seed, double deviatio
     return (static_cast<double>((z ^ (z >> 31)) >> 11) + 0.5) * 0x1p-53;
   };
   std::vector<float> out(count);
-  for (auto& x : out) x = static_cast<float>(deviation * std::sqrt(-2 * std::log(uniform())) * std::cos(6.283185307179586 * uniform()));
+  for (auto& x : out)
+    x = static_cast<float>(deviation * std::sqrt(-2 * std::log(uniform())) * std::cos(6.283185307179586 * uniform()));
   return out;
 }
 
@@ -52,25 +53,31 @@ auto only_causal(const std::string& mechanism, values v, bool with_scale = false
 }
 
 void add_exact_and_windows(std::vector<setting>& all) {
-  all.push_back({0, "exact", "exact", "", "online softmax over all visible keys: the yardstick", plain("softmax", {}, true)});
+  all.push_back(
+      {0, "exact", "exact", "", "online softmax over all visible keys: the yardstick", plain("softmax", {}, true)});
   for (const double w : {64.0, 256.0})
     all.push_back({0, "window " + std::to_string(static_cast<int>(w)) + " + 4 sinks", "window", "",
-                   "exact over the last keys and the first 4; this version keeps the whole KV cache", only_causal("softmax", {{"window", w}, {"first", 4.0}}, true)});
+                   "exact over the last keys and the first 4; this version keeps the whole KV cache",
+                   only_causal("softmax", {{"window", w}, {"first", 4.0}}, true)});
 }
 
 void add_linear(std::vector<setting>& all) {
   const std::string far = "an untrained map: expect 90 to 180 % error; it is meant to be learned";
   all.push_back({0, "elu+1", "linear", "untrained", far, plain("linear", {{"map", "elu1"}, {"normalise", true}})});
-  all.push_back({0, "T2R relu r=32", "linear", "untrained", far, plain("linear", {{"map", "t2r"}, {"normalise", true}, {"clamp", 0.01}}), [](const input& in) {
+  all.push_back({0, "T2R relu r=32", "linear", "untrained", far,
+                 plain("linear", {{"map", "t2r"}, {"normalise", true}, {"clamp", 0.01}}), [](const input& in) {
                    const double deviation = 1 / std::sqrt(static_cast<double>(in.d));
-                   return arrays{{"W", array({in.G, 32, in.d}, normal(static_cast<std::size_t>(in.G * 32 * in.d), 1, deviation))},
-                                 {"b", array({in.G, 1, 32}, std::vector<float>(static_cast<std::size_t>(in.G * 32), 0.0F))}};
+                   return arrays{
+                       {"W", array({in.G, 32, in.d}, normal(static_cast<std::size_t>(in.G * 32 * in.d), 1, deviation))},
+                       {"b", array({in.G, 1, 32}, std::vector<float>(static_cast<std::size_t>(in.G * 32), 0.0F))}};
                  }});
-  all.push_back({0, "Hedgehog r=2d", "linear", "untrained", far, plain("linear", {{"map", "hedgehog_two"}, {"normalise", true}}), [](const input& in) {
+  all.push_back({0, "Hedgehog r=2d", "linear", "untrained", far,
+                 plain("linear", {{"map", "hedgehog_two"}, {"normalise", true}}), [](const input& in) {
                    return arrays{{"Wq", identity(in.H, in.d)}, {"Wk", identity(in.G, in.d)}};
                  }});
   for (const isize m : {64, 256})
-    all.push_back({0, "FAVOR+ m=" + std::to_string(m), "linear", "untrained", "positive random features, 4 m floats a key channel; " + far,
+    all.push_back({0, "FAVOR+ m=" + std::to_string(m), "linear", "untrained",
+                   "positive random features, 4 m floats a key channel; " + far,
                    plain("linear", {{"map", "favor_plain"}, {"normalise", true}}), [m](const input& in) {
                      return arrays{{"W", array({m, in.d}, normal(static_cast<std::size_t>(m * in.d), 7, 1.0))}};
                    }});
@@ -79,16 +86,21 @@ void add_linear(std::vector<setting>& all) {
                    c.values["causal"] = in.causal, c.values["M"] = static_cast<double>(in.n + 64);
                    return c;
                  }});
-  all.push_back({0, "Based taylor2", "linear", "untrained", "second-order Taylor map of the whole head: d^2 + d + 1 features", [](const input& in) {
-                   if (in.d > 32) throw not_applicable{"d^2 + d + 1 features are too many for heads wider than 32 (Based projects to 16 first)"};
+  all.push_back({0, "Based taylor2", "linear", "untrained",
+                 "second-order Taylor map of the whole head: d^2 + d + 1 features", [](const input& in) {
+                   if (in.d > 32)
+                     throw not_applicable{
+                         "d^2 + d + 1 features are too many for heads wider than 32 (Based projects to 16 first)"};
                    return plain("linear", {{"map", "taylor2"}, {"normalise", true}, {"eps", 1e-6}})(in);
                  }});
 }
 
 void add_dijiang(std::vector<setting>& all) {
   const std::string note = "random frequencies; its published quality comes from fine-tuning the model with it";
-  all.push_back({0, "DiJiang paper form", "dijiang", "untrained", note, plain("dijiang", {{"form", "paper"}, {"normalise", true}})});
-  all.push_back({0, "DiJiang released form", "dijiang", "untrained", note, plain("dijiang", {{"form", "released"}, {"normalise", true}})});
+  all.push_back({0, "DiJiang paper form", "dijiang", "untrained", note,
+                 plain("dijiang", {{"form", "paper"}, {"normalise", true}})});
+  all.push_back({0, "DiJiang released form", "dijiang", "untrained", note,
+                 plain("dijiang", {{"form", "released"}, {"normalise", true}})});
   for (const double blocks : {1.0, 2.0})
     all.push_back({0, "DiJiang unbiased x" + std::to_string(static_cast<int>(blocks)), "dijiang", "untrained", note,
                    plain("dijiang", {{"form", "unbiased"}, {"normalise", true}, {"blocks", blocks}})});
@@ -96,39 +108,61 @@ void add_dijiang(std::vector<setting>& all) {
 
 void add_low_rank(std::vector<setting>& all) {
   for (const double slots : {32.0, 128.0})
-    all.push_back({0, "Linformer mean-pool k=" + std::to_string(static_cast<int>(slots)), "linformer", "untrained", "keys and values pooled to k slots over the whole input",
-                   [slots](const input& in) {
-                     if (in.causal) throw not_applicable{"a slot mixes all positions, so the plain form has no causal mask; the block-causal form is measured instead"};
-                     if (in.n % static_cast<isize>(slots) != 0) throw not_applicable{"the input's length is no multiple of the slots"};
+    all.push_back({0, "Linformer mean-pool k=" + std::to_string(static_cast<int>(slots)), "linformer", "untrained",
+                   "keys and values pooled to k slots over the whole input", [slots](const input& in) {
+                     if (in.causal)
+                       throw not_applicable{
+                           "a slot mixes all positions, so the plain form has no causal mask; the block-causal form is "
+                           "measured instead"};
+                     if (in.n % static_cast<isize>(slots) != 0)
+                       throw not_applicable{"the input's length is no multiple of the slots"};
                      configuration c{"linformer", {{"projection", "mean"}, {"slots", slots}}};
                      c.values["scale"] = in.scale;
                      return c;
                    }});
-  all.push_back({0, "Linformer block-causal 64/8", "linformer", "untrained", "whole past blocks of 64 pooled to 8 slots, exact inside the own block", [](const input& in) {
-                   if (!in.causal) throw not_applicable{"this form is causal and the input is bidirectional"};
-                   configuration c{"linformer", {{"projection", "mean"}, {"causal", true}, {"block", 64.0}, {"slots", 8.0}}};
-                   c.values["scale"] = in.scale;
-                   return c;
-                 }});
-  all.push_back({0, "Efficient Attention", "efficient", "untrained", "d global maps, no query-specific retrieval", plain("efficient", {{"normalisation", "softmax"}})});
+  all.push_back(
+      {0, "Linformer block-causal 64/8", "linformer", "untrained",
+       "whole past blocks of 64 pooled to 8 slots, exact inside the own block", [](const input& in) {
+         if (!in.causal) throw not_applicable{"this form is causal and the input is bidirectional"};
+         configuration c{"linformer", {{"projection", "mean"}, {"causal", true}, {"block", 64.0}, {"slots", 8.0}}};
+         c.values["scale"] = in.scale;
+         return c;
+       }});
+  all.push_back({0, "Efficient Attention", "efficient", "untrained", "d global maps, no query-specific retrieval",
+                 plain("efficient", {{"normalisation", "softmax"}})});
 }
 
 void add_hybrid(std::vector<setting>& all) {
-  all.push_back({0, "MST sparse s=128", "hybrid", "", "local or strided, as MST's code draws it", only_causal("hybrid", {{"pattern", "sparse"}, {"stride", 128.0}}, true)});
-  all.push_back({0, "MST fixed s=128", "hybrid", "", "own block and the last column of each, as MST's code draws it", only_causal("hybrid", {{"pattern", "fixed"}, {"stride", 128.0}}, true)});
+  all.push_back({0, "MST sparse s=128", "hybrid", "", "local or strided, as MST's code draws it",
+                 only_causal("hybrid", {{"pattern", "sparse"}, {"stride", 128.0}}, true)});
+  all.push_back({0, "MST fixed s=128", "hybrid", "", "own block and the last column of each, as MST's code draws it",
+                 only_causal("hybrid", {{"pattern", "fixed"}, {"stride", 128.0}}, true)});
   const auto select = [](const char* by, double budget, const char* rest) {
-    values v{{"select", std::string(by)}, {"budget", budget}, {"block_q", 16.0}, {"block_k", 16.0}, {"first", 16.0}, {"window", 64.0}, {"at_least", 0.0}};
+    values v{{"select", std::string(by)},
+             {"budget", budget},
+             {"block_q", 16.0},
+             {"block_k", 16.0},
+             {"first", 16.0},
+             {"window", 64.0},
+             {"at_least", 0.0}};
     v["compensate"] = std::string(rest);
     return plain("hybrid", v, true);
   };
   const std::string oracle = "an oracle for study: choosing costs a whole score pass";
-  all.push_back({0, "int8 select 1/8, drop", "hybrid", "", "blocks of 16 chosen by 8-bit token scores; the rest is dropped", select("int8", 0.125, "none")});
-  all.push_back({0, "int8 select 1/8 + mean token", "hybrid", "", "the same, one compressed token for each skipped block", select("int8", 0.125, "zeroth")});
-  all.push_back({0, "int8 select 1/4 + mean token", "hybrid", "", "as above with twice the budget", select("int8", 0.25, "zeroth")});
-  all.push_back({0, "int4 select 1/8 + mean token", "hybrid", "", "4-bit token scores", select("int4", 0.125, "zeroth")});
-  all.push_back({0, "mean-key select 1/8 + mean token", "hybrid", "", "blocks chosen by q . mean key: misses retrieval heads", select("mean", 0.125, "zeroth")});
-  all.push_back({0, "mean-key select 1/4 + mean token", "hybrid", "", "as above with twice the budget", select("mean", 0.25, "zeroth")});
-  all.push_back({0, "Quest bound 1/8 + mean token", "hybrid", "", "blocks chosen by the upper bound of their scores", select("bound", 0.125, "zeroth")});
+  all.push_back({0, "int8 select 1/8, drop", "hybrid", "",
+                 "blocks of 16 chosen by 8-bit token scores; the rest is dropped", select("int8", 0.125, "none")});
+  all.push_back({0, "int8 select 1/8 + mean token", "hybrid", "",
+                 "the same, one compressed token for each skipped block", select("int8", 0.125, "zeroth")});
+  all.push_back({0, "int8 select 1/4 + mean token", "hybrid", "", "as above with twice the budget",
+                 select("int8", 0.25, "zeroth")});
+  all.push_back(
+      {0, "int4 select 1/8 + mean token", "hybrid", "", "4-bit token scores", select("int4", 0.125, "zeroth")});
+  all.push_back({0, "mean-key select 1/8 + mean token", "hybrid", "",
+                 "blocks chosen by q . mean key: misses retrieval heads", select("mean", 0.125, "zeroth")});
+  all.push_back({0, "mean-key select 1/4 + mean token", "hybrid", "", "as above with twice the budget",
+                 select("mean", 0.25, "zeroth")});
+  all.push_back({0, "Quest bound 1/8 + mean token", "hybrid", "", "blocks chosen by the upper bound of their scores",
+                 select("bound", 0.125, "zeroth")});
   all.push_back({0, "true-mass select 1/8 + mean token", "hybrid", "", oracle, select("exact", 0.125, "zeroth")});
 }
 

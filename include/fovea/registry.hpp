@@ -15,13 +15,13 @@
 #include <fovea/softmax/configure.hpp>
 
 /// Makes the functions below exist in this object, for others that were compiled with FOVEA_ANY_ATTENTION_COMPILED.
-#define FOVEA_COMPILE_REGISTRY                                                                                       \
-  namespace fovea {                                                                                                  \
-  inline namespace FOVEA_ABI {                                                                                       \
-  extern const void* const compiled_registry[2];                                                                     \
-  const void* const compiled_registry[2] = {reinterpret_cast<const void*>(&any_attention::make),                     \
-                                            reinterpret_cast<const void*>(&registered_mechanisms)};                  \
-  }                                                                                                                  \
+#define FOVEA_COMPILE_REGISTRY                                                                      \
+  namespace fovea {                                                                                 \
+  inline namespace FOVEA_ABI {                                                                      \
+  extern const void* const compiled_registry[2];                                                    \
+  const void* const compiled_registry[2] = {reinterpret_cast<const void*>(&any_attention::make),    \
+                                            reinterpret_cast<const void*>(&registered_mechanisms)}; \
+  }                                                                                                 \
   }
 
 namespace fovea {

@@ -49,7 +49,9 @@ struct softmax_attention {
 
   double macs(const shape& s) const;  ///< multiply-adds of a prefill
   double step_macs(const shape& s) const { return static_cast<double>(s.B * s.H * s.m * (s.d + s.e)); }
-  std::size_t state_bytes(const shape& s) const { return static_cast<std::size_t>(s.B * s.G * s.m * (s.d + s.e)) * size_of(s.type); }
+  std::size_t state_bytes(const shape& s) const {
+    return static_cast<std::size_t>(s.B * s.G * s.m * (s.d + s.e)) * size_of(s.type);
+  }
 };
 
 }  // namespace FOVEA_ABI

@@ -29,18 +29,14 @@ enum class element : std::uint8_t { f32, f64, bf16, f16, u8, boolean, i32, i64, 
 constexpr std::size_t size_of(element t) {
   switch (t) {
     case element::f64:
-    case element::i64:
-      return 8;
+    case element::i64: return 8;
     case element::f32:
     case element::i32:
-    case element::u32:
-      return 4;
+    case element::u32: return 4;
     case element::bf16:
-    case element::f16:
-      return 2;
+    case element::f16: return 2;
     case element::u8:
-    case element::boolean:
-      return 1;
+    case element::boolean: return 1;
   }
   return 0;
 }
@@ -141,23 +137,15 @@ class array {
 
   double at(isize i) const {
     switch (type_) {
-      case element::f32:
-        return static_cast<double>(static_cast<const float*>(data())[i]);
-      case element::f64:
-        return static_cast<const double*>(data())[i];
-      case element::bf16:
-        return load_as_double(dtype::bf16, data(), i);
-      case element::f16:
-        return load_as_double(dtype::f16, data(), i);
+      case element::f32: return static_cast<double>(static_cast<const float*>(data())[i]);
+      case element::f64: return static_cast<const double*>(data())[i];
+      case element::bf16: return load_as_double(dtype::bf16, data(), i);
+      case element::f16: return load_as_double(dtype::f16, data(), i);
       case element::u8:
-      case element::boolean:
-        return static_cast<const std::uint8_t*>(data())[i];
-      case element::i32:
-        return static_cast<const std::int32_t*>(data())[i];
-      case element::i64:
-        return static_cast<double>(static_cast<const std::int64_t*>(data())[i]);
-      case element::u32:
-        return static_cast<const std::uint32_t*>(data())[i];
+      case element::boolean: return static_cast<const std::uint8_t*>(data())[i];
+      case element::i32: return static_cast<const std::int32_t*>(data())[i];
+      case element::i64: return static_cast<double>(static_cast<const std::int64_t*>(data())[i]);
+      case element::u32: return static_cast<const std::uint32_t*>(data())[i];
     }
     return 0.0;
   }

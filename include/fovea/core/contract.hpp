@@ -76,16 +76,17 @@ inline bool elements_apart(const tensor_mut& t) {
 
 template <class Void>
 void check_tensor(const char* name, const erased_view<Void>& t) {
-  require(t.batch >= 0 && t.heads >= 0 && t.length >= 0 && t.width >= 0, name, " is ", describe(t), "; sizes must not be negative");
+  require(t.batch >= 0 && t.heads >= 0 && t.length >= 0 && t.width >= 0, name, " is ", describe(t),
+          "; sizes must not be negative");
   const bool empty = t.batch == 0 || t.heads == 0 || t.length == 0 || t.width == 0;
   require(t.data != nullptr || empty, name, " is null; wanted memory for ", describe(t));
-  require(t.length <= 1 || t.row_stride >= t.width, name, " has a row stride of ", t.row_stride, " elements; rows of width ", t.width,
-          " must not overlap");
-  require((t.batch <= 1 || t.batch_stride >= 0) && (t.heads <= 1 || t.head_stride >= 0), name, " has batch and head strides of ", t.batch_stride,
-          ", ", t.head_stride, "; strides must not be negative");
+  require(t.length <= 1 || t.row_stride >= t.width, name, " has a row stride of ", t.row_stride,
+          " elements; rows of width ", t.width, " must not overlap");
+  require((t.batch <= 1 || t.batch_stride >= 0) && (t.heads <= 1 || t.head_stride >= 0), name,
+          " has batch and head strides of ", t.batch_stride, ", ", t.head_stride, "; strides must not be negative");
   if constexpr (!std::is_const_v<Void>)
-    require(empty || elements_apart(t), name, " has strides of ", t.batch_stride, ", ", t.head_stride, ", ", t.row_stride, " elements for ",
-            describe(t), "; elements of an output must not share memory");
+    require(empty || elements_apart(t), name, " has strides of ", t.batch_stride, ", ", t.head_stride, ", ",
+            t.row_stride, " elements for ", describe(t), "; elements of an output must not share memory");
 }
 
 struct byte_range {
@@ -96,40 +97,44 @@ template <class Void>
 byte_range extent(const erased_view<Void>& t) {
   if (t.data == nullptr || t.batch <= 0 || t.heads <= 0 || t.length <= 0 || t.width <= 0) return {};
   const auto base = reinterpret_cast<std::uintptr_t>(t.data);
-  const isize span = (t.batch - 1) * t.batch_stride + (t.heads - 1) * t.head_stride + (t.length - 1) * t.row_stride + t.width;
+  const isize span =
+      (t.batch - 1) * t.batch_stride + (t.heads - 1) * t.head_stride + (t.length - 1) * t.row_stride + t.width;
   return {base, base + static_cast<std::uintptr_t>(span) * size_of(t.type)};
 }
 
 template <class A, class B>
 void check_apart(const char* a_name, const erased_view<A>& a, const char* b_name, const erased_view<B>& b) {
   const auto x = extent(a), y = extent(b);
-  require(x.first == x.last || y.first == y.last || x.last <= y.first || y.last <= x.first, a_name, " overlaps ", b_name,
-          " in memory; outputs need memory of their own");
+  require(x.first == x.last || y.first == y.last || x.last <= y.first || y.last <= x.first, a_name, " overlaps ",
+          b_name, " in memory; outputs need memory of their own");
 }
 
 /// Shapes, nulls, element types and aliasing of q, k, v, out and lse: the part of the contract that all mechanisms share.
 inline void check_problem(const problem& p) {
   require(!p.gates.any(), "gates (decay, beta, erase, write) were given; this mechanism has none");
   check_tensor("q", p.q), check_tensor("k", p.k), check_tensor("v", p.v), check_tensor("out", p.out);
-  require(p.k.batch == p.q.batch && p.v.batch == p.q.batch && p.out.batch == p.q.batch, "the batch sizes of q, k, v, out are ", p.q.batch,
-          ", ", p.k.batch, ", ", p.v.batch, ", ", p.out.batch, "; they must be equal");
+  require(p.k.batch == p.q.batch && p.v.batch == p.q.batch && p.out.batch == p.q.batch,
+          "the batch sizes of q, k, v, out are ", p.q.batch, ", ", p.k.batch, ", ", p.v.batch, ", ", p.out.batch,
+          "; they must be equal");
   require(p.k.heads == p.v.heads, "k has ", p.k.heads, " heads and v has ", p.v.heads, "; they must be equal");
-  require(p.k.heads > 0 ? p.q.heads % p.k.heads == 0 : p.q.heads == 0, "q has ", p.q.heads, " heads and k has ", p.k.heads,
-          "; the query heads must be a multiple of the KV heads");
+  require(p.k.heads > 0 ? p.q.heads % p.k.heads == 0 : p.q.heads == 0, "q has ", p.q.heads, " heads and k has ",
+          p.k.heads, "; the query heads must be a multiple of the KV heads");
   require(p.k.width == p.q.width, "q is ", p.q.width, " wide and k is ", p.k.width, "; they must be equal");
-  require(p.k.length == p.v.length, "k holds ", p.k.length, " keys and v holds ", p.v.length, " values; they must be equal");
-  require(p.q.width > 0 && p.v.width > 0, "q is ", p.q.width, " and v is ", p.v.width, " wide; widths must be positive");
-  require(p.out.heads == p.q.heads && p.out.length == p.q.length && p.out.width == p.v.width, "out is ", describe(p.out), "; wanted [",
-          p.q.batch, ", ", p.q.heads, ", ", p.q.length, ", ", p.v.width, "]");
-  require(p.k.type == p.q.type && p.v.type == p.q.type, "q, k, v are stored as ", name_of(p.q.type), ", ", name_of(p.k.type), ", ",
-          name_of(p.v.type), "; they must be of one type");
-  require((p.out.type == dtype::f64) == (p.q.type == dtype::f64), "out is ", name_of(p.out.type), " and q is ", name_of(p.q.type),
-          "; f64 goes with f64 only");
+  require(p.k.length == p.v.length, "k holds ", p.k.length, " keys and v holds ", p.v.length,
+          " values; they must be equal");
+  require(p.q.width > 0 && p.v.width > 0, "q is ", p.q.width, " and v is ", p.v.width,
+          " wide; widths must be positive");
+  require(p.out.heads == p.q.heads && p.out.length == p.q.length && p.out.width == p.v.width, "out is ",
+          describe(p.out), "; wanted [", p.q.batch, ", ", p.q.heads, ", ", p.q.length, ", ", p.v.width, "]");
+  require(p.k.type == p.q.type && p.v.type == p.q.type, "q, k, v are stored as ", name_of(p.q.type), ", ",
+          name_of(p.k.type), ", ", name_of(p.v.type), "; they must be of one type");
+  require((p.out.type == dtype::f64) == (p.q.type == dtype::f64), "out is ", name_of(p.out.type), " and q is ",
+          name_of(p.q.type), "; f64 goes with f64 only");
   check_apart("out", p.out, "q", p.q), check_apart("out", p.out, "k", p.k), check_apart("out", p.out, "v", p.v);
   if (p.lse) {
     check_tensor("lse", p.lse);
-    require(p.lse.batch == p.q.batch && p.lse.heads == p.q.heads && p.lse.length == p.q.length && p.lse.width == 1, "lse is ",
-            describe(p.lse), "; wanted [", p.q.batch, ", ", p.q.heads, ", ", p.q.length, ", 1]");
+    require(p.lse.batch == p.q.batch && p.lse.heads == p.q.heads && p.lse.length == p.q.length && p.lse.width == 1,
+            "lse is ", describe(p.lse), "; wanted [", p.q.batch, ", ", p.q.heads, ", ", p.q.length, ", 1]");
     require(p.lse.type == (p.q.type == dtype::f64 ? dtype::f64 : dtype::f32), "lse is ", name_of(p.lse.type),
             "; it is f32, or f64 when q is f64");
     check_apart("lse", p.lse, "q", p.q), check_apart("lse", p.lse, "k", p.k), check_apart("lse", p.lse, "v", p.v);

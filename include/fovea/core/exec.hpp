@@ -138,7 +138,9 @@ template <class ForEach>
 struct executor {
   int count = 1;
   ForEach for_each;
-  executor(int k, ForEach run) : count(k), for_each(std::move(run)) { require(k >= 1, "executor: concurrency is ", k, "; wanted at least 1"); }
+  executor(int k, ForEach run) : count(k), for_each(std::move(run)) {
+    require(k >= 1, "executor: concurrency is ", k, "; wanted at least 1");
+  }
   int concurrency() const noexcept { return count; }
   template <class F>
   void parallel_for(isize n, F&& f) const {
@@ -152,13 +154,17 @@ class exec_ref {
   template <execution_policy P>
     requires(!std::same_as<P, exec_ref>)
   exec_ref(const P& p)  // NOLINT(google-explicit-constructor)
-      : policy_(&p), count_(p.concurrency()), run_([](const void* policy, isize n, body_ref f) { static_cast<const P*>(policy)->parallel_for(n, f); }) {}
+      : policy_(&p),
+        count_(p.concurrency()),
+        run_([](const void* policy, isize n, body_ref f) { static_cast<const P*>(policy)->parallel_for(n, f); }) {}
 
   int concurrency() const noexcept { return count_; }
 
   template <class F>
   void parallel_for(isize n, F&& f) const {
-    run_(policy_, n, body_ref{const_cast<void*>(static_cast<const void*>(&f)), [](void* c, isize i) { (*static_cast<std::remove_reference_t<F>*>(c))(i); }});
+    run_(policy_, n, body_ref{const_cast<void*>(static_cast<const void*>(&f)), [](void* c, isize i) {
+                                (*static_cast<std::remove_reference_t<F>*>(c))(i);
+                              }});
   }
 
   /// Calls f(task, slot) for every task in [0, tasks). A slot is used by one thread at a time, so scratch memory may be

@@ -10,7 +10,9 @@ namespace fovea {
 inline namespace FOVEA_ABI {
 namespace kv_cache {
 
-inline std::size_t bytes(const shape& s) { return static_cast<std::size_t>(s.B * s.G * s.m * (s.d + s.e)) * size_of(s.type); }
+inline std::size_t bytes(const shape& s) {
+  return static_cast<std::size_t>(s.B * s.G * s.m * (s.d + s.e)) * size_of(s.type);
+}
 
 /// The first `tokens` keys (values) as views into the state.
 inline tensor_mut keys(const state& s, isize tokens) {
@@ -24,11 +26,12 @@ inline tensor_mut values(const state& s, isize tokens) {
 }
 
 inline void check_room(const problem& p, const state& s) {
-  require(p.q.type == s.sizes().type, "the state stores ", name_of(s.sizes().type), " and the call brings ", name_of(p.q.type));
+  require(p.q.type == s.sizes().type, "the state stores ", name_of(s.sizes().type), " and the call brings ",
+          name_of(p.q.type));
   // A mechanism may keep more behind its keys and values (and then checks that itself).
   require(s.bytes() >= bytes(s.sizes()), "the state holds ", s.bytes(), " bytes; its sizes ask for ", bytes(s.sizes()));
-  require(s.tokens() + p.k.length <= s.sizes().m, "the state holds ", s.tokens(), " of at most ", s.sizes().m, " tokens; ", p.k.length,
-          " more do not fit (make_state with a larger shape.m)");
+  require(s.tokens() + p.k.length <= s.sizes().m, "the state holds ", s.tokens(), " of at most ", s.sizes().m,
+          " tokens; ", p.k.length, " more do not fit (make_state with a larger shape.m)");
 }
 
 /// Copies the call's k and v behind the tokens held, and counts them.

@@ -24,7 +24,12 @@ inline namespace FOVEA_ABI {
 namespace detail {
 /// `static constexpr const char* name`, or a member function where the name is known at run time only (any_attention).
 template <class M>
-concept named = requires { { M::name } -> std::convertible_to<const char*>; } || requires(const M& m) { { m.name() } -> std::convertible_to<const char*>; };
+concept named = requires {
+  { M::name } -> std::convertible_to<const char*>;
+}
+|| requires(const M& m) {
+  { m.name() } -> std::convertible_to<const char*>;
+};
 }  // namespace detail
 
 /// A mechanism is an immutable value: hyper-parameters and views of learned weights.
@@ -32,7 +37,8 @@ concept named = requires { { M::name } -> std::convertible_to<const char*>; } ||
 ///   workspace_size(shape, threads)  bytes of scratch of one call; with a state, shape.m counts the tokens held and the new ones
 ///   prefill(exec, p, scratch)       computes; does not throw, allocate or check
 template <class M>
-concept mechanism = std::copyable<M> && detail::named<M> && requires(const M& m, exec_ref exec, const problem& p, const shape& s, arena scratch) {
+concept mechanism = std::copyable<M> && detail::named<M> &&
+    requires(const M& m, exec_ref exec, const problem& p, const shape& s, arena scratch) {
   m.check(p);
   { m.workspace_size(s, 1) } -> std::same_as<std::size_t>;
   m.prefill(exec, p, scratch);
@@ -43,7 +49,8 @@ concept mechanism = std::copyable<M> && detail::named<M> && requires(const M& m,
 ///   check(p, state)                 as check(p), for a call with a state
 ///   prefill(exec, p, state, scratch)
 template <class M>
-concept streaming_mechanism = mechanism<M> && requires(const M& m, exec_ref exec, const problem& p, const shape& s, state& st, arena scratch) {
+concept streaming_mechanism = mechanism<M> &&
+    requires(const M& m, exec_ref exec, const problem& p, const shape& s, state& st, arena scratch) {
   { m.make_state(s) } -> std::same_as<state>;
   { m.tag() } -> std::same_as<std::uint64_t>;
   m.check(p, st);
@@ -52,7 +59,9 @@ concept streaming_mechanism = mechanism<M> && requires(const M& m, exec_ref exec
 
 /// States of disjoint stretches of one sequence can be joined: merge(earlier, later) leaves the joint state in `earlier`.
 template <class M>
-concept mergeable_mechanism = streaming_mechanism<M> && requires(const M& m, state& a, const state& b) { m.merge(a, b); };
+concept mergeable_mechanism = streaming_mechanism<M> && requires(const M& m, state& a, const state& b) {
+  m.merge(a, b);
+};
 
 struct call_options {
   tensor_mut lse = {};                  ///< [B, H, n, 1] log-sum-exp of the scores, where the mechanism has one
@@ -68,14 +77,18 @@ arena scratch_for(const M& m, exec_ref exec, const shape& s, const call_options&
     own = buffer(need + alignment);
     return arena(own.span());
   }
-  require(options.workspace.size() >= need, "workspace holds ", options.workspace.size(), " bytes; this call needs ", need);
+  require(options.workspace.size() >= need, "workspace holds ", options.workspace.size(), " bytes; this call needs ",
+          need);
   return arena(options.workspace);
 }
-inline bool nothing_to_do(const problem& p) { return p.q.batch == 0 || p.q.heads == 0 || p.out.heads == 0 || p.q.length == 0; }
+inline bool nothing_to_do(const problem& p) {
+  return p.q.batch == 0 || p.q.heads == 0 || p.out.heads == 0 || p.q.length == 0;
+}
 }  // namespace detail
 
 template <mechanism M>
-void prefill(exec_ref exec, const M& m, tensor_ref q, tensor_ref k, tensor_ref v, tensor_mut out, const call_options& options = {}) {
+void prefill(exec_ref exec, const M& m, tensor_ref q, tensor_ref k, tensor_ref v, tensor_mut out,
+             const call_options& options = {}) {
   const problem p{q, k, v, out, options.lse, options.gates};
   m.check(p);
   if (detail::nothing_to_do(p)) return;
@@ -84,9 +97,11 @@ void prefill(exec_ref exec, const M& m, tensor_ref q, tensor_ref k, tensor_ref v
 }
 
 template <streaming_mechanism M>
-void prefill(exec_ref exec, const M& m, tensor_ref q, tensor_ref k, tensor_ref v, tensor_mut out, state& s, const call_options& options = {}) {
+void prefill(exec_ref exec, const M& m, tensor_ref q, tensor_ref k, tensor_ref v, tensor_mut out, state& s,
+             const call_options& options = {}) {
   const problem p{q, k, v, out, options.lse, options.gates};
-  require(q.length == k.length, "q has ", q.length, " tokens and k has ", k.length, "; a call with a state takes the same new tokens in both");
+  require(q.length == k.length, "q has ", q.length, " tokens and k has ", k.length,
+          "; a call with a state takes the same new tokens in both");
   m.check(p, s);
   if (detail::nothing_to_do(p)) return;
   shape sizes = p.shape();
@@ -96,8 +111,10 @@ void prefill(exec_ref exec, const M& m, tensor_ref q, tensor_ref k, tensor_ref v
 }
 
 template <streaming_mechanism M>
-void step(exec_ref exec, const M& m, tensor_ref q, tensor_ref k, tensor_ref v, tensor_mut out, state& s, const call_options& options = {}) {
-  require(q.length == 1 && k.length == 1, "step takes one token; q has ", q.length, " and k has ", k.length, " (use prefill for more)");
+void step(exec_ref exec, const M& m, tensor_ref q, tensor_ref k, tensor_ref v, tensor_mut out, state& s,
+          const call_options& options = {}) {
+  require(q.length == 1 && k.length == 1, "step takes one token; q has ", q.length, " and k has ", k.length,
+          " (use prefill for more)");
   fovea::prefill(exec, m, q, k, v, out, s, options);
 }
 

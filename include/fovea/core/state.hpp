@@ -41,7 +41,7 @@ class state {
 
   std::uint64_t tag() const { return tag_; }
   const shape& sizes() const { return sizes_; }
-  isize tokens() const { return tokens_; }       ///< how many tokens it has seen
+  isize tokens() const { return tokens_; }  ///< how many tokens it has seen
   void set_tokens(isize count) { tokens_ = count; }
   std::size_t bytes() const { return data_.size(); }
   template <class T>
@@ -59,15 +59,20 @@ class state {
 
   static state restore(std::span<const std::byte> saved) {
     header h;
-    require(saved.size() >= sizeof h, "a saved state of ", saved.size(), " bytes is shorter than its header of ", sizeof h);
+    require(saved.size() >= sizeof h, "a saved state of ", saved.size(), " bytes is shorter than its header of ",
+            sizeof h);
     std::memcpy(&h, saved.data(), sizeof h);
     require(std::memcmp(h.magic, "FOVEAST", 8) == 0, "these bytes are not a saved state: wrong magic");
     require(h.version == version, "the saved state has version ", h.version, "; this build reads version ", version);
-    require(h.payload == saved.size() - sizeof h, "the saved state announces ", h.payload, " bytes and holds ", saved.size() - sizeof h);
+    require(h.payload == saved.size() - sizeof h, "the saved state announces ", h.payload, " bytes and holds ",
+            saved.size() - sizeof h);
     require(h.check == check_of(h, saved.data() + sizeof h), "the saved state is damaged: checksum differs");
     require(h.type <= 3 && h.tokens >= 0, "the saved state's header is damaged");
     for (const std::int64_t size : h.sizes) require(size >= 0, "the saved state's header is damaged");
-    state s(h.tag, {h.sizes[0], h.sizes[1], h.sizes[2], h.sizes[3], h.sizes[4], h.sizes[5], h.sizes[6], static_cast<dtype>(h.type)}, h.payload);
+    state s(h.tag,
+            {h.sizes[0], h.sizes[1], h.sizes[2], h.sizes[3], h.sizes[4], h.sizes[5], h.sizes[6],
+             static_cast<dtype>(h.type)},
+            h.payload);
     s.tokens_ = h.tokens;
     if (h.payload > 0) std::memcpy(s.data_.data(), saved.data() + sizeof h, h.payload);
     return s;
@@ -75,10 +80,13 @@ class state {
 
   /// Refuses a state that another mechanism, or another shape, has made.
   void check(std::uint64_t tag, const shape& call, const char* mechanism) const {
-    require(tag_ == tag, "the state was not made by this ", mechanism, " (another mechanism, or other hyper-parameters); use make_state");
-    require(sizes_.B == call.B && sizes_.H == call.H && sizes_.G == call.G && sizes_.d == call.d && sizes_.e == call.e, "the state was made for B, H, G, d, e = ",
-            sizes_.B, ", ", sizes_.H, ", ", sizes_.G, ", ", sizes_.d, ", ", sizes_.e, "; the call has ", call.B, ", ", call.H, ", ", call.G, ", ", call.d, ", ", call.e);
-    require((sizes_.type == dtype::f64) == (call.type == dtype::f64), "the state was made for ", name_of(sizes_.type), " and the call is ", name_of(call.type));
+    require(tag_ == tag, "the state was not made by this ", mechanism,
+            " (another mechanism, or other hyper-parameters); use make_state");
+    require(sizes_.B == call.B && sizes_.H == call.H && sizes_.G == call.G && sizes_.d == call.d && sizes_.e == call.e,
+            "the state was made for B, H, G, d, e = ", sizes_.B, ", ", sizes_.H, ", ", sizes_.G, ", ", sizes_.d, ", ",
+            sizes_.e, "; the call has ", call.B, ", ", call.H, ", ", call.G, ", ", call.d, ", ", call.e);
+    require((sizes_.type == dtype::f64) == (call.type == dtype::f64), "the state was made for ", name_of(sizes_.type),
+            " and the call is ", name_of(call.type));
   }
 
  private:

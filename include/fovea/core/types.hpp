@@ -55,7 +55,8 @@ struct f16 {
   }
 };
 
-static_assert(sizeof(bf16) == 2 && sizeof(f16) == 2 && std::is_trivially_copyable_v<bf16> && std::is_trivially_copyable_v<f16>);
+static_assert(sizeof(bf16) == 2 && sizeof(f16) == 2 && std::is_trivially_copyable_v<bf16> &&
+              std::is_trivially_copyable_v<f16>);
 
 enum class dtype : std::uint8_t { f32, f64, bf16, f16 };
 
@@ -65,15 +66,21 @@ constexpr const char* name_of(dtype t) {
 }
 
 namespace detail {
-template <class T> inline constexpr bool is_storage = false;
-template <> inline constexpr bool is_storage<float> = true;
-template <> inline constexpr bool is_storage<double> = true;
-template <> inline constexpr bool is_storage<bf16> = true;
-template <> inline constexpr bool is_storage<f16> = true;
+template <class T>
+inline constexpr bool is_storage = false;
+template <>
+inline constexpr bool is_storage<float> = true;
+template <>
+inline constexpr bool is_storage<double> = true;
+template <>
+inline constexpr bool is_storage<bf16> = true;
+template <>
+inline constexpr bool is_storage<f16> = true;
 }  // namespace detail
 
 /// float, double, fovea::bf16 or fovea::f16, possibly const.
-template <class T> concept storage_type = detail::is_storage<std::remove_const_t<T>>;
+template <class T>
+concept storage_type = detail::is_storage<std::remove_const_t<T>>;
 
 template <storage_type T>
 inline constexpr dtype dtype_of = std::is_same_v<std::remove_const_t<T>, double>  ? dtype::f64

@@ -20,7 +20,9 @@ struct view {
   isize batch = 0, heads = 0, length = 0, width = 0;
   isize batch_stride = 0, head_stride = 0, row_stride = 0;
 
-  FOVEA_HD T* row(isize b, isize h, isize i) const { return data + b * batch_stride + h * head_stride + i * row_stride; }
+  FOVEA_HD T* row(isize b, isize h, isize i) const {
+    return data + b * batch_stride + h * head_stride + i * row_stride;
+  }
   FOVEA_HD T& operator()(isize b, isize h, isize i, isize c) const { return row(b, h, i)[c]; }
 
   /// Rows [first, first + count) of every head.
@@ -31,8 +33,7 @@ struct view {
     return v;
   }
   operator view<const T>() const  // NOLINT(google-explicit-constructor): adding const is always safe
-    requires(!std::is_const_v<T>)
-  {
+      requires(!std::is_const_v<T>) {
     return {data, batch, heads, length, width, batch_stride, head_stride, row_stride};
   }
 };
@@ -62,9 +63,10 @@ struct erased_view {
   template <storage_type T>
     requires(std::is_const_v<Void> || !std::is_const_v<T>)
   erased_view(const view<T>& v)  // NOLINT(google-explicit-constructor)
-      : erased_view(v.data, dtype_of<T>, v.batch, v.heads, v.length, v.width, v.batch_stride, v.head_stride, v.row_stride) {}
+      : erased_view(v.data, dtype_of<T>, v.batch, v.heads, v.length, v.width, v.batch_stride, v.head_stride,
+                    v.row_stride) {}
   template <class V>
-    requires(std::is_const_v<Void> && std::is_same_v<V, void>)
+    requires(std::is_const_v<Void>&& std::is_same_v<V, void>)
   erased_view(const erased_view<V>& v)  // NOLINT(google-explicit-constructor): adding const is always safe
       : erased_view(v.data, v.type, v.batch, v.heads, v.length, v.width, v.batch_stride, v.head_stride, v.row_stride) {}
 
@@ -89,9 +91,7 @@ struct erased_view {
     return v;
   }
   double get(isize b, isize h, isize i, isize c) const { return load_as_double(type, data, offset(b, h, i) + c); }
-  void set(isize b, isize h, isize i, isize c, double x) const
-    requires(!std::is_const_v<Void>)
-  {
+  void set(isize b, isize h, isize i, isize c, double x) const requires(!std::is_const_v<Void>) {
     store_from_double(type, data, offset(b, h, i) + c, x);
   }
 };

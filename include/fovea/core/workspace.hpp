@@ -52,7 +52,8 @@ class buffer {
  public:
   buffer() = default;
   explicit buffer(std::size_t bytes)
-      : data_(bytes == 0 ? nullptr : static_cast<std::byte*>(::operator new(bytes, std::align_val_t{alignment}))), size_(bytes) {}
+      : data_(bytes == 0 ? nullptr : static_cast<std::byte*>(::operator new (bytes, std::align_val_t{alignment}))),
+        size_(bytes) {}
   buffer(buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
   buffer& operator=(buffer&& other) noexcept {
     std::swap(data_, other.data_);
@@ -67,7 +68,7 @@ class buffer {
     return *this;
   }
   ~buffer() {
-    if (data_ != nullptr) ::operator delete(data_, std::align_val_t{alignment});
+    if (data_ != nullptr) ::operator delete (data_, std::align_val_t{alignment});
   }
   std::byte* data() const { return data_; }
   std::size_t size() const { return size_; }

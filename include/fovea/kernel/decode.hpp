@@ -26,7 +26,8 @@ class decode_rows {
  public:
   static constexpr isize most_rows = 8;
 
-  decode_rows(arena& memory, isize d, isize e) : d_(d), e_(e), q_ld_(static_cast<isize>(round_up(static_cast<std::size_t>(d), static_cast<std::size_t>(W)))) {
+  decode_rows(arena& memory, isize d, isize e)
+      : d_(d), e_(e), q_ld_(static_cast<isize>(round_up(static_cast<std::size_t>(d), static_cast<std::size_t>(W)))) {
     q_ = memory.take<Acc>(most_rows * q_ld_);
     s_ = memory.take<Acc>(most_rows * keys);
     k_ = memory.take<Acc>(keys * d);
@@ -53,7 +54,8 @@ class decode_rows {
       const range x = meet(set.visible->keys(site(set, r), query(r), query(r) + 1), {j0, j1});
       if (!x.empty()) seen = {x.first < seen.first ? x.first : seen.first, x.last > seen.last ? x.last : seen.last};
     }
-    for (isize j = seen.first; j < seen.last; j += keys) block(set, j, j + keys < seen.last ? j + keys : seen.last, m, l, o);
+    for (isize j = seen.first; j < seen.last; j += keys)
+      block(set, j, j + keys < seen.last ? j + keys : seen.last, m, l, o);
   }
 
  private:
@@ -91,7 +93,8 @@ class decode_rows {
     if (set.type != dtype_of<Acc>) {
       for (isize j = 0; j < count; ++j) simd::load_row<Arch, Acc>(set.type, k + j * k_ld * size, d_, k_ + j * d_);
       for (isize j = 0; j < count; ++j) simd::load_row<Arch, Acc>(set.type, v + j * v_ld * size, e_, v_ + j * e_);
-      k = reinterpret_cast<const unsigned char*>(k_), v = reinterpret_cast<const unsigned char*>(v_), k_ld = d_, v_ld = e_;
+      k = reinterpret_cast<const unsigned char*>(k_), v = reinterpret_cast<const unsigned char*>(v_), k_ld = d_,
+      v_ld = e_;
     }
     const auto* K = reinterpret_cast<const Acc*>(k);
     const auto* V = reinterpret_cast<const Acc*>(v);
@@ -115,7 +118,8 @@ class decode_rows {
 
   /// s_[r + y][x] = q[r + y] . K[x] for R rows: W accumulators are W / R keys times R rows, reduced together.
   template <int R>
-  FOVEA_NOINLINE void scores(const Acc* k, isize k_ld, isize count, isize r, const unsigned char* ahead, isize ahead_ld) noexcept {
+  FOVEA_NOINLINE void scores(const Acc* k, isize k_ld, isize count, isize r, const unsigned char* ahead,
+                             isize ahead_ld) noexcept {
     constexpr int per = static_cast<int>(W) / R;
     const Acc* q = q_ + r * q_ld_;
     for (isize x = 0; x < count; x += per) {
@@ -128,11 +132,14 @@ class decode_rows {
         isize c = 0;
         for (; c + W <= d_; c += W) {
           const P t = P::load(row + c);
-          tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA { sum[z] = simd::fma(t, P::load(q + z * q_ld_ + c), sum[z]); });
+          tile::unroll<R>([&](auto z)
+                              FOVEA_INLINE_LAMBDA { sum[z] = simd::fma(t, P::load(q + z * q_ld_ + c), sum[z]); });
         }
         if (c < d_) {
           const P t = simd::load_n<P>(row + c, d_ - c);
-          tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA { sum[z] = simd::fma(t, simd::load_n<P>(q + z * q_ld_ + c, d_ - c), sum[z]); });
+          tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
+            sum[z] = simd::fma(t, simd::load_n<P>(q + z * q_ld_ + c, d_ - c), sum[z]);
+          });
         }
         tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
           simd::keep_order(sum[z]);
@@ -140,7 +147,9 @@ class decode_rows {
         });
       });
       if (ahead != nullptr)
-        for (isize y = 0; y < per; ++y) simd::prefetch(ahead + (x + y) * ahead_ld * static_cast<isize>(sizeof(Acc)), e_ * static_cast<isize>(sizeof(Acc)));
+        for (isize y = 0; y < per; ++y)
+          simd::prefetch(ahead + (x + y) * ahead_ld * static_cast<isize>(sizeof(Acc)),
+                         e_ * static_cast<isize>(sizeof(Acc)));
       Acc lanes[W];
       simd::sum_each(acc).store(lanes);
       const isize real = count - x < per ? count - x : per;
@@ -150,7 +159,8 @@ class decode_rows {
   }
 
   /// Score modification, mask, running maximum and exponentials of one row of a block: s_ becomes P.
-  void soften(const key_set<Acc>& set, isize j0, isize count, isize r, std::uint64_t seen, Acc& m, Acc& l, Acc& alpha) noexcept {
+  void soften(const key_set<Acc>& set, isize j0, isize count, isize r, std::uint64_t seen, Acc& m, Acc& l,
+              Acc& alpha) noexcept {
     Acc* s = s_ + r * keys;
     constexpr Acc none = -std::numeric_limits<Acc>::infinity();
     for (isize x = 0; set.bias != nullptr && x < count; ++x) s[x] += set.bias[j0 + x] * log2e;
@@ -175,24 +185,31 @@ class decode_rows {
   }
 
   template <int R>
-  void values(const Acc* v, isize v_ld, isize count, const Acc* alpha, isize r, Acc* o, const unsigned char* ahead, isize ahead_ld) noexcept {
+  void values(const Acc* v, isize v_ld, isize count, const Acc* alpha, isize r, Acc* o, const unsigned char* ahead,
+              isize ahead_ld) noexcept {
     constexpr int most = R == 1 ? 8 : 4;
     isize c = 0;
-    for (; c + most * W <= e_; c += most * W, ahead = nullptr) value_columns<R, most>(v + c, v_ld, count, alpha, r, o + c, ahead, ahead_ld);
-    for (; c + 4 * W <= e_; c += 4 * W, ahead = nullptr) value_columns<R, 4>(v + c, v_ld, count, alpha, r, o + c, ahead, ahead_ld);
-    for (; c + W <= e_; c += W, ahead = nullptr) value_columns<R, 1>(v + c, v_ld, count, alpha, r, o + c, ahead, ahead_ld);
+    for (; c + most * W <= e_; c += most * W, ahead = nullptr)
+      value_columns<R, most>(v + c, v_ld, count, alpha, r, o + c, ahead, ahead_ld);
+    for (; c + 4 * W <= e_; c += 4 * W, ahead = nullptr)
+      value_columns<R, 4>(v + c, v_ld, count, alpha, r, o + c, ahead, ahead_ld);
+    for (; c + W <= e_; c += W, ahead = nullptr)
+      value_columns<R, 1>(v + c, v_ld, count, alpha, r, o + c, ahead, ahead_ld);
     if (c < e_) value_edge<R>(v + c, v_ld, count, alpha, r, o + c, e_ - c);
   }
 
   template <int R, int N>
-  FOVEA_NOINLINE void value_columns(const Acc* v, isize v_ld, isize count, const Acc* alpha, isize r, Acc* o, const unsigned char* ahead, isize ahead_ld) noexcept {
+  FOVEA_NOINLINE void value_columns(const Acc* v, isize v_ld, isize count, const Acc* alpha, isize r, Acc* o,
+                                    const unsigned char* ahead, isize ahead_ld) noexcept {
     P acc[R][N];
     tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA {
-      tile::unroll<N>([&](auto z) FOVEA_INLINE_LAMBDA { acc[y][z] = P::load(o + (r + y) * e_ + z * W) * P(alpha[r + y]); });
+      tile::unroll<N>([&](auto z)
+                          FOVEA_INLINE_LAMBDA { acc[y][z] = P::load(o + (r + y) * e_ + z * W) * P(alpha[r + y]); });
     });
     const Acc* p = s_ + r * keys;
     for (isize x = 0; x < count; ++x, v += v_ld) {
-      if (ahead != nullptr) simd::prefetch(ahead + x * ahead_ld * static_cast<isize>(sizeof(Acc)), d_ * static_cast<isize>(sizeof(Acc)));
+      if (ahead != nullptr)
+        simd::prefetch(ahead + x * ahead_ld * static_cast<isize>(sizeof(Acc)), d_ * static_cast<isize>(sizeof(Acc)));
       tile::unroll<N>([&](auto z) FOVEA_INLINE_LAMBDA {
         const P t = P::load(v + z * W);
         tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA { acc[y][z] = simd::fma(P(p[y * keys + x]), t, acc[y][z]); });
@@ -204,9 +221,11 @@ class decode_rows {
   }
 
   template <int R>
-  FOVEA_NOINLINE void value_edge(const Acc* v, isize v_ld, isize count, const Acc* alpha, isize r, Acc* o, isize columns) noexcept {
+  FOVEA_NOINLINE void value_edge(const Acc* v, isize v_ld, isize count, const Acc* alpha, isize r, Acc* o,
+                                 isize columns) noexcept {
     P acc[R];
-    tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA { acc[y] = simd::load_n<P>(o + (r + y) * e_, columns) * P(alpha[r + y]); });
+    tile::unroll<R>([&](auto y)
+                        FOVEA_INLINE_LAMBDA { acc[y] = simd::load_n<P>(o + (r + y) * e_, columns) * P(alpha[r + y]); });
     for (isize x = 0; x < count; ++x) {
       const P t = simd::load_n<P>(v + x * v_ld, columns);
       tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA { acc[y] = simd::fma(P(s_[(r + y) * keys + x]), t, acc[y]); });
@@ -215,7 +234,8 @@ class decode_rows {
   }
 
   /// The edge of a mask: a value is touched only for the rows that see its key, so that NaN stays where it is.
-  void masked_values(const Acc* v, isize v_ld, isize count, const std::uint64_t* seen, const Acc* alpha, Acc* o) noexcept {
+  void masked_values(const Acc* v, isize v_ld, isize count, const std::uint64_t* seen, const Acc* alpha,
+                     Acc* o) noexcept {
     for (isize r = 0; r < count_; ++r) {
       Acc* to = o + r * e_;
       for (isize c = 0; c < e_; ++c) to[c] *= alpha[r];

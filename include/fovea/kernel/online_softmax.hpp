@@ -67,10 +67,13 @@ struct panel {
 
 /// S = K Q^T for one panel, all or some of the tile's vectors; returns nothing, folds the maximum into `top` [vectors].
 template <class Arch, class Acc, int M, int NV>
-FOVEA_NOINLINE void score_panel(isize d, const Acc* k, isize k_stride, const Acc* qt, isize q_ld, Acc* s, Acc* top) noexcept {
+FOVEA_NOINLINE void score_panel(isize d, const Acc* k, isize k_stride, const Acc* qt, isize q_ld, Acc* s,
+                                Acc* top) noexcept {
   using P = simd::pack<Acc, Arch>;
   P acc[M][NV];
-  tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA { tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { acc[i][v] = P(Acc(0)); }); });
+  tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
+    tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { acc[i][v] = P(Acc(0)); });
+  });
   tile::accumulate<Arch, Acc, M, NV>(d, k, k_stride, 1, qt, q_ld, acc);
   tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA {
     P m = P::load(top + v * P::size);
@@ -84,8 +87,8 @@ FOVEA_NOINLINE void score_panel(isize d, const Acc* k, isize k_stride, const Acc
 
 /// O^T[columns] = O^T * alpha + V^T P over the panels of a block.
 template <class Arch, class Acc, int M, int NV>
-FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, isize v_stride, const Acc* p, const std::uint64_t* lanes, const Acc* alpha,
-                                 Acc* o) noexcept {
+FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, isize v_stride, const Acc* p,
+                                 const std::uint64_t* lanes, const Acc* alpha, Acc* o) noexcept {
   using P = simd::pack<Acc, Arch>;
   constexpr isize ld = NV * P::size;
   P acc[M][NV];
@@ -105,7 +108,9 @@ FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, 
       tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
         const P w = P::load(p + k * ld + x * P::size);
         const auto live = static_cast<simd::lane_bits>(bits >> (x * P::size));
-        tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA { acc[i][x] = simd::fma_where(live, w, P(v[k * v_stride + i]), acc[i][x]); });
+        tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
+          acc[i][x] = simd::fma_where(live, w, P(v[k * v_stride + i]), acc[i][x]);
+        });
       });
     }
   }
@@ -133,13 +138,15 @@ FOVEA_NOINLINE void mask_panel(isize first, isize last, const std::uint64_t* lan
 
 /// P = 2^(S - m) in place, and the new (m, l); alpha is what the old O has to be multiplied by.
 template <class Arch, class Acc, int NV>
-FOVEA_NOINLINE void exponentials(const panel* list, isize panels, Acc* s, const Acc* top, Acc* m, Acc* l, Acc* alpha) noexcept {
+FOVEA_NOINLINE void exponentials(const panel* list, isize panels, Acc* s, const Acc* top, Acc* m, Acc* l,
+                                 Acc* alpha) noexcept {
   using P = simd::pack<Acc, Arch>;
   constexpr isize ld = NV * P::size;
   P shift[NV], sum[NV], other[NV];
   tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
     const P old = P::load(m + x * P::size), next = simd::max(old, P::load(top + x * P::size));
-    shift[x] = simd::select_greater(next, P(static_cast<Acc>(-3e38)), next, P(Acc(0)));  // nothing visible yet, or NaN: 0
+    shift[x] =
+        simd::select_greater(next, P(static_cast<Acc>(-3e38)), next, P(Acc(0)));  // nothing visible yet, or NaN: 0
     const P a = simd::exp2(old - shift[x]);
     next.store(m + x * P::size);
     a.store(alpha + x * P::size);
@@ -152,7 +159,8 @@ FOVEA_NOINLINE void exponentials(const panel* list, isize panels, Acc* s, const 
     isize k = 0;
     for (; k + 2 <= count; k += 2, at += 2 * ld)
       tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
-        const P p = simd::exp2(P::load(at + x * P::size) - shift[x]), q = simd::exp2(P::load(at + ld + x * P::size) - shift[x]);
+        const P p = simd::exp2(P::load(at + x * P::size) - shift[x]),
+                q = simd::exp2(P::load(at + ld + x * P::size) - shift[x]);
         p.store(at + x * P::size), q.store(at + ld + x * P::size);
         sum[x] = sum[x] + p, other[x] = other[x] + q;
       });
@@ -182,7 +190,8 @@ class online_softmax {
   }
 
   /// Scratch of one superblock.
-  online_softmax(arena& memory, isize rows, isize d, isize e) : d_(d), e_(e), tiles_(ceil_div(superblock(rows, d, e), T::rows)) {
+  online_softmax(arena& memory, isize rows, isize d, isize e)
+      : d_(d), e_(e), tiles_(ceil_div(superblock(rows, d, e), T::rows)) {
     qt_ = memory.take<Acc>(tiles_ * d * T::rows);
     ot_ = memory.take<Acc>(tiles_ * e * T::rows);
     m_ = memory.take<Acc>(tiles_ * T::rows);
@@ -213,7 +222,9 @@ class online_softmax {
           const isize h = rows.first_head + (real ? r / rows.q.length : 0);
           m_[at] = -std::numeric_limits<Acc>::infinity(), l_[at] = Acc(0);
           from[l] = zeros_;  // lanes without a row
-          if (real) from[l] = simd::row_as<Arch, Acc>(rows.q.type, rows.q.row(rows.b, h, r % rows.q.length), d_, rows_of_ + l * wide_);
+          if (real)
+            from[l] = simd::row_as<Arch, Acc>(rows.q.type, rows.q.row(rows.b, h, r % rows.q.length), d_,
+                                              rows_of_ + l * wide_);
           if (real && sinks != nullptr) m_[at] = static_cast<Acc>(sinks[h]) * log2e, l_[at] = Acc(1);
         }
         simd::rows_to_columns<Acc, Arch>(from, d_, factor, qt_ + t * d_ * T::rows + lane, T::rows);
@@ -240,7 +251,8 @@ class online_softmax {
     const bool direct = out.type == dtype_of<Acc>;
     for (isize t = 0; t < used_; ++t)
       for (isize lane = 0; lane < T::rows; lane += T::W) {
-        const isize first = rows_.first + t * T::rows + lane, left = rows_.last - first, count = left < T::W ? left : T::W;
+        const isize first = rows_.first + t * T::rows + lane, left = rows_.last - first,
+                    count = left < T::W ? left : T::W;
         if (count <= 0) break;
         const Acc *l = l_ + t * T::rows + lane, *m = m_ + t * T::rows + lane;
         Acc inverse[T::W];
@@ -253,7 +265,9 @@ class online_softmax {
         }
         simd::columns_to_rows<Acc, Arch>(ot_ + t * e_ * T::rows + lane, T::rows, e_, inverse, to);
         for (isize x = 0; !direct && x < count; ++x)
-          simd::store_row<Arch, Acc>(out.type, to[x], e_, out.row(rows_.b, rows_.first_head + (first + x) / rows_.q.length, (first + x) % rows_.q.length));
+          simd::store_row<Arch, Acc>(
+              out.type, to[x], e_,
+              out.row(rows_.b, rows_.first_head + (first + x) / rows_.q.length, (first + x) % rows_.q.length));
       }
   }
 
@@ -320,8 +334,10 @@ class online_softmax {
     // A row stride of a multiple of 4 KB would put all rows of a panel into one set of the L1 cache: copy those too.
     const bool k_in_place = set.type == dtype_of<Acc> && (set.k_stride * size) % 4096 != 0;
     const bool v_in_place = set.type == dtype_of<Acc> && (set.v_stride * size) % 4096 != 0;
-    for (isize j = 0; !k_in_place && j < count; ++j) simd::load_row<Arch, Acc>(set.type, k + j * set.k_stride * size, d_, k_ + j * d_);
-    for (isize j = 0; !v_in_place && j < count; ++j) simd::load_row<Arch, Acc>(set.type, v + j * set.v_stride * size, e_, v_ + j * e_);
+    for (isize j = 0; !k_in_place && j < count; ++j)
+      simd::load_row<Arch, Acc>(set.type, k + j * set.k_stride * size, d_, k_ + j * d_);
+    for (isize j = 0; !v_in_place && j < count; ++j)
+      simd::load_row<Arch, Acc>(set.type, v + j * set.v_stride * size, e_, v_ + j * e_);
     x.k = k_in_place ? reinterpret_cast<const Acc*>(k) : k_, x.k_stride = k_in_place ? set.k_stride : d_;
     x.v = v_in_place ? reinterpret_cast<const Acc*>(v) : v_, x.v_stride = v_in_place ? set.v_stride : e_;
   }
@@ -364,14 +380,16 @@ class online_softmax {
     for (isize g = 0; g < columns.groups; ++g) {
       const isize count = columns.size(g);
       tile::with_constant<T::MR>(count, [&](auto m) {
-        detail::value_panels<Arch, Acc, m, T::NR>(list, panels, x.v + c, x.v_stride, s_, lanes_, alpha, ot_ + (t * e_ + c) * T::rows);
+        detail::value_panels<Arch, Acc, m, T::NR>(list, panels, x.v + c, x.v_stride, s_, lanes_, alpha,
+                                                  ot_ + (t * e_ + c) * T::rows);
       });
       c += count;
     }
   }
 
   /// Scores of keys [k, k + count) of the block into s_, modified and masked, their maximum folded into `top`.
-  void score(const key_set<Acc>& set, isize t, const block& x, isize k, isize count, bool masked, std::uint64_t any, Acc* top) noexcept {
+  void score(const key_set<Acc>& set, isize t, const block& x, isize k, isize count, bool masked, std::uint64_t any,
+             Acc* top) noexcept {
     alignas(64) Acc unused[T::rows] = {};
     const bool changed = set.modify != nullptr || set.bias != nullptr;
     Acc* fold = masked || changed ? unused : top;

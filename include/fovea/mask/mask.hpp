@@ -30,7 +30,9 @@ struct range {
   FOVEA_HD constexpr bool empty() const { return last <= first; }
   FOVEA_HD constexpr bool holds(isize x) const { return first <= x && x < last; }
 };
-FOVEA_HD constexpr range meet(range a, range b) { return {a.first > b.first ? a.first : b.first, a.last < b.last ? a.last : b.last}; }
+FOVEA_HD constexpr range meet(range a, range b) {
+  return {a.first > b.first ? a.first : b.first, a.last < b.last ? a.last : b.last};
+}
 
 enum class tile_kind : unsigned char { empty, partial, full };
 
@@ -46,8 +48,8 @@ struct table_extent {
   void check(const char* name, const mask_site& at) const {
     const auto fits = [](isize have, isize want) { return have <= 1 || have == want; };
     const bool rows_fit = rows == 0 || rows == 1 || rows == at.n, keys_fit = keys == 0 || keys == 1 || keys == at.m;
-    require(fits(batch, at.B) && fits(heads, at.H) && rows_fit && keys_fit, name, " is [", batch, ", ", heads, ", ", rows, ", ", keys, "]; wanted [", at.B, ", ", at.H, ", ", at.n,
-            ", ", at.m, "] or 1 in place of a size");
+    require(fits(batch, at.B) && fits(heads, at.H) && rows_fit && keys_fit, name, " is [", batch, ", ", heads, ", ",
+            rows, ", ", keys, "]; wanted [", at.B, ", ", at.H, ", ", at.n, ", ", at.m, "] or 1 in place of a size");
   }
 };
 
@@ -65,7 +67,9 @@ void mask_lanes(const P& p, const mask_site& at, isize i0, isize count, isize j0
   if constexpr (requires { p.lanes(at, i0, count, j0, j1, out); }) return p.lanes(at, i0, count, j0, j1, out);
   for (isize j = j0; j < j1; ++j) {
     std::uint64_t bits = 0;
-    if constexpr (requires { { p.queries(at, j) } -> std::same_as<range>; }) {
+    if constexpr (requires {
+                    { p.queries(at, j) } -> std::same_as<range>;
+                  }) {
       const range r = meet(p.queries(at, j), {i0, i0 + count});
       if (!r.empty()) bits = (~std::uint64_t{0} >> (64 - (r.last - r.first))) << (r.first - i0);
     } else {
@@ -85,9 +89,15 @@ struct mask_table {
 };
 template <mask_policy P>
 inline constexpr mask_table mask_table_of{
-    [](const void* p, const mask_site& at, isize i0, isize i1) { return meet(static_cast<const P*>(p)->keys(at, i0, i1), {0, at.m}); },
-    [](const void* p, const mask_site& at, isize i0, isize i1, isize j0, isize j1) { return static_cast<const P*>(p)->tile(at, i0, i1, j0, j1); },
-    [](const void* p, const mask_site& at, isize i0, isize count, isize j0, isize j1, std::uint64_t* out) { mask_lanes(*static_cast<const P*>(p), at, i0, count, j0, j1, out); },
+    [](const void* p, const mask_site& at, isize i0, isize i1) {
+      return meet(static_cast<const P*>(p)->keys(at, i0, i1), {0, at.m});
+    },
+    [](const void* p, const mask_site& at, isize i0, isize i1, isize j0, isize j1) {
+      return static_cast<const P*>(p)->tile(at, i0, i1, j0, j1);
+    },
+    [](const void* p, const mask_site& at, isize i0, isize count, isize j0, isize j1, std::uint64_t* out) {
+      mask_lanes(*static_cast<const P*>(p), at, i0, count, j0, j1, out);
+    },
     [](const void* p, const mask_site& at, isize i, isize j) { return static_cast<const P*>(p)->visible(at, i, j); },
     [](const void* p, const mask_site& at) {
       if constexpr (requires { static_cast<const P*>(p)->check(at); }) static_cast<const P*>(p)->check(at);
@@ -117,13 +127,18 @@ class mask {
   template <mask_policy P>
     requires(!std::same_as<P, mask>)
   mask(const P& p) : table_(&detail::mask_table_of<P>) {  // NOLINT(google-explicit-constructor)
-    static_assert(sizeof(P) <= sizeof storage_, "a mask policy may hold up to 128 bytes; keep tables outside and point to them");
+    static_assert(sizeof(P) <= sizeof storage_,
+                  "a mask policy may hold up to 128 bytes; keep tables outside and point to them");
     ::new (static_cast<void*>(storage_)) P(p);
   }
   bool visible(const mask_site& at, isize i, isize j) const { return table_->visible(storage_, at, i, j); }
   range keys(const mask_site& at, isize i0, isize i1) const { return table_->keys(storage_, at, i0, i1); }
-  tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const { return table_->tile(storage_, at, i0, i1, j0, j1); }
-  void lanes(const mask_site& at, isize i0, isize count, isize j0, isize j1, std::uint64_t* out) const { table_->lanes(storage_, at, i0, count, j0, j1, out); }
+  tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
+    return table_->tile(storage_, at, i0, i1, j0, j1);
+  }
+  void lanes(const mask_site& at, isize i0, isize count, isize j0, isize j1, std::uint64_t* out) const {
+    table_->lanes(storage_, at, i0, count, j0, j1, out);
+  }
   void check(const mask_site& at) const { table_->check(storage_, at); }
   bool is_causal() const { return table_->is_causal(storage_); }
   bool is_none() const { return table_ == &detail::mask_table_of<no_mask>; }

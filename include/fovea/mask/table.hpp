@@ -35,10 +35,14 @@ struct block_mask {
   bool per_kv_head = false, inverted = false;
 
   void check(const mask_site& at) const {
-    require(block_q >= 1 && block_k >= 1, "block_mask blocks are ", block_q, " x ", block_k, "; they must be at least 1 x 1");
-    require(table != nullptr || at.n == 0 || at.m == 0, "block_mask has a null table; wanted ", ceil_blocks(at.n, block_q), " x ", ceil_blocks(at.m, block_k));
+    require(block_q >= 1 && block_k >= 1, "block_mask blocks are ", block_q, " x ", block_k,
+            "; they must be at least 1 x 1");
+    require(table != nullptr || at.n == 0 || at.m == 0, "block_mask has a null table; wanted ",
+            ceil_blocks(at.n, block_q), " x ", ceil_blocks(at.m, block_k));
   }
-  FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const { return row(at, i / block_q)[j / block_k] != static_cast<std::uint8_t>(0) ? !inverted : inverted; }
+  FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const {
+    return row(at, i / block_q)[j / block_k] != static_cast<std::uint8_t>(0) ? !inverted : inverted;
+  }
   FOVEA_HD range keys(const mask_site& at, isize i0, isize i1) const {
     const isize blocks = ceil_blocks(at.m, block_k);
     isize low = blocks, high = 0;
@@ -76,12 +80,14 @@ struct packed {
   bool is_causal = false;
 
   void check(const mask_site& at) const {
-    require(cu_q != nullptr && cu_k != nullptr && sequences >= 1, "packed has ", sequences, " sequences and ", cu_q == nullptr || cu_k == nullptr ? "null" : "given",
-            " cumulative lengths; wanted at least one sequence");
+    require(cu_q != nullptr && cu_k != nullptr && sequences >= 1, "packed has ", sequences, " sequences and ",
+            cu_q == nullptr || cu_k == nullptr ? "null" : "given", " cumulative lengths; wanted at least one sequence");
     for (isize s = 0; s < sequences; ++s)
-      require(cu_q[s] <= cu_q[s + 1] && cu_k[s] <= cu_k[s + 1], "packed cumulative lengths fall at sequence ", s, "; they must not decrease");
-    require(cu_q[0] == 0 && cu_k[0] == 0 && cu_q[sequences] == at.n && cu_k[sequences] == at.m, "packed cumulative lengths run from ", cu_q[0], ", ", cu_k[0], " to ",
-            cu_q[sequences], ", ", cu_k[sequences], "; wanted 0, 0 to n = ", at.n, ", m = ", at.m);
+      require(cu_q[s] <= cu_q[s + 1] && cu_k[s] <= cu_k[s + 1], "packed cumulative lengths fall at sequence ", s,
+              "; they must not decrease");
+    require(cu_q[0] == 0 && cu_k[0] == 0 && cu_q[sequences] == at.n && cu_k[sequences] == at.m,
+            "packed cumulative lengths run from ", cu_q[0], ", ", cu_k[0], " to ", cu_q[sequences], ", ",
+            cu_k[sequences], "; wanted 0, 0 to n = ", at.n, ", m = ", at.m);
   }
   FOVEA_HD bool visible(const mask_site&, isize i, isize j) const {
     const isize s = find(cu_q, i);
@@ -139,8 +145,12 @@ struct both {
     if constexpr (requires { b.check(at); }) b.check(at);
   }
   FOVEA_HD bool is_causal() const { return detail::causal_policy(a) || detail::causal_policy(b); }
-  FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const { return a.visible(at, i, j) && b.visible(at, i, j); }
-  FOVEA_HD range keys(const mask_site& at, isize i0, isize i1) const { return meet(a.keys(at, i0, i1), b.keys(at, i0, i1)); }
+  FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const {
+    return a.visible(at, i, j) && b.visible(at, i, j);
+  }
+  FOVEA_HD range keys(const mask_site& at, isize i0, isize i1) const {
+    return meet(a.keys(at, i0, i1), b.keys(at, i0, i1));
+  }
   FOVEA_HD tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
     const tile_kind x = a.tile(at, i0, i1, j0, j1);
     if (x == tile_kind::empty) return x;
@@ -161,7 +171,9 @@ struct either {
     if constexpr (requires { b.check(at); }) b.check(at);
   }
   FOVEA_HD bool is_causal() const { return detail::causal_policy(a) && detail::causal_policy(b); }
-  FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const { return a.visible(at, i, j) || b.visible(at, i, j); }
+  FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const {
+    return a.visible(at, i, j) || b.visible(at, i, j);
+  }
   FOVEA_HD range keys(const mask_site& at, isize i0, isize i1) const {
     const range x = a.keys(at, i0, i1), y = b.keys(at, i0, i1);
     if (x.empty()) return y;

@@ -24,7 +24,9 @@ concept score_policy = std::is_trivially_copyable_v<P> && requires(const P& p, c
 /// cap * tanh(s / cap)
 struct softcap {
   double cap = 0;
-  void check(const mask_site&) const { require(cap > 0 && std::isfinite(cap), "softcap is ", cap, "; it must be positive and finite"); }
+  void check(const mask_site&) const {
+    require(cap > 0 && std::isfinite(cap), "softcap is ", cap, "; it must be positive and finite");
+  }
   template <class T>
   FOVEA_HD T operator()(const mask_site&, isize, isize, T s) const {
     return static_cast<T>(cap) * std::tanh(s / static_cast<T>(cap));
@@ -36,8 +38,10 @@ struct alibi {
   const float* slopes = nullptr;  ///< [H]
   isize count = 0;                ///< how many there are; 0: not checked
   void check(const mask_site& at) const {
-    require(slopes != nullptr && (count == 0 || count == at.H), "alibi has ", slopes == nullptr ? 0 : count, " slopes; wanted one for each of ", at.H, " heads");
-    for (isize h = 0; h < at.H; ++h) require(std::isfinite(slopes[h]), "alibi slopes[", h, "] is ", slopes[h], "; it must be finite");
+    require(slopes != nullptr && (count == 0 || count == at.H), "alibi has ", slopes == nullptr ? 0 : count,
+            " slopes; wanted one for each of ", at.H, " heads");
+    for (isize h = 0; h < at.H; ++h)
+      require(std::isfinite(slopes[h]), "alibi slopes[", h, "] is ", slopes[h], "; it must be finite");
   }
   template <class T>
   FOVEA_HD T operator()(const mask_site& at, isize i, isize j, T s) const {
@@ -80,10 +84,12 @@ chain(A, B) -> chain<A, B>;
 namespace detail {
 /// tile[(j - j0) * stride + l], rows i0 + l: scores in units of log2, as kernels keep them.
 template <class Acc>
-using score_tile = void (*)(const void*, const mask_site&, isize i0, isize count, isize j0, isize j1, Acc* tile, isize stride);
+using score_tile = void (*)(const void*, const mask_site&, isize i0, isize count, isize j0, isize j1, Acc* tile,
+                            isize stride);
 
 template <score_policy P, class Acc>
-void score_lanes(const void* policy, const mask_site& at, isize i0, isize count, isize j0, isize j1, Acc* tile, isize stride) {
+void score_lanes(const void* policy, const mask_site& at, isize i0, isize count, isize j0, isize j1, Acc* tile,
+                 isize stride) {
   const P& p = *static_cast<const P*>(policy);
   constexpr Acc to_nats = static_cast<Acc>(0.69314718055994530942), to_log2 = static_cast<Acc>(1.4426950408889634074);
   for (isize j = j0; j < j1; ++j, tile += stride)
@@ -96,13 +102,15 @@ struct score_table {
   double (*one)(const void*, const mask_site&, isize, isize, double);
 };
 template <score_policy P>
-inline constexpr score_table score_table_of{
-    score_lanes<P, float>, score_lanes<P, double>,
-    [](const void* p, const mask_site& at) {
-      if constexpr (requires { static_cast<const P*>(p)->check(at); }) static_cast<const P*>(p)->check(at);
-      (void)p, (void)at;
-    },
-    [](const void* p, const mask_site& at, isize i, isize j, double s) { return static_cast<double>((*static_cast<const P*>(p))(at, i, j, s)); }};
+inline constexpr score_table score_table_of{score_lanes<P, float>, score_lanes<P, double>,
+                                            [](const void* p, const mask_site& at) {
+                                              if constexpr (requires { static_cast<const P*>(p)->check(at); })
+                                                static_cast<const P*>(p)->check(at);
+                                              (void)p, (void)at;
+                                            },
+                                            [](const void* p, const mask_site& at, isize i, isize j, double s) {
+                                              return static_cast<double>((*static_cast<const P*>(p))(at, i, j, s));
+                                            }};
 }  // namespace detail
 
 /// Any score policy by value (up to 128 bytes), or none.
@@ -112,14 +120,17 @@ class score {
   template <score_policy P>
     requires(!std::same_as<P, score>)
   score(const P& p) : table_(&detail::score_table_of<P>) {  // NOLINT(google-explicit-constructor)
-    static_assert(sizeof(P) <= sizeof storage_, "a score policy may hold up to 128 bytes; keep tables outside and point to them");
+    static_assert(sizeof(P) <= sizeof storage_,
+                  "a score policy may hold up to 128 bytes; keep tables outside and point to them");
     ::new (static_cast<void*>(storage_)) P(p);
   }
   explicit operator bool() const { return table_ != nullptr; }
   void check(const mask_site& at) const {
     if (table_ != nullptr) table_->check(storage_, at);
   }
-  double operator()(const mask_site& at, isize i, isize j, double s) const { return table_ != nullptr ? table_->one(storage_, at, i, j, s) : s; }
+  double operator()(const mask_site& at, isize i, isize j, double s) const {
+    return table_ != nullptr ? table_->one(storage_, at, i, j, s) : s;
+  }
   template <class Acc>
   void apply(const mask_site& at, isize i0, isize count, isize j0, isize j1, Acc* tile, isize stride) const {
     if constexpr (std::is_same_v<Acc, float>)

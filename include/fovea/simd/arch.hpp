@@ -5,7 +5,8 @@
 #include <fovea/core/types.hpp>
 
 #if defined(FOVEA_HAS_AVX512) || defined(FOVEA_HAS_AVX2) || defined(FOVEA_HAS_SSE2)
-#if defined(__GNUC__) && !defined(__clang__)  // g++ 12 warns of the deliberately undefined registers in its own header (PR 105593)
+#if defined(__GNUC__) && \
+    !defined(__clang__)  // g++ 12 warns of the deliberately undefined registers in its own header (PR 105593)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"

@@ -16,11 +16,13 @@ FOVEA_INLINE isize widen(const f16* p, isize n, float* out) {  // returns how ma
   isize i = 0;
 #if defined(FOVEA_HAS_AVX512)
   if constexpr (std::is_same_v<Arch, avx512>)
-    for (; i + 16 <= n; i += 16) _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i))));
+    for (; i + 16 <= n; i += 16)
+      _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i))));
 #endif
 #if defined(__F16C__)
   if constexpr (std::is_same_v<Arch, avx512> || std::is_same_v<Arch, avx2>)
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
+    for (; i + 8 <= n; i += 8)
+      _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i))));
 #endif
   (void)p, (void)n, (void)out;
   return i;
@@ -44,12 +46,14 @@ FOVEA_INLINE isize narrow(const float* p, isize n, f16* out) {
 #if defined(FOVEA_HAS_AVX512)
   if constexpr (std::is_same_v<Arch, avx512>)
     for (; i + 16 <= n; i += 16)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm512_cvtps_ph(_mm512_loadu_ps(p + i), _MM_FROUND_TO_NEAREST_INT));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                          _mm512_cvtps_ph(_mm512_loadu_ps(p + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
 #if defined(__F16C__)
   if constexpr (std::is_same_v<Arch, avx512> || std::is_same_v<Arch, avx2>)
     for (; i + 8 <= n; i += 8)
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(p + i), _MM_FROUND_TO_NEAREST_INT));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(p + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
   (void)p, (void)n, (void)out;
   return i;

@@ -26,8 +26,8 @@ struct pack {
   batch v;
 
   pack() = default;
-  FOVEA_INLINE pack(batch x) : v(x) {}                // NOLINT(google-explicit-constructor)
-  FOVEA_INLINE explicit pack(T x) : v(batch(x)) {}    // every lane x
+  FOVEA_INLINE pack(batch x) : v(x) {}              // NOLINT(google-explicit-constructor)
+  FOVEA_INLINE explicit pack(T x) : v(batch(x)) {}  // every lane x
   static FOVEA_INLINE pack load(const T* p) { return batch::load_unaligned(p); }
   FOVEA_INLINE void store(T* p) const { v.store_unaligned(p); }
 };
@@ -45,18 +45,25 @@ struct pack<T, scalar> {
 };
 
 template <class T, class A>
-FOVEA_INLINE pack<T, A> operator+(pack<T, A> a, pack<T, A> b) { return pack<T, A>(a.v + b.v); }
+FOVEA_INLINE pack<T, A> operator+(pack<T, A> a, pack<T, A> b) {
+  return pack<T, A>(a.v + b.v);
+}
 template <class T, class A>
-FOVEA_INLINE pack<T, A> operator-(pack<T, A> a, pack<T, A> b) { return pack<T, A>(a.v - b.v); }
+FOVEA_INLINE pack<T, A> operator-(pack<T, A> a, pack<T, A> b) {
+  return pack<T, A>(a.v - b.v);
+}
 template <class T, class A>
-FOVEA_INLINE pack<T, A> operator*(pack<T, A> a, pack<T, A> b) { return pack<T, A>(a.v * b.v); }
+FOVEA_INLINE pack<T, A> operator*(pack<T, A> a, pack<T, A> b) {
+  return pack<T, A>(a.v * b.v);
+}
 template <class T, class A>
-FOVEA_INLINE pack<T, A> operator/(pack<T, A> a, pack<T, A> b) { return pack<T, A>(a.v / b.v); }
+FOVEA_INLINE pack<T, A> operator/(pack<T, A> a, pack<T, A> b) {
+  return pack<T, A>(a.v / b.v);
+}
 
 template <class T, class A>
 FOVEA_INLINE pack<T, A> max(pack<T, A> a, pack<T, A> b) {
-  if constexpr (std::is_same_v<A, scalar>)
-    return pack<T, A>(a.v > b.v ? a.v : b.v);
+  if constexpr (std::is_same_v<A, scalar>) return pack<T, A>(a.v > b.v ? a.v : b.v);
 #if defined(FOVEA_HAS_NEON64)
   else if constexpr (std::is_same_v<A, neon64>)  // the NEON maximum returns NaN if either is NaN; keep the x86 rule
     return pack<T, A>(xsimd::select(a.v > b.v, a.v, b.v));
@@ -66,8 +73,7 @@ FOVEA_INLINE pack<T, A> max(pack<T, A> a, pack<T, A> b) {
 }
 template <class T, class A>
 FOVEA_INLINE pack<T, A> min(pack<T, A> a, pack<T, A> b) {
-  if constexpr (std::is_same_v<A, scalar>)
-    return pack<T, A>(a.v < b.v ? a.v : b.v);
+  if constexpr (std::is_same_v<A, scalar>) return pack<T, A>(a.v < b.v ? a.v : b.v);
 #if defined(FOVEA_HAS_NEON64)
   else if constexpr (std::is_same_v<A, neon64>)
     return pack<T, A>(xsimd::select(a.v < b.v, a.v, b.v));
@@ -147,8 +153,7 @@ FOVEA_INLINE auto lane_mask(lane_bits bits) {  // a register of T whose selected
 /// Lane l: bit l of `bits` ? a : b.
 template <class T, class A>
 FOVEA_INLINE pack<T, A> select(lane_bits bits, pack<T, A> a, pack<T, A> b) {
-  if constexpr (std::is_same_v<A, scalar>)
-    return (bits & 1U) != 0 ? a : b;
+  if constexpr (std::is_same_v<A, scalar>) return (bits & 1U) != 0 ? a : b;
 #if defined(FOVEA_HAS_AVX512)
   else if constexpr (std::is_same_v<A, avx512>) {
     if constexpr (std::is_same_v<T, float>)
@@ -174,7 +179,7 @@ FOVEA_INLINE pack<T, A> fma_where(lane_bits bits, pack<T, A> a, pack<T, A> b, pa
       return pack<T, A>(typename pack<T, A>::batch(_mm512_mask3_fmadd_pd(a.v, b.v, c.v, static_cast<__mmask8>(bits))));
   } else
 #endif
-      return select(bits, fma(a, b, c), c);
+    return select(bits, fma(a, b, c), c);
 }
 
 /// Lane by lane: a > b ? x : y (y where a or b is NaN).

@@ -41,7 +41,9 @@ FOVEA_INLINE pack<T, A> sum_each(const pack<T, A> (&x)[pack<T, A>::size]) {
 #if defined(FOVEA_HAS_AVX512)
   if constexpr (std::is_same_v<P, pack<float, avx512>>) {
     __m512 t[8], u[4];  // 15 additions: within 128-bit quarters, then across them
-    for (int i = 0; i < 8; ++i) t[i] = _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v), _mm512_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v));
+    for (int i = 0; i < 8; ++i)
+      t[i] =
+          _mm512_add_ps(_mm512_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v), _mm512_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v));
     for (int i = 0; i < 4; ++i) {
       const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
       u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));

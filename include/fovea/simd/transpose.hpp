@@ -20,15 +20,19 @@ FOVEA_INLINE void transpose(pack<T, A>* x) {
       t[2 * i + 1] = _mm512_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v);
     }
     for (int i = 0; i < 4; ++i) {  // u[4 i + c]: column c of each quarter, rows 4 i .. 4 i + 3
-      const __m512d a = _mm512_castps_pd(t[4 * i]), b = _mm512_castps_pd(t[4 * i + 1]), c = _mm512_castps_pd(t[4 * i + 2]), d = _mm512_castps_pd(t[4 * i + 3]);
+      const __m512d a = _mm512_castps_pd(t[4 * i]), b = _mm512_castps_pd(t[4 * i + 1]),
+                    c = _mm512_castps_pd(t[4 * i + 2]), d = _mm512_castps_pd(t[4 * i + 3]);
       u[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c)), u[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
-      u[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)), u[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+      u[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)),
+                u[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
     }
     for (int c = 0; c < 4; ++c) {  // a 4 x 4 transpose of quarters
       const __m512 a = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88), b = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
       const __m512 d = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd), e = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xdd);
-      x[c] = P(typename P::batch(_mm512_shuffle_f32x4(a, b, 0x88))), x[8 + c] = P(typename P::batch(_mm512_shuffle_f32x4(a, b, 0xdd)));
-      x[4 + c] = P(typename P::batch(_mm512_shuffle_f32x4(d, e, 0x88))), x[12 + c] = P(typename P::batch(_mm512_shuffle_f32x4(d, e, 0xdd)));
+      x[c] = P(typename P::batch(_mm512_shuffle_f32x4(a, b, 0x88))),
+      x[8 + c] = P(typename P::batch(_mm512_shuffle_f32x4(a, b, 0xdd)));
+      x[4 + c] = P(typename P::batch(_mm512_shuffle_f32x4(d, e, 0x88))),
+            x[12 + c] = P(typename P::batch(_mm512_shuffle_f32x4(d, e, 0xdd)));
     }
     return;
   } else
@@ -36,7 +40,9 @@ FOVEA_INLINE void transpose(pack<T, A>* x) {
 #if defined(FOVEA_HAS_AVX512) || defined(FOVEA_HAS_AVX2)
       if constexpr (std::is_same_v<P, pack<float, avx2>>) {
     __m256 t[8], u[8];
-    for (int i = 0; i < 4; ++i) t[2 * i] = _mm256_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v), t[2 * i + 1] = _mm256_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v);
+    for (int i = 0; i < 4; ++i)
+      t[2 * i] = _mm256_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v),
+            t[2 * i + 1] = _mm256_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v);
     for (int i = 0; i < 2; ++i)
       for (int j = 0; j < 2; ++j) {
         u[4 * i + 2 * j] = _mm256_shuffle_ps(t[4 * i + j], t[4 * i + 2 + j], 0x44);
@@ -62,7 +68,8 @@ FOVEA_INLINE void transpose(pack<T, A>* x) {
 
 /// to[c * to_ld + l] = factor * from[l][c] for W rows l and c < width.
 template <class T, class A>
-FOVEA_NOINLINE void rows_to_columns(const T* const (&from)[pack<T, A>::size], isize width, T factor, T* to, isize to_ld) {
+FOVEA_NOINLINE void rows_to_columns(const T* const (&from)[pack<T, A>::size], isize width, T factor, T* to,
+                                    isize to_ld) {
   using P = pack<T, A>;
   isize c = 0;
   for (; c + P::size <= width; c += P::size) {
@@ -77,7 +84,8 @@ FOVEA_NOINLINE void rows_to_columns(const T* const (&from)[pack<T, A>::size], is
 
 /// to[l][c] = factors[l] * from[c * from_ld + l] for W rows l and c < width.
 template <class T, class A>
-FOVEA_NOINLINE void columns_to_rows(const T* from, isize from_ld, isize width, const T* factors, T* const (&to)[pack<T, A>::size]) {
+FOVEA_NOINLINE void columns_to_rows(const T* from, isize from_ld, isize width, const T* factors,
+                                    T* const (&to)[pack<T, A>::size]) {
   using P = pack<T, A>;
   const P factor = P::load(factors);
   isize c = 0;

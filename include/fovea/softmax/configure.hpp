@@ -21,7 +21,8 @@ struct softmax_tables {
 };
 
 inline table_extent extent_of(const char* name, const array& a) {
-  require(a.rank() >= 2 && a.rank() <= 4, name, " is ", a.describe(), "; wanted 2 to 4 dimensions that broadcast to [B, H, n, m]");
+  require(a.rank() >= 2 && a.rank() <= 4, name, " is ", a.describe(),
+          "; wanted 2 to 4 dimensions that broadcast to [B, H, n, m]");
   return {a.dim(-4), a.dim(-3), a.dim(-2), a.dim(-1)};
 }
 /// Strides of a dense row-major table of these sizes; 0 where it broadcasts.
@@ -35,7 +36,8 @@ void set_strides(Policy& p, const table_extent& x) {
 }
 
 inline std::vector<std::int32_t> lengths(const char* name, const array& a) {
-  require(a.rank() == 1 && a.size() >= 2 && !is_float(a.type()), name, " is ", a.describe(), "; wanted whole numbers, one more than there are sequences");
+  require(a.rank() == 1 && a.size() >= 2 && !is_float(a.type()), name, " is ", a.describe(),
+          "; wanted whole numbers, one more than there are sequences");
   std::vector<std::int32_t> out;
   for (isize i = 0; i < a.size(); ++i) {
     require(a.at(i) >= 0 && a.at(i) < 2147483648.0, name, " holds ", a.at(i), "; wanted cumulative lengths below 2^31");
@@ -52,13 +54,16 @@ mask with_table(const P& p, const boolean_mask* table) {
 /// Where rows stand, by the key `align`. "none" leaves bottom-right, and is right only where no position matters.
 inline alignment_of_rows configure_align(configuration_reader& c, bool positions_matter) {
   enum class where { bottom, top, none };
-  const where at = c.choice("align", {{"bottom_right", where::bottom}, {"top_left", where::top}, {"none", where::none}}, where::bottom);
-  require(at != where::none || !positions_matter, "align is \"none\"; a causal or window mask needs \"bottom_right\" or \"top_left\"");
+  const where at = c.choice("align", {{"bottom_right", where::bottom}, {"top_left", where::top}, {"none", where::none}},
+                            where::bottom);
+  require(at != where::none || !positions_matter,
+          "align is \"none\"; a causal or window mask needs \"bottom_right\" or \"top_left\"");
   return at == where::top ? top_left : bottom_right;
 }
 
 inline mask configure_mask(configuration_reader& c, softmax_tables& keep) {
-  const bool is_causal = c.flag("causal", false), has_window = c.has("window"), has_sides = c.has("left") || c.has("right");
+  const bool is_causal = c.flag("causal", false), has_window = c.has("window"),
+             has_sides = c.has("left") || c.has("right");
   const alignment_of_rows align = configure_align(c, is_causal || has_window || has_sides);
   const isize width = c.integer("window", 1), first = c.integer("first", 0);
   const isize far = PTRDIFF_MAX / 4, left = c.integer("left", far), right = c.integer("right", far);
@@ -71,7 +76,8 @@ inline mask configure_mask(configuration_reader& c, softmax_tables& keep) {
   boolean_mask bits;
   const array* table = c.tensor("mask");
   if (table != nullptr) {
-    require(table->type() == element::u8 || table->type() == element::boolean, "mask is ", table->describe(), "; wanted u8 or bool");
+    require(table->type() == element::u8 || table->type() == element::boolean, "mask is ", table->describe(),
+            "; wanted u8 or bool");
     keep.mask = *table;
     bits.table = keep.mask.as<std::uint8_t>();
     set_strides(bits, extent_of("mask", *table));
@@ -80,12 +86,16 @@ inline mask configure_mask(configuration_reader& c, softmax_tables& keep) {
 
   const array *cu = c.tensor("cu"), *cu_q = c.tensor("cu_q"), *cu_k = c.tensor("cu_k");
   if (cu != nullptr || cu_q != nullptr || cu_k != nullptr) {
-    require((cu != nullptr) != (cu_q != nullptr && cu_k != nullptr), "packed batches take the tensor cu, or both cu_q and cu_k");
+    require((cu != nullptr) != (cu_q != nullptr && cu_k != nullptr),
+            "packed batches take the tensor cu, or both cu_q and cu_k");
     keep.cu_q = lengths(cu != nullptr ? "cu" : "cu_q", cu != nullptr ? *cu : *cu_q);
     keep.cu_k = lengths(cu != nullptr ? "cu" : "cu_k", cu != nullptr ? *cu : *cu_k);
-    require(keep.cu_q.size() == keep.cu_k.size(), "cu_q names ", keep.cu_q.size() - 1, " sequences and cu_k ", keep.cu_k.size() - 1, "; they must be equal");
-    require(!has_window && !has_sides && align.how == alignment_of_rows::kind::bottom_right, "packed batches take causal, bottom-right, and no window in this version");
-    return with_table(packed{keep.cu_q.data(), keep.cu_k.data(), static_cast<isize>(keep.cu_q.size()) - 1, is_causal}, more);
+    require(keep.cu_q.size() == keep.cu_k.size(), "cu_q names ", keep.cu_q.size() - 1, " sequences and cu_k ",
+            keep.cu_k.size() - 1, "; they must be equal");
+    require(!has_window && !has_sides && align.how == alignment_of_rows::kind::bottom_right,
+            "packed batches take causal, bottom-right, and no window in this version");
+    return with_table(packed{keep.cu_q.data(), keep.cu_k.data(), static_cast<isize>(keep.cu_q.size()) - 1, is_causal},
+                      more);
   }
   if (has_window && is_causal) return with_table(window{width, first, align}, more);
   if (has_window) return with_table(two_sided{width - 1, far, align}, more);

@@ -16,9 +16,11 @@ inline void softmax_attention::check_values(const shape& s) const {
     require(*scale > 0, "scale is ", *scale, "; it must be positive");
   }
   const mask_site at = site(s, 0);
-  require(sinks == nullptr || sink_count == 0 || sink_count == at.H, "sinks holds ", sink_count, " logits; wanted one for each of ", at.H, " heads");
+  require(sinks == nullptr || sink_count == 0 || sink_count == at.H, "sinks holds ", sink_count,
+          " logits; wanted one for each of ", at.H, " heads");
   for (isize h = 0; sinks != nullptr && h < at.H; ++h)
-    require(sinks[h] < std::numeric_limits<float>::infinity(), "sinks[", h, "] is ", sinks[h], "; it must be a number below infinity");
+    require(sinks[h] < std::numeric_limits<float>::infinity(), "sinks[", h, "] is ", sinks[h],
+            "; it must be a number below infinity");
   mask.check(at);
   score.check(at);
 }
@@ -31,7 +33,9 @@ inline void softmax_attention::check(const problem& p) const {
 inline void softmax_attention::check(const problem& p, const state& s) const {
   detail::check_problem(p);
   s.check(tag(), p.shape(), name);
-  require(mask.is_causal(), "the mask of a softmax_attention with a state must be causal (causal or window, bottom-right); a row cannot see keys that have not come");
+  require(mask.is_causal(),
+          "the mask of a softmax_attention with a state must be causal (causal or window, bottom-right); a row cannot "
+          "see keys that have not come");
   kv_cache::check_room(p, s);
   shape all = p.shape();
   all.m += s.tokens();  // masks and biases span the tokens held, too
@@ -41,8 +45,8 @@ inline void softmax_attention::check(const problem& p, const state& s) const {
 inline std::uint64_t softmax_attention::tag() const { return detail::fingerprint{}.text(name).value; }
 
 inline state softmax_attention::make_state(const shape& s) const {
-  require(s.B >= 0 && s.G >= 1 && s.m >= 0 && s.d >= 1 && s.e >= 1, "make_state: B, G, m, d, e are ", s.B, ", ", s.G, ", ", s.m, ", ", s.d, ", ", s.e,
-          "; wanted sizes of a problem, m tokens of room");
+  require(s.B >= 0 && s.G >= 1 && s.m >= 0 && s.d >= 1 && s.e >= 1, "make_state: B, G, m, d, e are ", s.B, ", ", s.G,
+          ", ", s.m, ", ", s.d, ", ", s.e, "; wanted sizes of a problem, m tokens of room");
   return {tag(), s, kv_cache::bytes(s)};
 }
 
@@ -91,16 +95,19 @@ struct softmax_run {
   static void prefill(const softmax_attention& m, exec_ref exec, const problem& p, arena scratch) {
     const shape s = p.shape();
     if (softmax_few_rows<Acc>::fits(s)) return softmax_few_rows<Acc>::run(m, exec, p, scratch);
-    const isize rows = s.group() * s.n, block = loop::superblock(rows, s.d, s.e), blocks = ceil_div(rows, block), heads = s.B * s.G;
+    const isize rows = s.group() * s.n, block = loop::superblock(rows, s.d, s.e), blocks = ceil_div(rows, block),
+                heads = s.B * s.G;
     const double scale = m.scale_for(s);
     const std::size_t piece = slot_bytes(s);
-    std::byte* base = scratch.take<std::byte>(static_cast<isize>(piece) * exec.concurrency());  // slot t owns the t-th piece
+    std::byte* base =
+        scratch.take<std::byte>(static_cast<isize>(piece) * exec.concurrency());  // slot t owns the t-th piece
     exec.for_tasks(heads * blocks, [&](isize task, isize slot) {
       // The last rows come first: under a causal mask they take longest, and no thread is left with them at the end.
       const isize sb = blocks - 1 - task / heads, b = task % heads / s.G, g = task % s.G;
       arena own(std::span<std::byte>(base + static_cast<std::size_t>(slot) * piece, piece));
       loop run(own, rows, s.d, s.e);
-      run.begin({p.q, b, g * s.group(), sb * block, sb * block + block < rows ? sb * block + block : rows}, scale, m.sinks);
+      run.begin({p.q, b, g * s.group(), sb * block, sb * block + block < rows ? sb * block + block : rows}, scale,
+                m.sinks);
       if (s.m > 0) run.absorb(softmax_keys<Acc>(m, p, b, g));
       run.finish(p.out, p.lse);
     });
@@ -111,7 +118,8 @@ struct softmax_run {
 
 inline std::size_t softmax_attention::workspace_size(const shape& s, int threads) const {
   // A state's call is measured with the shape of the call: n rows, whatever the number of keys.
-  return s.type == dtype::f64 ? detail::softmax_run<double>::workspace_size(s, threads) : detail::softmax_run<float>::workspace_size(s, threads);
+  return s.type == dtype::f64 ? detail::softmax_run<double>::workspace_size(s, threads)
+                              : detail::softmax_run<float>::workspace_size(s, threads);
 }
 
 inline void softmax_attention::prefill(exec_ref exec, const problem& p, arena scratch) const {

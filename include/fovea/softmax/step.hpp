@@ -40,14 +40,16 @@ struct softmax_few_rows {
   static void run(const softmax_attention& a, exec_ref exec, const problem& p, arena scratch) {
     const shape s = p.shape();
     const layout at(scratch, s, exec.concurrency());
-    const isize rows = s.group() * s.n, keys = piece(s.m), pieces = s.m > 0 ? ceil_div(s.m, keys) : 0, heads = s.B * s.G;
+    const isize rows = s.group() * s.n, keys = piece(s.m), pieces = s.m > 0 ? ceil_div(s.m, keys) : 0,
+                heads = s.B * s.G;
     const double scale = a.scale_for(s);
     exec.for_tasks(heads * pieces, [&](isize task, isize slot) {
       const isize b = task / pieces / s.G, g = task / pieces % s.G, j0 = task % pieces * keys;
       arena own(std::span<std::byte>(at.slots + static_cast<std::size_t>(slot) * at.slot_bytes, at.slot_bytes));
       loop run(own, s.d, s.e);
       run.begin({p.q, b, g * s.group(), 0, rows}, scale);
-      run.run(softmax_keys<Acc>(a, p, b, g), j0, j0 + keys < s.m ? j0 + keys : s.m, at.m + task * rows, at.l + task * rows, at.o + task * rows * s.e);
+      run.run(softmax_keys<Acc>(a, p, b, g), j0, j0 + keys < s.m ? j0 + keys : s.m, at.m + task * rows,
+              at.l + task * rows, at.o + task * rows * s.e);
     });
     for (isize head = 0; head < heads; ++head)
       for (isize r = 0; r < rows; ++r) finish(a, p, at, head, r, rows, pieces);
@@ -55,12 +57,14 @@ struct softmax_few_rows {
 
  private:
   /// Joins the pieces of one row, in order, and writes it.
-  static void finish(const softmax_attention& a, const problem& p, const layout& at, isize head, isize r, isize rows, isize pieces) {
+  static void finish(const softmax_attention& a, const problem& p, const layout& at, isize head, isize r, isize rows,
+                     isize pieces) {
     constexpr Acc ln2 = static_cast<Acc>(0.69314718055994530942);
     const shape s = p.shape();
     const isize b = head / s.G, h = head % s.G * s.group() + r / s.n, i = r % s.n;
     Acc* o = at.o + (head * pieces * rows + r) * s.e;
-    partial<Acc> all{pieces > 0 ? at.m[head * pieces * rows + r] * ln2 : -std::numeric_limits<Acc>::infinity(), pieces > 0 ? at.l[head * pieces * rows + r] : Acc(0), o};
+    partial<Acc> all{pieces > 0 ? at.m[head * pieces * rows + r] * ln2 : -std::numeric_limits<Acc>::infinity(),
+                     pieces > 0 ? at.l[head * pieces * rows + r] : Acc(0), o};
     if (pieces == 0)
       for (isize c = 0; c < s.e; ++c) o[c] = Acc(0);
     for (isize x = 1; x < pieces; ++x) {

@@ -25,13 +25,17 @@ struct tile_shape {
 /// Splits `total` into equal groups of at most MR: 64 by 12 gives 11, 11, 11, 11, 10, 10, never a short last one.
 struct balanced {
   isize groups, small, extra;
-  FOVEA_INLINE balanced(isize total, isize most) : groups((total + most - 1) / most), small(groups > 0 ? total / groups : 0), extra(groups > 0 ? total % groups : 0) {}
+  FOVEA_INLINE balanced(isize total, isize most)
+      : groups((total + most - 1) / most),
+        small(groups > 0 ? total / groups : 0),
+        extra(groups > 0 ? total % groups : 0) {}
   FOVEA_INLINE isize size(isize g) const { return small + (g < extra ? 1 : 0); }
 };
 
 /// acc[i][v] += sum_k A(i, k) * b[k * ldb + v * W ...]
 template <class Arch, class T, int MR, int NR>
-FOVEA_INLINE void accumulate(isize K, const T* a, isize a_row, isize a_col, const T* b, isize ldb, simd::pack<T, Arch> (&acc)[MR][NR]) {
+FOVEA_INLINE void accumulate(isize K, const T* a, isize a_row, isize a_col, const T* b, isize ldb,
+                             simd::pack<T, Arch> (&acc)[MR][NR]) {
   using P = simd::pack<T, Arch>;
   static_assert(MR * NR + NR + 1 <= Arch::registers, "the tile must fit the registers");
   for (isize k = 0; k < K; ++k, a += a_col, b += ldb) {
@@ -48,7 +52,8 @@ namespace detail {
 
 /// One tile of C; `columns` of its NR * W are real.
 template <class Arch, class T, int MR, int NR, bool UnitColumn>
-FOVEA_NOINLINE void gemm_tile(isize K, const T* a, isize a_row, isize a_col, const T* b, isize ldb, T* c, isize ldc, bool add) {
+FOVEA_NOINLINE void gemm_tile(isize K, const T* a, isize a_row, isize a_col, const T* b, isize ldb, T* c, isize ldc,
+                              bool add) {
   using P = simd::pack<T, Arch>;
   P acc[MR][NR];
   unroll<MR>([&](auto i) FOVEA_INLINE_LAMBDA {
@@ -62,7 +67,8 @@ FOVEA_NOINLINE void gemm_tile(isize K, const T* a, isize a_row, isize a_col, con
 
 /// The last columns, fewer than a vector: masked loads and stores.
 template <class Arch, class T, int MR>
-FOVEA_NOINLINE void gemm_edge(isize K, const T* a, isize a_row, isize a_col, const T* b, isize ldb, T* c, isize ldc, bool add, isize columns) {
+FOVEA_NOINLINE void gemm_edge(isize K, const T* a, isize a_row, isize a_col, const T* b, isize ldb, T* c, isize ldc,
+                              bool add, isize columns) {
   using P = simd::pack<T, Arch>;
   P acc[MR];
   unroll<MR>([&](auto i) FOVEA_INLINE_LAMBDA { acc[i] = add ? simd::load_n<P>(c + i * ldc, columns) : P(T(0)); });
@@ -77,7 +83,8 @@ FOVEA_NOINLINE void gemm_edge(isize K, const T* a, isize a_row, isize a_col, con
 
 /// See the head of this file.
 template <class Arch, class T>
-void gemm(isize M, isize N, isize K, const T* a, isize a_row, isize a_col, const T* b, isize ldb, T* c, isize ldc, bool add) noexcept {
+void gemm(isize M, isize N, isize K, const T* a, isize a_row, isize a_col, const T* b, isize ldb, T* c, isize ldc,
+          bool add) noexcept {
   using P = simd::pack<T, Arch>;
   constexpr int MR = tile_shape<Arch, T>::MR, NR = tile_shape<Arch, T>::NR;
   const balanced rows(M, MR);
