@@ -126,12 +126,14 @@ struct hybrid_run {
     std::uint8_t* fate;
     range* hull;
     isize* first_row;
+    kernel::query_block* list;
     Acc *term, *squares, *row, *bias;
 
     planner(arena& memory, const hybrid_run& x) : choose(memory, x.m.selects() ? x.rule : kernel::block_rule{}, x.s.d) {
       const isize blocks = x.plans() ? x.rule.blocks() : 0, table = x.plans() ? x.plan_rows : 0;
       fate = memory.take<std::uint8_t>(table * blocks);
       hull = memory.take<range>(2 * table);
+      list = memory.take<kernel::query_block>(table);
       first_row = memory.take<isize>(x.s.group());
       term = memory.take<Acc>(x.cumulant() ? blocks * x.most : 0);
       squares = memory.take<Acc>(x.cumulant() ? x.s.d * 64 : 0);
@@ -143,7 +145,7 @@ struct hybrid_run {
     loop run;
     slot(arena& memory, const hybrid_run& x) : planner(memory, x), run(memory, x.rows, x.s.d, x.s.e) {}
   };
-  /// A few rows, as in decoding: one row a task, run by run of computed blocks.
+  /// A few rows, as in decoding: row by row over the runs of computed blocks.
   struct row_slot : planner {
     kernel::decode_rows<simd::native, Acc> run;
     Acc *o, *part;
@@ -162,7 +164,7 @@ struct hybrid_run {
   /// Every superblock of every KV head; `summary(index)` gives the block summary of KV head b * G + g.
   template <class Summary>
   void attend(exec_ref exec, const problem& p, arena scratch, Summary&& summary) const {
-    const isize step = few() ? 1 : most, supers = ceil_div(rows, step), heads = s.B * s.G;
+    const isize supers = ceil_div(rows, most), heads = s.B * s.G;
     const std::size_t piece = slot_bytes();
     auto* base = scratch.take<std::byte>(static_cast<isize>(piece) * exec.concurrency());
     exec.for_tasks(heads * supers, [&](isize task, isize index) {
@@ -170,7 +172,7 @@ struct hybrid_run {
       arena own(std::span<std::byte>(base + static_cast<std::size_t>(index) * piece, piece));
       if (few()) {
         row_slot at(own, *this);
-        return row(at, p, summary(b * s.G + g), b, g, sb);
+        return each_row(at, p, summary(b * s.G + g), b, g);
       }
       slot at(own, *this);
       superblock(at, p, summary(b * s.G + g), b, g, sb * most, std::min((sb + 1) * most, rows));
@@ -205,33 +207,36 @@ struct hybrid_run {
     at.run.finish(p.out, p.lse);
   }
 
-  /// Row r of the query group: runs of neighbouring blocks of one fate, joined into one (m, l, o).
-  void row(row_slot& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b, isize g, isize r) const {
-    const isize head0 = g * s.group(), h = head0 + r / s.n, i = r % s.n;
-    at.run.begin({p.q, b, head0, r, r + 1}, rule.scale);
-    partial<Acc> all{-std::numeric_limits<Acc>::infinity(), Acc(0), at.o};
-    for (isize c = 0; c < s.e; ++c) at.o[c] = Acc(0);
-    if (s.m > 0) {
-      const kernel::key_set<Acc> keys = keys_of(p, b, g);
-      const bool pooled = plan(at, p, summary, b, g, r, r + 1);
-      join_runs(at, keys, kernel::computed, rule.block_k, rule.causal ? std::min(i + rule.offset + 1, s.m) : s.m, all);
-      if (pooled) {
-        const score term = variance_term<Acc>{at.term, most, head0, r};
-        kernel::key_set<Acc> pool = pool_of(at, p, summary, keys, head0, r, r + 1);
-        pool.modify = cumulant() ? &term : nullptr;
-        join_runs(at, pool, kernel::pooled, 1, rule.blocks(), all);
+  /// The rows of a query group one by one: runs of neighbouring blocks of one fate, joined into one (m, l, o).
+  void each_row(row_slot& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b, isize g) const {
+    const isize head0 = g * s.group();
+    const bool pooled = s.m > 0 && plan(at, p, summary, b, g, 0, rows);
+    const kernel::key_set<Acc> keys = keys_of(p, b, g);
+    const score term = variance_term<Acc>{at.term, most, head0, 0};
+    kernel::key_set<Acc> pool;
+    if (pooled) pool = pool_of(at, p, summary, keys, head0, 0, rows), pool.modify = cumulant() ? &term : nullptr;
+    for (isize r = 0; r < rows; ++r) {
+      const isize h = head0 + r / s.n, i = r % s.n;
+      partial<Acc> all{-std::numeric_limits<Acc>::infinity(), Acc(0), at.o};
+      for (isize c = 0; c < s.e; ++c) at.o[c] = Acc(0);
+      if (s.m > 0) {
+        const isize line = at.first_row[r / s.n] + (i + rule.origin) / rule.block_q;
+        at.run.begin({p.q, b, head0, r, r + 1}, rule.scale);
+        join_runs(at, keys, line, kernel::computed, rule.block_k, rule.causal ? std::min(i + rule.offset + 1, s.m) : s.m, all);
+        if (pooled) join_runs(at, pool, line, kernel::pooled, 1, rule.blocks(), all);
       }
+      const Acc lse = normalise(all, s.e);
+      simd::store_row<simd::native, Acc>(p.out.type, at.o, s.e, p.out.row(b, h, i));
+      if (p.lse) *static_cast<Acc*>(p.lse.row(b, h, i)) = lse;
     }
-    const Acc lse = normalise(all, s.e);
-    simd::store_row<simd::native, Acc>(p.out.type, at.o, s.e, p.out.row(b, h, i));
-    if (p.lse) *static_cast<Acc*>(p.lse.row(b, h, i)) = lse;
   }
 
-  void join_runs(row_slot& at, const kernel::key_set<Acc>& set, std::uint8_t wanted, isize block, isize end, partial<Acc>& all) const {
-    const range hull = at.hull[wanted == kernel::computed ? 0 : plan_rows];
+  void join_runs(row_slot& at, const kernel::key_set<Acc>& set, isize line, std::uint8_t wanted, isize block, isize end, partial<Acc>& all) const {
+    const range hull = at.hull[line + (wanted == kernel::computed ? 0 : plan_rows)];
+    const std::uint8_t* fate = at.fate + line * rule.blocks();
     for (isize J = hull.first; J < hull.last;) {
       isize last = J;
-      while (last < hull.last && at.fate[last] == wanted) ++last;
+      while (last < hull.last && fate[last] == wanted) ++last;
       const isize j0 = J * block, j1 = std::min(last * block, end);
       if (j0 < j1) {
         partial<Acc> one{Acc(0), Acc(0), at.part};
@@ -261,12 +266,13 @@ struct hybrid_run {
       const isize b0 = (i0 + rule.origin) / rule.block_q, b1 = (i1 - 1 + rule.origin) / rule.block_q + 1;
       FOVEA_ASSERT(next + b1 - b0 <= plan_rows);
       at.first_row[hl] = next - b0;
-      if (m.selects())
-        at.choose.run(summary, {p.k.row(b, g, 0), p.k.type, p.k.row_stride}, p.q, b, h, b0, b1, at.fate + next * blocks);
-      else
-        for (isize x = b0; x < b1; ++x) copy_given(b, h, x, at.fate + (next + x - b0) * blocks);
-      next += b1 - b0;
+      for (isize x = b0; x < b1; ++x) {
+        at.list[next] = {h, x};
+        if (!m.selects()) copy_given(b, h, x, at.fate + next * blocks);
+        ++next;
+      }
     }
+    if (m.selects()) at.choose.run(summary, {p.k.row(b, g, 0), p.k.type, p.k.row_stride}, p.q, b, at.list, next, at.fate);
     bool any = false;
     for (isize r = 0; r < next; ++r)
       for (const bool pool : {false, true}) {

@@ -21,6 +21,7 @@
 #include <fovea/kernel/block_summary.hpp>
 #include <fovea/mask/mask.hpp>
 #include <fovea/simd/exp.hpp>
+#include <fovea/tile/codes.hpp>
 #include <fovea/tile/gemm.hpp>
 
 namespace fovea {
@@ -73,10 +74,16 @@ struct key_rows {
   isize stride = 0;
 };
 
+/// One query block of one head.
+struct query_block {
+  isize head, block;
+};
+
 template <class Arch, class Acc>
 class block_select {
   using P = simd::pack<Acc, Arch>;
   static constexpr isize W = P::size, rows = 64;
+  static constexpr isize most_few = 4;  // up to so many rows token scores are dot products along d, as in decoding
   static constexpr Acc none = -std::numeric_limits<Acc>::infinity();
 
  public:
@@ -91,42 +98,45 @@ class block_select {
     mass_ = memory.take<Acc>(per_token_ ? blocks * rows + W : blocks);
     s_ = memory.take<Acc>(per_token_ ? chunk_ * rows : 0);
     k_ = memory.take<Acc>(per_token_ ? chunk_ * d : 0);
+    few_ = memory.take<Acc>(rule.score == block_score::exact ? most_few * d : 0);
+    few_code_ = memory.take<std::int8_t>(rule.score == block_score::code ? (most_few + 2) * d : 0);
+    panel_ = memory.take<std::uint8_t>(integers() ? ceil_div(d, 4) * 256 : 0);
     row_ = memory.take<Acc>(d);
     votes_ = memory.take<Acc>(blocks);
     order_ = memory.take<std::int32_t>(blocks);
   }
 
-  /// Fates of the blocks of query blocks [b0, b1) of one head, to table[(block - b0) * blocks ...].
-  void run(const block_summary<Acc>& s, const key_rows& keys, const tensor_ref& q, isize b, isize h, isize b0, isize b1, std::uint8_t* table) noexcept {
-    isize block = b0, done = 0;  // rows of `block` that earlier panels held
-    while (block < b1) {
+  /// Fates of all key blocks for `count` query blocks: row x of table [count x blocks] is that of list[x].
+  void run(const block_summary<Acc>& s, const key_rows& keys, const tensor_ref& q, isize b, const query_block* list, isize count, std::uint8_t* table) noexcept {
+    isize at = 0, done = 0;  // rows of query block list[at] that earlier panels held
+    while (at < count) {
       isize lanes = 0, segments = 0, past = 0;
-      while (block < b1 && lanes < rows) {
-        const range r = rule_.rows(block);
-        const isize all = r.empty() ? 0 : r.last - r.first, take = std::min(all - done, rows - lanes);
-        for (isize x = 0; x < take; ++x) load(q, b, h, r.first + done + x, lanes + x);
+      while (at < count && lanes < rows) {
+        const range r = rule_.rows(list[at].block);
+        const isize all = r.last - r.first, take = std::min(all - done, rows - lanes);
+        for (isize x = 0; x < take; ++x) load(q, b, list[at].head, r.first + done + x, lanes + x);
         const bool opens = done == 0, closes = done + take == all;
-        segments_[segments++] = {block, lanes, take, opens, closes};
-        past = std::max(past, rule_.reach_of(block).past);
-        lanes += take, done = closes ? 0 : done + take, block += closes ? 1 : 0;
+        segments_[segments++] = {at, list[at].block, lanes, take, opens, closes};
+        past = std::max(past, rule_.reach_of(list[at].block).past);
+        lanes += take, done = closes ? 0 : done + take, at += closes ? 1 : 0;
       }
-      const isize width = ceil_div(lanes, W) * W;
-      for (isize x = lanes; x < width; ++x) clear(x);
-      estimate(s, keys, past, width);
+      for (isize x = lanes; x < ceil_div(lanes, W) * W; ++x) clear(x);
+      estimate(s, keys, past, lanes);
       for (isize x = 0; x < segments; ++x) {
         vote(segments_[x]);
-        if (segments_[x].closes) choose(segments_[x].block, table + (segments_[x].block - b0) * rule_.blocks());
+        if (segments_[x].closes) choose(segments_[x].block, table + segments_[x].index * rule_.blocks());
       }
     }
   }
 
  private:
   struct segment {
-    isize block, lane, count;
+    isize index, block, lane, count;
     bool opens, closes;
   };
 
   void clear(isize lane) noexcept {
+    for (isize c = 0; integers() && c < ceil_div(d_, 4) * 4; ++c) panel_[c / 4 * 256 + lane * 4 + c % 4] = 0;
     for (isize c = 0; c < d_; ++c) q_[c * rows + lane] = Acc(0);
     for (isize c = 0; two_ && c < d_; ++c) q2_[c * rows + lane] = Acc(0);
     factor_[lane] = Acc(0);
@@ -139,8 +149,10 @@ class block_select {
     Acc* to = q_ + lane;
     switch (rule_.score) {
       case block_score::code: {
-        factor_[lane] = to_log2 * round_row<Arch>(x, d_, levels_, row_);
-        for (isize c = 0; c < d_; ++c) to[c * rows] = row_[c];
+        std::int8_t* code = few_code_ + std::min(lane, most_few) * d_;
+        factor_[lane] = to_log2 * round_row<Arch>(x, d_, levels_, code);
+        if (integers()) return tile::load_code_lane(code, d_, lane, panel_);
+        for (isize c = 0; c < d_; ++c) to[c * rows] = static_cast<Acc>(code[c]);
         return;
       }
       case block_score::bound:
@@ -151,12 +163,14 @@ class block_select {
         [[fallthrough]];
       default:
         for (isize c = 0; c < d_; ++c) to[c * rows] = x[c] * to_log2;
+        for (isize c = 0; rule_.score == block_score::exact && lane < most_few && c < d_; ++c) few_[lane * d_ + c] = x[c] * to_log2;
     }
   }
 
   /// peak_[J][lane] (log2) and mass_: the estimated mass of block J is mass * 2^peak.
-  void estimate(const block_summary<Acc>& s, const key_rows& keys, isize past, isize width) noexcept {
-    if (per_token_) return token_scores(s, keys, past, width);
+  void estimate(const block_summary<Acc>& s, const key_rows& keys, isize past, isize lanes) noexcept {
+    const isize width = ceil_div(lanes, W) * W;
+    if (per_token_) return token_scores(s, keys, past, lanes);
     for (isize J = 0; J < past; ++J) mass_[J] = static_cast<Acc>(size_of_block(J));
     if (rule_.score == block_score::bound) {
       tile::gemm<Arch, Acc>(past, width, d_, s.high, d_, 1, q_, rows, peak_, rows, false);
@@ -173,23 +187,59 @@ class block_select {
 
   isize size_of_block(isize J) const noexcept { return std::min(rule_.block_k, rule_.m - J * rule_.block_k); }
 
-  void token_scores(const block_summary<Acc>& s, const key_rows& keys, isize past, isize width) noexcept {
-    const isize last = std::min(past * rule_.block_k, rule_.m), element = static_cast<isize>(size_of(keys.type));
+  void token_scores(const block_summary<Acc>& s, const key_rows& keys, isize past, isize lanes) noexcept {
+    const isize last = std::min(past * rule_.block_k, rule_.m), width = ceil_div(lanes, W) * W;
     for (isize j0 = 0; j0 < last; j0 += chunk_) {
       const isize count = std::min(chunk_, last - j0);
-      const Acc* k = k_;
-      isize stride = d_;
-      if (rule_.score == block_score::code) {
-        for (isize x = 0; x < count * d_; ++x) k_[x] = static_cast<Acc>(s.code[j0 * d_ + x]);
-      } else if (keys.type == dtype_of<Acc>) {
-        k = static_cast<const Acc*>(keys.data) + j0 * keys.stride, stride = keys.stride;
-      } else {
-        for (isize x = 0; x < count; ++x)
-          simd::load_row<Arch, Acc>(keys.type, static_cast<const unsigned char*>(keys.data) + (j0 + x) * keys.stride * element, d_, k_ + x * d_);
-      }
-      tile::gemm<Arch, Acc>(count, width, d_, k, stride, 1, q_, rows, s_, rows, false);
+      if (rule_.score == block_score::code && lanes <= most_few)
+        few_code_scores(s, j0, count, lanes, width);
+      else if (integers())
+        integer_scores(s, j0, count, width);
+      else
+        panel_scores(s, keys, j0, count, lanes, width);
       for (isize J = j0 / rule_.block_k; J * rule_.block_k < j0 + count; ++J) fold_block(s, J, j0, width);
     }
+  }
+
+  void panel_scores(const block_summary<Acc>& s, const key_rows& keys, isize j0, isize count, isize lanes, isize width) noexcept {
+    const isize element = static_cast<isize>(size_of(keys.type));
+    const Acc* k = k_;
+    isize stride = d_;
+    if (rule_.score == block_score::code) {
+      for (isize x = 0; x < count * d_; ++x) k_[x] = static_cast<Acc>(s.code[j0 * d_ + x]);
+    } else if (keys.type == dtype_of<Acc>) {
+      k = static_cast<const Acc*>(keys.data) + j0 * keys.stride, stride = keys.stride;
+    } else {
+      for (isize x = 0; x < count; ++x)
+        simd::load_row<Arch, Acc>(keys.type, static_cast<const unsigned char*>(keys.data) + (j0 + x) * keys.stride * element, d_, k_ + x * d_);
+    }
+    if (lanes > most_few) return tile::gemm<Arch, Acc>(count, width, d_, k, stride, 1, q_, rows, s_, rows, false);
+    for (isize x = 0; x < count; ++x) {
+      clear_scores(x, width);
+      for (isize r = 0; r < lanes; ++r) {
+        P sum(Acc(0));
+        for (isize c = 0; c < d_; c += W) sum = simd::fma(simd::load_n<P>(k + x * stride + c, d_ - c), simd::load_n<P>(few_ + r * d_ + c, d_ - c), sum);
+        s_[x * rows + r] = simd::reduce_add(sum);
+      }
+    }
+  }
+  /// The integers that the product of a panel gives too, where it is exact (d < 1024).
+  void few_code_scores(const block_summary<Acc>& s, isize j0, isize count, isize lanes, isize width) noexcept {
+    for (isize x = 0; x < count; ++x) {
+      clear_scores(x, width);
+      for (isize r = 0; r < lanes; ++r) s_[x * rows + r] = static_cast<Acc>(simd::dot8<Arch>(s.code + (j0 + x) * d_, few_code_ + r * d_, d_));
+    }
+  }
+  bool integers() const noexcept { return tile::has_code_panel<Arch, Acc> && rule_.score == block_score::code && d_ <= 512; }
+  void integer_scores(const block_summary<Acc>& s, isize j0, isize count, isize width) noexcept {
+    if constexpr (tile::has_code_panel<Arch, Acc>) {
+      std::int8_t* ones = few_code_ + (most_few + 1) * d_;
+      for (isize c = 0; c < d_; ++c) ones[c] = 1;
+      tile::code_panel(count, width, d_, s.code + j0 * d_, ones, panel_, s_, rows);
+    }
+  }
+  void clear_scores(isize x, isize width) noexcept {
+    for (isize r = 0; r < width; r += W) P(Acc(0)).store(s_ + x * rows + r);
   }
 
   /// Maximum and sum of exponentials of the tokens of block J, for every lane.
@@ -264,7 +314,9 @@ class block_select {
   isize d_, chunk_;
   bool per_token_ = false, two_ = false;
   segment segments_[rows];
-  Acc *q_, *q2_, *factor_, *peak_, *mass_, *s_, *k_, *row_, *votes_;
+  Acc *q_, *q2_, *factor_, *peak_, *mass_, *s_, *k_, *few_, *row_, *votes_;
+  std::int8_t* few_code_;  // most_few rows, one to spare, one of ones
+  std::uint8_t* panel_;
   std::int32_t* order_;
 };
 

@@ -31,7 +31,7 @@ struct block_summary {
   int levels = 0;
   Acc *mean_k = nullptr, *mean_v = nullptr;                 ///< [blocks x d], [blocks x e]
   Acc *spread = nullptr, *low = nullptr, *high = nullptr;   ///< [blocks x d]
-  std::int8_t* code = nullptr;                              ///< [tokens x d]
+  std::int8_t* code = nullptr;                              ///< [tokens x d], 4 bytes to spare
   Acc* step = nullptr;                                      ///< [tokens]
 
   block_summary() = default;
@@ -41,7 +41,7 @@ struct block_summary {
     if (needs.means) mean_k = memory.take<Acc>(blocks * d), mean_v = memory.take<Acc>(blocks * e);
     if (needs.spread) spread = memory.take<Acc>(blocks * d);
     if (needs.range) low = memory.take<Acc>(blocks * d), high = memory.take<Acc>(blocks * d);
-    if (needs.levels > 0) code = memory.take<std::int8_t>(tokens * d), step = memory.take<Acc>(tokens);
+    if (needs.levels > 0) code = memory.take<std::int8_t>(tokens * d + 4), step = memory.take<Acc>(tokens);
   }
 };
 
@@ -91,7 +91,13 @@ FOVEA_NOINLINE Acc round_row(const Acc* x, isize width, int levels, Code* out) n
   // Divided, not multiplied by an inverse: then ties of 16-bit elements are exact, and every compiler rounds them alike.
   const Acc scale = static_cast<Acc>(levels);
   const bool usable = top > 0 && sum == 0 && top < std::numeric_limits<Acc>::max() / scale;
-  for (isize c = 0; c < width; ++c) out[c] = usable ? static_cast<Code>(static_cast<int>((x[c] * scale / top + magic) - magic)) : Code(0);
+  using P = simd::pack<Acc, Arch>;
+  for (isize c = 0; c < width; c += P::size) {
+    const isize left = width - c < P::size ? width - c : P::size;
+    Acc whole[P::size] = {};
+    if (usable) (simd::load_n<P>(x + c, left) * P(scale) / P(top) + P(magic) - P(magic)).store(whole);
+    for (isize l = 0; l < left; ++l) out[c + l] = static_cast<Code>(static_cast<int>(whole[l]));
+  }
   return usable || top == 0 ? top / scale : std::numeric_limits<Acc>::quiet_NaN();
 }
 
