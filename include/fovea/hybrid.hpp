@@ -40,7 +40,8 @@ enum class block_selector : unsigned char {
   int4,      ///< the same with 4 bits
   exact,     ///< the true mass: for study, as dear as the scores of exact attention
 };
-enum class compensation : unsigned char { none, zeroth, cumulant };  ///< skipped blocks: dropped, pooled, pooled with variance term
+/// Skipped blocks: dropped, pooled, pooled with the variance term.
+enum class compensation : unsigned char { none, zeroth, cumulant };
 
 struct hybrid_attention {
   static constexpr const char* name = "hybrid";
@@ -56,7 +57,8 @@ struct hybrid_attention {
   compensation compensate = compensation::zeroth;
   hsa_mode pattern = hsa_mode::sparse;  ///< for block_selector::pattern
   isize stride = 128;
-  view<const std::uint8_t> blocks = {};  ///< for given: [B or 1, H or G or 1, query blocks, key blocks], not 0: computed
+  /// For block_selector::given: [B or 1, H or G or 1, query blocks, key blocks], not 0: computed.
+  view<const std::uint8_t> blocks = {};
   alignment_of_rows align = bottom_right;
   std::optional<double> scale = {};  ///< none: 1 / sqrt(d)
 
