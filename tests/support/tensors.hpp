@@ -110,7 +110,11 @@ class tensor {
     return std::all_of(copy.begin(), copy.end(), [](std::byte x) { return x == std::byte{0xff}; });
   }
   /// All memory, guards included: to see that nothing was touched.
-  std::vector<std::byte> bytes() const { return {memory_.data(), memory_.data() + memory_.size()}; }
+  std::vector<std::byte> bytes() const {
+    std::vector<std::byte> copy(memory_.size());
+    if (memory_.size() > 0) std::memcpy(copy.data(), memory_.data(), memory_.size());
+    return copy;
+  }
 
  private:
   static constexpr std::size_t guard = 64;
