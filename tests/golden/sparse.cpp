@@ -26,7 +26,8 @@ void read_blocks(const golden::test_case& c, question& ask) {
   ask.blocks = c.list<std::uint8_t>("blocks");
   const auto from_end = [&](std::size_t i) { return dims.size() < i ? isize{1} : dims[dims.size() - i]; };
   ask.mechanism.select = block_selector::given;
-  ask.mechanism.blocks = fovea::bhnd<const std::uint8_t>(ask.blocks.data(), from_end(4), from_end(3), from_end(2), from_end(1));
+  ask.mechanism.blocks =
+      fovea::bhnd<const std::uint8_t>(ask.blocks.data(), from_end(4), from_end(3), from_end(2), from_end(1));
 }
 
 void make(const golden::test_case& c, question& ask) {
@@ -41,9 +42,14 @@ void make(const golden::test_case& c, question& ask) {
   const std::string pattern = c.text("pattern", ""), rule = c.text("rule", "none");
   if (!pattern.empty()) {
     m.select = block_selector::pattern, m.stride = c.integer("stride", 0);
-    m.pattern = pattern == "local" ? hsa_mode::local : pattern == "strided" ? hsa_mode::strided : pattern == "sparse" ? hsa_mode::sparse : hsa_mode::fixed;
+    m.pattern = pattern == "local"     ? hsa_mode::local
+                : pattern == "strided" ? hsa_mode::strided
+                : pattern == "sparse"  ? hsa_mode::sparse
+                                       : hsa_mode::fixed;
   }
-  m.compensate = rule == "zeroth" ? compensation::zeroth : rule == "cumulant" ? compensation::cumulant : compensation::none;
+  m.compensate = rule == "zeroth"     ? compensation::zeroth
+                 : rule == "cumulant" ? compensation::cumulant
+                                      : compensation::none;
 }
 
 bool answers(const golden::test_case& c) { return c.name != "quest_bounds" && c.name != "lolcats_window"; }
@@ -53,7 +59,8 @@ void check_case(const golden::test_case& c, test::dtype type, test::layout l, do
   question ask;
   make(c, ask);
   const test::tensor q = c.tensor("q", type, l), k = c.tensor("k", type, l), v = c.tensor("v", type, l);
-  test::tensor out = test::unwritten(type, q.batch(), q.heads(), q.length(), v.width(), l), lse = test::unwritten(type, q.batch(), q.heads(), q.length(), 1);
+  test::tensor out = test::unwritten(type, q.batch(), q.heads(), q.length(), v.width(), l),
+               lse = test::unwritten(type, q.batch(), q.heads(), q.length(), 1);
   run(ask.mechanism, q, k, v, out, lse);
   CAPTURE(c.name, test::name_of(l), fovea::name_of(type));
   CHECK_CLOSE(out.values(), c.tensor("o", test::dtype::f64).values(), {.c = bound, .acc = type, .stored = type});
@@ -61,16 +68,19 @@ void check_case(const golden::test_case& c, test::dtype type, test::layout l, do
   CHECK(out.guards_intact());
 }
 
-const auto vector_path = [](const auto& m, const auto& q, const auto& k, const auto& v, auto& out, auto& lse) { fovea::prefill(fovea::serial, m, q, k, v, out, {.lse = lse}); };
+const auto vector_path = [](const auto& m, const auto& q, const auto& k, const auto& v, auto& out, auto& lse) {
+  fovea::prefill(fovea::serial, m, q, k, v, out, {.lse = lse});
+};
 
 }  // namespace
 
 TEST_CASE("golden sparse: the reference twin") {
   for (const auto& c : golden::family("sparse"))
     if (answers(c))
-      check_case(c, test::dtype::f64, test::layout::bhnd, 256, [](const auto& m, const auto& q, const auto& k, const auto& v, auto& out, auto& lse) {
-        fovea::reference::prefill(m, {q, k, v, out, lse, {}});
-      });
+      check_case(c, test::dtype::f64, test::layout::bhnd, 256,
+                 [](const auto& m, const auto& q, const auto& k, const auto& v, auto& out, auto& lse) {
+                   fovea::reference::prefill(m, {q, k, v, out, lse, {}});
+                 });
 }
 
 TEST_CASE("golden sparse: the vector path in f32, in every layout") {
@@ -85,16 +95,20 @@ TEST_CASE("golden sparse: the vector path in f64") {
 }
 
 TEST_CASE("golden sparse: a block-wise causal decode answers as the prefill does") {
-  for (const char* name : {"mst_local", "mst_strided", "mst_sparse", "mst_fixed", "block_local_causal", "block_gqa_shared", "moba"}) {
+  for (const char* name :
+       {"mst_local", "mst_strided", "mst_sparse", "mst_fixed", "block_local_causal", "block_gqa_shared", "moba"}) {
     const golden::test_case& c = golden::find("sparse", name);
     question ask;
     make(c, ask);
-    const test::tensor q = c.tensor("q", test::dtype::f32), k = c.tensor("k", test::dtype::f32), v = c.tensor("v", test::dtype::f32);
+    const test::tensor q = c.tensor("q", test::dtype::f32), k = c.tensor("k", test::dtype::f32),
+                       v = c.tensor("v", test::dtype::f32);
     const isize n = q.length(), split = n / 2 + 3;
-    fovea::state s = ask.mechanism.make_state({q.batch(), q.heads(), k.heads(), n, n, q.width(), v.width(), test::dtype::f32});
+    fovea::state s =
+        ask.mechanism.make_state({q.batch(), q.heads(), k.heads(), n, n, q.width(), v.width(), test::dtype::f32});
     test::tensor out = test::unwritten(test::dtype::f32, q.batch(), q.heads(), n, v.width());
     const auto part = [&](isize first, isize count) {
-      fovea::prefill(fovea::serial, ask.mechanism, q.ref().slice(first, count), k.ref().slice(first, count), v.ref().slice(first, count), out.ref().slice(first, count), s);
+      fovea::prefill(fovea::serial, ask.mechanism, q.ref().slice(first, count), k.ref().slice(first, count),
+                     v.ref().slice(first, count), out.ref().slice(first, count), s);
     };
     part(0, split);
     for (isize i = split; i < n; ++i) part(i, 1);
@@ -122,7 +136,8 @@ TEST_CASE("golden sparse: Quest's page bounds") {
     for (isize h = g * q.heads() / k.heads(); h < (g + 1) * q.heads() / k.heads(); ++h)
       for (isize J = 0; J < pages; ++J) {
         double sum = 0;
-        for (isize x = 0; x < d; ++x) sum += std::max(q.get(0, h, 0, x) * s.low[J * d + x], q.get(0, h, 0, x) * s.high[J * d + x]);
+        for (isize x = 0; x < d; ++x)
+          sum += std::max(q.get(0, h, 0, x) * s.low[J * d + x], q.get(0, h, 0, x) * s.high[J * d + x]);
         CHECK(sum == Approx(bound[static_cast<std::size_t>(h * pages + J)]).epsilon(1e-12));
       }
   }

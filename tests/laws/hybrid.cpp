@@ -46,16 +46,20 @@ struct given_base : hybrid_base {
     test::random r(5);
     table.resize(static_cast<std::size_t>(s.G * rows * columns));
     for (auto& x : table) x = r.coin(0.4);
-    auto m = hybrid_attention::over(bhnd<const std::uint8_t>(table.data(), 1, s.G, rows, columns), block_q, block_k, is_causal);
+    auto m = hybrid_attention::over(bhnd<const std::uint8_t>(table.data(), 1, s.G, rows, columns), block_q, block_k,
+                                    is_causal);
     m.compensate = rest;
     return m;
   }
 };
 struct given_causal : given_base {
   static constexpr const char* name = "hybrid, given mask 16 x 8, causal, zeroth";
-  static constexpr laws::promise promises{.causal = true, .lse = true, .streams = true, .logits = true, .c = 64};  // one maximum for exact and pooled
+  static constexpr laws::promise promises{
+      .causal = true, .lse = true, .streams = true, .logits = true, .c = 64};  // one maximum for exact and pooled
   hybrid_attention make(const shape& s) { return given(s, 16, 8, true, compensation::zeroth); }
-  bool accepts(const shape& s) const { return s.m >= s.n; }  // a row that sees nothing but pooled blocks has something to see
+  bool accepts(const shape& s) const {
+    return s.m >= s.n;
+  }  // a row that sees nothing but pooled blocks has something to see
 };
 struct given_full : given_base {
   static constexpr const char* name = "hybrid, given mask 5 x 12, cumulant";
@@ -69,7 +73,15 @@ struct given_drop : given_base {
 };
 
 hybrid_attention selected(block_selector select, isize block_q, compensation rest) {
-  return {.select = select, .block_q = block_q, .block_k = 8, .is_causal = true, .budget = 0.3, .at_least = 0, .first = 4, .window = 10, .compensate = rest};
+  return {.select = select,
+          .block_q = block_q,
+          .block_k = 8,
+          .is_causal = true,
+          .budget = 0.3,
+          .at_least = 0,
+          .first = 4,
+          .window = 10,
+          .compensate = rest};
 }
 struct moba_case : hybrid_base {
   static constexpr const char* name = "hybrid, MoBA";
@@ -116,8 +128,9 @@ struct defaults : hybrid_base {
   hybrid_attention make(const shape&) { return {.is_causal = true, .at_least = 32, .window = 20}; }
 };
 
-using law_cases = std::tuple<local_case, strided_case, sparse_case, fixed_case, given_causal, given_full, given_drop, moba_case, int8_each, variance_each, bound_each,
-                             exact_shared, int4_shared, two_way, defaults>;
+using law_cases =
+    std::tuple<local_case, strided_case, sparse_case, fixed_case, given_causal, given_full, given_drop, moba_case,
+               int8_each, variance_each, bound_each, exact_shared, int4_shared, two_way, defaults>;
 
 }  // namespace
 

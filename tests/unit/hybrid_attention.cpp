@@ -41,7 +41,9 @@ std::vector<std::uint8_t> diagonal(isize rows, isize columns) {
   for (isize i = 0; i < rows; ++i) t[static_cast<std::size_t>(i * columns + std::min(i, columns - 1))] = 1;
   return t;
 }
-view<const std::uint8_t> as_blocks(const std::vector<std::uint8_t>& t, isize rows, isize columns) { return bhnd(t.data(), 1, 1, rows, columns); }
+view<const std::uint8_t> as_blocks(const std::vector<std::uint8_t>& t, isize rows, isize columns) {
+  return bhnd(t.data(), 1, 1, rows, columns);
+}
 
 }  // namespace
 
@@ -53,7 +55,11 @@ TEST_CASE("hybrid: everything computed is dense attention") {
     CHECK_CLOSE(c.run(hybrid_attention::over(as_blocks(all, 10, 10), 16, 16, is_causal)).values(), want, {.c = 16});
     for (const auto select : {block_selector::mean, block_selector::bound, block_selector::int8, block_selector::exact})
       for (const isize block_q : {isize{1}, isize{16}, isize{64}})
-        CHECK_CLOSE(c.run(hybrid_attention{.select = select, .block_q = block_q, .block_k = 16, .is_causal = is_causal, .budget = 1.0}).values(), want, {.c = 16});
+        CHECK_CLOSE(
+            c.run(hybrid_attention{
+                      .select = select, .block_q = block_q, .block_k = 16, .is_causal = is_causal, .budget = 1.0})
+                .values(),
+            want, {.c = 16});
   }
 }
 
@@ -100,7 +106,8 @@ TEST_CASE("hybrid: a needle that mean keys hide is found by token scores") {
   for (isize i = 0; i < 16; ++i)
     for (isize x = 0; x < d; ++x) c.q.set(0, 0, i, x, x == 0 ? 12.0 : 0.0);
   for (isize j = 320; j < 336; ++j) c.k.set(0, 0, j, 0, j == 327 ? 9.0 : -1.5);
-  const hybrid_attention base{.block_q = 16, .block_k = 16, .is_causal = true, .budget = 0.05, .at_least = 0, .compensate = compensation::none};
+  const hybrid_attention base{
+      .block_q = 16, .block_k = 16, .is_causal = true, .budget = 0.05, .at_least = 0, .compensate = compensation::none};
   tensor recall = test::unwritten(dtype::f32, 1, 1, 16, 1);
   const auto kept = [&](block_selector select) {
     hybrid_attention h = base;
@@ -117,7 +124,14 @@ TEST_CASE("hybrid: a needle that mean keys hide is found by token scores") {
 
 TEST_CASE("hybrid: recall is the mass of the computed keys") {
   call c(2, 1, 48, 96, 8, 8, 3);
-  hybrid_attention m{.select = block_selector::mean, .block_q = 8, .block_k = 8, .is_causal = true, .budget = 0.2, .at_least = 0, .first = 8, .window = 8};
+  hybrid_attention m{.select = block_selector::mean,
+                     .block_q = 8,
+                     .block_k = 8,
+                     .is_causal = true,
+                     .budget = 0.2,
+                     .at_least = 0,
+                     .first = 8,
+                     .window = 8};
   tensor recall = test::unwritten(dtype::f32, 1, 2, 48, 1);
   mass_recall(serial, m, c.q, c.k, c.v, recall);
   c.run(m);
@@ -142,12 +156,20 @@ TEST_CASE("hybrid: recall is the mass of the computed keys") {
 }
 
 TEST_CASE("hybrid: a shared selection does not see keys of its own block, or later ones") {
-  const hybrid_attention m{.select = block_selector::exact, .block_q = 16, .block_k = 8, .is_causal = true, .budget = 0.3, .at_least = 0, .first = 0, .window = 0};
+  const hybrid_attention m{.select = block_selector::exact,
+                           .block_q = 16,
+                           .block_k = 8,
+                           .is_causal = true,
+                           .budget = 0.3,
+                           .at_least = 0,
+                           .first = 0,
+                           .window = 0};
   call a(1, 1, 96, 96, 8, 8, 9), b(1, 1, 96, 96, 8, 8, 9);
   for (isize j = 71; j < 96; ++j)
     for (isize x = 0; x < 8; ++x) b.k.set(0, 0, j, x, 50.0), b.v.set(0, 0, j, x, -50.0);
   a.run(m), b.run(m);
-  CHECK_SAME_BITS(test::rows_of(a.out, 0, 71), test::rows_of(b.out, 0, 71));  // rows 64 to 70 share their block with row 71
+  CHECK_SAME_BITS(test::rows_of(a.out, 0, 71),
+                  test::rows_of(b.out, 0, 71));  // rows 64 to 70 share their block with row 71
 }
 
 TEST_CASE("hybrid: NaN in a skipped block stays there") {
@@ -162,11 +184,13 @@ TEST_CASE("hybrid: NaN in a skipped block stays there") {
 TEST_CASE("hybrid: ragged, rectangular and shared blocks against the twin") {
   test::random r(11);
   for (int round = 0; round < 60; ++round) {
-    const isize G = r.integer(1, 2), H = G * r.integer(1, 3), n = r.integer(1, 90), m = r.integer(1, 120), d = r.integer(1, 40), e = r.integer(1, 40);
+    const isize G = r.integer(1, 2), H = G * r.integer(1, 3), n = r.integer(1, 90), m = r.integer(1, 120),
+                d = r.integer(1, 40), e = r.integer(1, 40);
     call c(H, G, n, m, d, e, 100 + static_cast<std::uint64_t>(round), round % 3 == 0 ? dtype::f64 : dtype::f32);
     hybrid_attention h;
     h.select = static_cast<block_selector>(r.integer(2, 7)), h.compensate = static_cast<compensation>(r.integer(0, 2));
-    h.block_q = r.integer(1, 40), h.block_k = r.integer(1, 40), h.is_causal = r.coin(), h.budget = r.uniform(), h.at_least = r.integer(0, 20);
+    h.block_q = r.integer(1, 40), h.block_k = r.integer(1, 40), h.is_causal = r.coin(), h.budget = r.uniform(),
+    h.at_least = r.integer(0, 20);
     h.top = r.coin(0.3) ? r.integer(1, 5) : 0, h.first = r.integer(0, 9), h.window = r.integer(0, 20);
     if (r.coin(0.2)) h.align = top_left;
     tensor want = test::unwritten(dtype::f64, 1, H, n, e), sums = test::unwritten(dtype::f64, 1, H, n, 1);
@@ -181,7 +205,14 @@ TEST_CASE("hybrid: ragged, rectangular and shared blocks against the twin") {
 TEST_CASE("hybrid: multiply-adds follow the plan") {
   const shape s{1, 4, 2, 96, 96, 16, 24};
   call c(4, 2, 96, 96, 16, 24, 5);
-  hybrid_attention m{.select = block_selector::mean, .block_q = 8, .block_k = 8, .is_causal = true, .budget = 0.25, .at_least = 16, .first = 8, .window = 8};
+  hybrid_attention m{.select = block_selector::mean,
+                     .block_q = 8,
+                     .block_k = 8,
+                     .is_causal = true,
+                     .budget = 0.25,
+                     .at_least = 16,
+                     .first = 8,
+                     .window = 8};
   double want = 0;
   for (isize h = 0; h < 4; ++h) {
     const auto fates = reference::block_fates(m, {c.q, c.k, c.v, c.out, c.lse, {}}, 0, h);
@@ -238,7 +269,8 @@ TEST_CASE("hybrid: a state of another recipe is refused") {
   state st = m.make_state(s);
   fovea::prefill(serial, m, c.q, c.k, c.v, c.out, st);
   m.budget = 0.5;
-  CHECK(test::refusal([&] { fovea::prefill(serial, m, c.q, c.k, c.v, c.out, st); }).find("hyper-parameters") != std::string::npos);
+  CHECK(test::refusal([&] { fovea::prefill(serial, m, c.q, c.k, c.v, c.out, st); }).find("hyper-parameters") !=
+        std::string::npos);
 }
 
 TEST_CASE("hybrid: decoding with a shared selection gives finite rows and follows the keys") {
@@ -248,9 +280,12 @@ TEST_CASE("hybrid: decoding with a shared selection gives finite rows and follow
   const auto want = c.dense(true);
   state st = m.make_state({1, 3, 1, 200, 200, 16, 16});
   double error = 0, size = 0;
-  for (isize i = 0; i < 200; ++i) fovea::step(serial, m, c.q.ref().slice(i, 1), c.k.ref().slice(i, 1), c.v.ref().slice(i, 1), c.out.ref().slice(i, 1), st);
+  for (isize i = 0; i < 200; ++i)
+    fovea::step(serial, m, c.q.ref().slice(i, 1), c.k.ref().slice(i, 1), c.v.ref().slice(i, 1), c.out.ref().slice(i, 1),
+                st);
   const auto got = c.out.values();
-  for (std::size_t x = 0; x < want.data.size(); ++x) error += std::pow(got.data[x] - want.data[x], 2), size += std::pow(want.data[x], 2);
+  for (std::size_t x = 0; x < want.data.size(); ++x)
+    error += std::pow(got.data[x] - want.data[x], 2), size += std::pow(want.data[x], 2);
   CHECK(std::sqrt(error / size) < 0.5);
 }
 
@@ -263,15 +298,20 @@ TEST_CASE("hybrid: from a configuration") {
   };
   const auto recipe = make({"hybrid", {{"causal", true}}});
   const auto* m = recipe.as<hybrid_attention>();
-  CHECK((m->select == block_selector::int8 && m->block_q == 16 && m->budget == 0.25 && m->at_least == 256 && m->compensate == compensation::zeroth));
+  CHECK((m->select == block_selector::int8 && m->block_q == 16 && m->budget == 0.25 && m->at_least == 256 &&
+         m->compensate == compensation::zeroth));
   const auto moba = make({"hybrid", {{"causal", true}, {"top", 3.0}, {"block_k", 64.0}}});
   m = moba.as<hybrid_attention>();
-  CHECK((m->select == block_selector::mean && m->block_q == 1 && m->block_k == 64 && m->top == 3 && m->window == 0 && m->compensate == compensation::none));
+  CHECK((m->select == block_selector::mean && m->block_q == 1 && m->block_k == 64 && m->top == 3 && m->window == 0 &&
+         m->compensate == compensation::none));
   const auto hsa = make({"hybrid", {{"causal", true}, {"pattern", std::string("fixed")}, {"stride", 32.0}}});
   CHECK(hsa.as<hybrid_attention>()->pattern == hsa_mode::fixed);
   const arrays table{{"blocks", array({2, 2}, std::vector<std::uint8_t>{1, 0, 1, 1})}};
-  CHECK(make({"hybrid", {{"compensate", std::string("zeroth")}}}, table).as<hybrid_attention>()->select == block_selector::given);
-  const auto refused = [&](const configuration& c, const char* word, const arrays& tensors = {}) { CHECK(test::refusal([&] { make(c, tensors); }).find(word) != std::string::npos); };
+  CHECK(make({"hybrid", {{"compensate", std::string("zeroth")}}}, table).as<hybrid_attention>()->select ==
+        block_selector::given);
+  const auto refused = [&](const configuration& c, const char* word, const arrays& tensors = {}) {
+    CHECK(test::refusal([&] { make(c, tensors); }).find(word) != std::string::npos);
+  };
   refused({"hybrid", {{"error", 0.01}}}, "error");
   refused({"hybrid", {{"keep_small_values", 0.1}}}, "keep_small_values");
   refused({"hybrid", {{"select", std::string("given")}}}, "blocks is missing");

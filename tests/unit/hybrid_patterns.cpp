@@ -19,7 +19,8 @@ template <mask_policy P>
 std::string contradiction(const P& p, const mask_site& at, test::random& r) {
   const mask held(p);
   for (int round = 0; round < 60; ++round) {
-    const isize i0 = r.integer(0, at.n - 1), i1 = std::min(at.n, r.integer(i0 + 1, i0 + 64)), j0 = r.integer(0, at.m - 1), j1 = r.integer(j0 + 1, at.m);
+    const isize i0 = r.integer(0, at.n - 1), i1 = std::min(at.n, r.integer(i0 + 1, i0 + 64)),
+                j0 = r.integer(0, at.m - 1), j1 = r.integer(j0 + 1, at.m);
     bool any = false, all = true;
     const range keys = held.keys(at, i0, i1);
     std::vector<std::uint64_t> bits(static_cast<std::size_t>(j1 - j0), 0xdeadULL);
@@ -30,13 +31,16 @@ std::string contradiction(const P& p, const mask_site& at, test::random& r) {
         if (sees && !keys.holds(j)) return detail::sentence("keys(", i0, ", ", i1, ") misses key ", j);
         if (j < j0 || j >= j1) continue;
         any = any || sees, all = all && sees;
-        if (((bits[static_cast<std::size_t>(j - j0)] >> (i - i0)) & 1U) != (sees ? 1U : 0U)) return detail::sentence("lanes: row ", i, " key ", j);
+        if (((bits[static_cast<std::size_t>(j - j0)] >> (i - i0)) & 1U) != (sees ? 1U : 0U))
+          return detail::sentence("lanes: row ", i, " key ", j);
       }
     for (const std::uint64_t x : bits)
       if (i1 - i0 < 64 && (x >> (i1 - i0)) != 0) return "lanes: bits behind the last row";
     const tile_kind kind = held.tile(at, i0, i1, j0, j1);
-    if (kind == tile_kind::empty && any) return detail::sentence("tile ", i0, " ", i1, " ", j0, " ", j1, " called empty");
-    if (kind == tile_kind::full && !all) return detail::sentence("tile ", i0, " ", i1, " ", j0, " ", j1, " called full");
+    if (kind == tile_kind::empty && any)
+      return detail::sentence("tile ", i0, " ", i1, " ", j0, " ", j1, " called empty");
+    if (kind == tile_kind::full && !all)
+      return detail::sentence("tile ", i0, " ", i1, " ", j0, " ", j1, " called full");
     if (kind == tile_kind::partial && !any && i1 - i0 == 1 && j1 - j0 == 1) return "a single hidden key called partial";
   }
   return {};
@@ -47,23 +51,36 @@ void at_random_sites(Make&& make) {
   for (std::uint64_t seed = 0; seed < 250; ++seed) {
     test::random r(seed);
     mask_site at;
-    at.n = r.integer(1, 150), at.m = r.integer(1, 150), at.G = r.integer(1, 2), at.H = at.G * 2, at.h = r.integer(0, at.H - 1);
+    at.n = r.integer(1, 150), at.m = r.integer(1, 150), at.G = r.integer(1, 2), at.H = at.G * 2,
+    at.h = r.integer(0, at.H - 1);
     CAPTURE(seed, at.n, at.m);
     CHECK(contradiction(make(r), at, r) == std::string());
   }
 }
 
-alignment_of_rows any_alignment(test::random& r) { return r.coin() ? bottom_right : r.coin() ? top_left : at_offset(r.integer(-20, 60)); }
+alignment_of_rows any_alignment(test::random& r) {
+  return r.coin() ? bottom_right : r.coin() ? top_left : at_offset(r.integer(-20, 60));
+}
 
 }  // namespace
 
 TEST_CASE("patterns: tiles, hulls and bits agree with visible()") {
-  at_random_sites([](test::random& r) { return hsa_pattern{static_cast<hsa_mode>(r.integer(0, 3)), r.integer(1, r.coin() ? 5 : 40), any_alignment(r)}; });
+  at_random_sites([](test::random& r) {
+    return hsa_pattern{static_cast<hsa_mode>(r.integer(0, 3)), r.integer(1, r.coin() ? 5 : 40), any_alignment(r)};
+  });
   at_random_sites([](test::random& r) { return global_tokens{r.integer(0, 20), any_alignment(r)}; });
   at_random_sites([](test::random& r) {
-    return bigbird{.block = r.integer(1, 20), .window = 2 * r.integer(0, 2) + 1, .global = r.integer(0, 2), .random = r.integer(0, 3), .seed = r.bits(), .is_causal = r.coin(), .align = any_alignment(r)};
+    return bigbird{.block = r.integer(1, 20),
+                   .window = 2 * r.integer(0, 2) + 1,
+                   .global = r.integer(0, 2),
+                   .random = r.integer(0, 3),
+                   .seed = r.bits(),
+                   .is_causal = r.coin(),
+                   .align = any_alignment(r)};
   });
-  at_random_sites([](test::random& r) { return both{causal{}, either{global_tokens{r.integer(0, 9)}, hsa_pattern{hsa_mode::local, r.integer(1, 9)}}}; });
+  at_random_sites([](test::random& r) {
+    return both{causal{}, either{global_tokens{r.integer(0, 9)}, hsa_pattern{hsa_mode::local, r.integer(1, 9)}}};
+  });
 }
 
 TEST_CASE("patterns: MST's masks, drawn as get_causal_attn_mask draws them") {
@@ -74,7 +91,7 @@ TEST_CASE("patterns: MST's masks, drawn as get_causal_attn_mask draws them") {
       const bool lower = j <= i;
       const bool local = lower && j >= i - (s - 1);  // triu(tril(ones), -(s - 1))
       const bool strided = lower && (i - j) % s == 0;
-      bool fixed = i / s == j / s;                   // block_diag of ones, then columns c * s - 1 for c = 1 .. n / s - 1
+      bool fixed = i / s == j / s;  // block_diag of ones, then columns c * s - 1 for c = 1 .. n / s - 1
       for (isize c = 1; c < n / s; ++c) fixed = fixed || j == c * s - 1;
       CAPTURE(i, j);
       CHECK(hsa_pattern{hsa_mode::local, s}.visible(at, i, j) == local);
@@ -89,7 +106,8 @@ TEST_CASE("patterns: loops skip what MST's masks leave out") {
   const auto share = [&](hsa_mode mode) {
     isize asked = 0, kept = 0;
     for (isize i = 0; i < 4096; i += 32)
-      for (isize j = 0; j <= i; j += 32) ++asked, kept += hsa_pattern{mode, 512}.tile(at, i, i + 32, j, j + 32) != tile_kind::empty;
+      for (isize j = 0; j <= i; j += 32)
+        ++asked, kept += hsa_pattern{mode, 512}.tile(at, i, i + 32, j, j + 32) != tile_kind::empty;
     return static_cast<double>(kept) / static_cast<double>(asked);
   };
   CHECK(share(hsa_mode::local) < 0.27);    // 512 keys of 2048 on average, and the edge

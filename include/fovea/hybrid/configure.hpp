@@ -22,7 +22,12 @@ namespace detail {
 inline void configure_hybrid_pattern(configuration_reader& c, hybrid_attention& m) {
   require(!c.has("select"), "configuration of hybrid: pattern and select were both given; wanted one of them");
   m.select = block_selector::pattern;
-  m.pattern = c.choice("pattern", {{"local", hsa_mode::local}, {"strided", hsa_mode::strided}, {"sparse", hsa_mode::sparse}, {"fixed", hsa_mode::fixed}}, m.pattern);
+  m.pattern = c.choice("pattern",
+                       {{"local", hsa_mode::local},
+                        {"strided", hsa_mode::strided},
+                        {"sparse", hsa_mode::sparse},
+                        {"fixed", hsa_mode::fixed}},
+                       m.pattern);
   m.stride = c.integer("stride", m.stride);
 }
 
@@ -30,11 +35,20 @@ inline void configure_hybrid_budget(configuration_reader& c, hybrid_attention& m
   using enum block_selector;
   const bool by_top = c.has("top");
   require(!by_top || !c.has("budget"), "configuration of hybrid: top and budget were both given; wanted one of them");
-  m.select = c.choice("select", {{"given", given}, {"mean", mean}, {"variance", variance}, {"bound", bound}, {"int8", int8}, {"int4", int4}, {"exact", exact}}, by_top ? mean : int8);
+  m.select = c.choice("select",
+                      {{"given", given},
+                       {"mean", mean},
+                       {"variance", variance},
+                       {"bound", bound},
+                       {"int8", int8},
+                       {"int4", int4},
+                       {"exact", exact}},
+                      by_top ? mean : int8);
   require(m.select != given, "configuration of hybrid: select is \"given\" and the tensor blocks is missing");
   if (by_top) m.budget = 0, m.at_least = m.first = m.window = 0, m.compensate = compensation::none;
   m.top = c.integer("top", 0);
-  require(!by_top || m.top >= 1, "configuration of hybrid: top is ", m.top, "; it counts blocks, the own one included, and must be at least 1");
+  require(!by_top || m.top >= 1, "configuration of hybrid: top is ", m.top,
+          "; it counts blocks, the own one included, and must be at least 1");
   m.budget = c.number("budget", m.budget);
   m.at_least = c.integer("at_least", m.at_least);
   m.first = c.integer("first", m.first);
@@ -43,8 +57,10 @@ inline void configure_hybrid_budget(configuration_reader& c, hybrid_attention& m
 
 inline void configure_hybrid_blocks(configuration_reader& c, hybrid_attention& m, const array& blocks) {
   c.choice("select", {{"given", 0}}, 0);
-  require(blocks.type() == element::u8 || blocks.type() == element::boolean, "blocks is ", blocks.describe(), "; wanted u8 or bool");
-  require(blocks.rank() >= 2 && blocks.rank() <= 4, "blocks is ", blocks.describe(), "; wanted 2 to 4 dimensions that broadcast to [B, H, query blocks, key blocks]");
+  require(blocks.type() == element::u8 || blocks.type() == element::boolean, "blocks is ", blocks.describe(),
+          "; wanted u8 or bool");
+  require(blocks.rank() >= 2 && blocks.rank() <= 4, "blocks is ", blocks.describe(),
+          "; wanted 2 to 4 dimensions that broadcast to [B, H, query blocks, key blocks]");
   m.select = block_selector::given, m.compensate = compensation::none;
   m.blocks = bhnd(blocks.as<std::uint8_t>(), blocks.dim(-4), blocks.dim(-3), blocks.dim(-2), blocks.dim(-1));
 }
@@ -57,7 +73,8 @@ inline any_attention configure_hybrid(configuration_reader& c) {
   m.is_causal = c.flag("causal", false);
   m.align = detail::configure_align(c, m.is_causal);
   const array* blocks = c.tensor("blocks");
-  require(blocks == nullptr || !c.has("pattern"), "configuration of hybrid: the tensor blocks and a pattern were both given; wanted one of them");
+  require(blocks == nullptr || !c.has("pattern"),
+          "configuration of hybrid: the tensor blocks and a pattern were both given; wanted one of them");
   if (c.has("pattern")) {
     detail::configure_hybrid_pattern(c, m);
     m.compensate = compensation::none;
@@ -69,7 +86,10 @@ inline any_attention configure_hybrid(configuration_reader& c) {
   }
   m.block_q = c.integer("block_q", m.block_q);
   m.block_k = c.integer("block_k", m.block_k);
-  m.compensate = c.choice("compensate", {{"none", compensation::none}, {"zeroth", compensation::zeroth}, {"cumulant", compensation::cumulant}}, m.compensate);
+  m.compensate =
+      c.choice("compensate",
+               {{"none", compensation::none}, {"zeroth", compensation::zeroth}, {"cumulant", compensation::cumulant}},
+               m.compensate);
   detail::check_hybrid_options(m);
   return any_attention::hold(m, blocks != nullptr ? blocks->owner() : nullptr);
 }

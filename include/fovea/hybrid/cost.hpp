@@ -10,7 +10,8 @@ namespace detail {
 
 /// Multiply-adds of one row of attention: `keys` computed, `pools` pooled tokens.
 inline double hybrid_row_macs(const hybrid_attention& m, const shape& s, double keys, double pools) {
-  const double both = static_cast<double>(s.d + s.e), extra = m.compensate == compensation::cumulant ? static_cast<double>(s.d) : 0.0;
+  const double both = static_cast<double>(s.d + s.e),
+               extra = m.compensate == compensation::cumulant ? static_cast<double>(s.d) : 0.0;
   return keys * both + pools * (both + extra);
 }
 
@@ -36,17 +37,21 @@ inline hybrid_row_count hybrid_selected(const kernel::block_rule& rule, isize bl
   const auto reach = rule.reach_of(block);
   isize candidates = 0;
   for (isize J = 0; J < reach.past; ++J) candidates += rule.always(block, J) ? 0 : 1;
-  const isize count = rule.count(candidates, reach.seen - reach.past), own = std::min(rule.causal ? i + rule.offset + 1 : rule.m, rule.m) - reach.past * rule.block_k;
-  return {static_cast<double>((reach.past - candidates + count) * rule.block_k + std::max<isize>(own, 0)), rule.pool ? static_cast<double>(candidates - count) : 0.0};
+  const isize count = rule.count(candidates, reach.seen - reach.past),
+              own = std::min(rule.causal ? i + rule.offset + 1 : rule.m, rule.m) - reach.past * rule.block_k;
+  return {static_cast<double>((reach.past - candidates + count) * rule.block_k + std::max<isize>(own, 0)),
+          rule.pool ? static_cast<double>(candidates - count) : 0.0};
 }
 
 /// All rows of one head, given a row's block mask of the caller.
-inline double hybrid_given_macs(const hybrid_attention& m, const shape& s, const kernel::block_rule& rule, isize b, isize h) {
+inline double hybrid_given_macs(const hybrid_attention& m, const shape& s, const kernel::block_rule& rule, isize b,
+                                isize h) {
   const auto& t = m.blocks;
   const isize head = t.heads == s.H ? h : t.heads == 1 ? 0 : h / s.group();
   double sum = 0;
   for (isize i = 0; i < s.n; ++i) {
-    const isize block = (i + rule.origin) / rule.block_q, end = std::min(rule.causal ? i + rule.offset + 1 : s.m, s.m), open = rule.start(block);
+    const isize block = (i + rule.origin) / rule.block_q, end = std::min(rule.causal ? i + rule.offset + 1 : s.m, s.m),
+                open = rule.start(block);
     double keys = 0, pools = 0;
     for (isize J = 0; J < rule.blocks(); ++J) {
       const isize last = std::min((J + 1) * rule.block_k, s.m);
@@ -97,7 +102,8 @@ inline double hybrid_attention::step_macs(const shape& s) const {
   // A given mask is asked for its last row that covers m tokens.
   hybrid_attention last = *this;
   const isize row = s.m > 0 ? (s.m - 1) / block_q : 0;
-  if (blocks.data == nullptr || row >= blocks.length || ceil_div(s.m, block_k) > blocks.width) return static_cast<double>(s.B * s.H * s.m * (s.d + s.e));
+  if (blocks.data == nullptr || row >= blocks.length || ceil_div(s.m, block_k) > blocks.width)
+    return static_cast<double>(s.B * s.H * s.m * (s.d + s.e));
   last.blocks.data = blocks.row(0, 0, row), last.blocks.length = 1, last.block_q = 1;
   return detail::hybrid_macs(last, one);
 }

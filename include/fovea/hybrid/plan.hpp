@@ -14,7 +14,7 @@ namespace detail {
 /// Keys of the blocks whose fate is `wanted`. For pooled tokens a key is a block: block_k = 1, not causal.
 struct planned_blocks {
   const std::uint8_t* fate = nullptr;
-  const range* hull = nullptr;        ///< of each table row: blocks that hold all of the wanted fate
+  const range* hull = nullptr;  ///< of each table row: blocks that hold all of the wanted fate
   const isize* first_row = nullptr;
   isize first_head = 0, blocks = 0, block_q = 1, block_k = 1, origin = 0, offset = 0;
   std::uint8_t wanted = kernel::computed;

@@ -18,7 +18,8 @@ inline hybrid_attention hybrid_attention::hsa(hsa_mode mode, isize stride) {
   m.pattern = mode, m.stride = stride;
   return m;
 }
-inline hybrid_attention hybrid_attention::over(view<const std::uint8_t> blocks, isize block_q, isize block_k, bool is_causal) {
+inline hybrid_attention hybrid_attention::over(view<const std::uint8_t> blocks, isize block_q, isize block_k,
+                                               bool is_causal) {
   hybrid_attention m;
   m.select = block_selector::given, m.compensate = compensation::none;
   m.blocks = blocks, m.block_q = block_q, m.block_k = block_k, m.is_causal = is_causal;
@@ -35,33 +36,41 @@ inline hybrid_attention hybrid_attention::moba(isize block_k, isize top) {
 namespace detail {
 
 inline void check_hybrid_options(const hybrid_attention& m) {
-  require(m.block_q >= 1 && m.block_k >= 1, "block_q, block_k are ", m.block_q, ", ", m.block_k, "; they must be at least 1");
-  require(m.block_q <= (isize{1} << 30) && m.block_k <= (isize{1} << 30), "block_q, block_k are ", m.block_q, ", ", m.block_k, "; wanted at most 2^30");
+  require(m.block_q >= 1 && m.block_k >= 1, "block_q, block_k are ", m.block_q, ", ", m.block_k,
+          "; they must be at least 1");
+  require(m.block_q <= (isize{1} << 30) && m.block_k <= (isize{1} << 30), "block_q, block_k are ", m.block_q, ", ",
+          m.block_k, "; wanted at most 2^30");
   if (m.scale) {
     require_finite("scale", *m.scale);
     require(*m.scale > 0, "scale is ", *m.scale, "; it must be positive");
   }
   require_finite("budget", m.budget);
-  require(m.budget >= 0 && m.budget <= 1, "budget is ", m.budget, "; it is a share of the candidate blocks, from 0 to 1");
+  require(m.budget >= 0 && m.budget <= 1, "budget is ", m.budget,
+          "; it is a share of the candidate blocks, from 0 to 1");
   require(m.top >= 0, "top is ", m.top, "; it counts blocks and must not be negative (0: go by budget)");
-  require(m.at_least >= 0 && m.first >= 0 && m.window >= 0, "at_least, first, window are ", m.at_least, ", ", m.first, ", ", m.window,
-          "; they count keys and must not be negative");
+  require(m.at_least >= 0 && m.first >= 0 && m.window >= 0, "at_least, first, window are ", m.at_least, ", ", m.first,
+          ", ", m.window, "; they count keys and must not be negative");
   if (m.select != block_selector::pattern) return;
   require(m.stride >= 1, "stride is ", m.stride, "; it must be at least 1");
-  require(m.is_causal, "pattern ", name_of(m.pattern), " with is_causal = false; the patterns are causal by definition");
-  require(m.compensate == compensation::none, "pattern ", name_of(m.pattern), " with compensation; it skips single tokens, and only whole blocks can be pooled");
+  require(m.is_causal, "pattern ", name_of(m.pattern),
+          " with is_causal = false; the patterns are causal by definition");
+  require(m.compensate == compensation::none, "pattern ", name_of(m.pattern),
+          " with compensation; it skips single tokens, and only whole blocks can be pooled");
 }
 
 /// `exact_fit`: the mask has just the blocks of the problem; else it may hold more (a state that grows).
 inline void check_given_blocks(const hybrid_attention& m, const shape& s, isize n, isize keys, bool exact_fit) {
   const auto& t = m.blocks;
   const isize rows = ceil_div(n, m.block_q), columns = ceil_div(keys, m.block_k);
-  require(t.data != nullptr || rows == 0 || columns == 0, "blocks is null; a given block mask needs [B or 1, H or G or 1, ", rows, ", ", columns, "]");
+  require(t.data != nullptr || rows == 0 || columns == 0,
+          "blocks is null; a given block mask needs [B or 1, H or G or 1, ", rows, ", ", columns, "]");
   const bool fits = exact_fit ? t.length == rows && t.width == columns : t.length >= rows && t.width >= columns;
-  require(fits, "blocks is [", t.batch, ", ", t.heads, ", ", t.length, ", ", t.width, "]; ", n, " queries and ", keys, " keys in blocks of ", m.block_q, " x ", m.block_k,
-          exact_fit ? " want [..., " : " want at least [..., ", rows, ", ", columns, "]");
+  require(fits, "blocks is [", t.batch, ", ", t.heads, ", ", t.length, ", ", t.width, "]; ", n, " queries and ", keys,
+          " keys in blocks of ", m.block_q, " x ", m.block_k, exact_fit ? " want [..., " : " want at least [..., ",
+          rows, ", ", columns, "]");
   require(t.batch == 1 || t.batch == s.B, "blocks has ", t.batch, " batch items; wanted 1 or B = ", s.B);
-  require(t.heads == 1 || t.heads == s.H || t.heads == s.G, "blocks has ", t.heads, " heads; wanted 1, G = ", s.G, " or H = ", s.H);
+  require(t.heads == 1 || t.heads == s.H || t.heads == s.G, "blocks has ", t.heads, " heads; wanted 1, G = ", s.G,
+          " or H = ", s.H);
 }
 
 /// What the selector and the pooling ask of the block summaries.
@@ -86,7 +95,8 @@ hybrid_summaries<Acc> hybrid_summaries_of(const hybrid_attention& m, const state
 inline std::size_t hybrid_state_bytes(const hybrid_attention& m, const shape& s) {
   const auto needs = hybrid_needs(m);
   const std::size_t cache = round_up(kv_cache::bytes(s), alignment);
-  return cache + (s.type == dtype::f64 ? hybrid_summaries<double>(needs, m.block_k, s, s.m).bytes(s.B * s.G) : hybrid_summaries<float>(needs, m.block_k, s, s.m).bytes(s.B * s.G));
+  return cache + (s.type == dtype::f64 ? hybrid_summaries<double>(needs, m.block_k, s, s.m).bytes(s.B * s.G)
+                                       : hybrid_summaries<float>(needs, m.block_k, s, s.m).bytes(s.B * s.G));
 }
 
 /// What one call works on: the problem with all its keys, `past` tokens of them from earlier calls.
@@ -101,12 +111,14 @@ struct hybrid_run {
   kernel::block_rule rule;
   isize rows, most, plan_rows;  ///< rows of a query group; of a superblock; table rows of a superblock
 
-  hybrid_run(const hybrid_attention& mechanism, const shape& sizes, isize tokens_before) : m(mechanism), s(sizes), past(tokens_before) {
+  hybrid_run(const hybrid_attention& mechanism, const shape& sizes, isize tokens_before)
+      : m(mechanism), s(sizes), past(tokens_before) {
     using enum block_selector;
-    rule.score = m.select == variance ? kernel::block_score::variance : m.select == bound ? kernel::block_score::bound
-                 : m.select == int8 || m.select == int4                                   ? kernel::block_score::code
-                 : m.select == exact                                                      ? kernel::block_score::exact
-                                                                                          : kernel::block_score::mean;
+    rule.score = m.select == variance                   ? kernel::block_score::variance
+                 : m.select == bound                    ? kernel::block_score::bound
+                 : m.select == int8 || m.select == int4 ? kernel::block_score::code
+                 : m.select == exact                    ? kernel::block_score::exact
+                                                        : kernel::block_score::mean;
     rule.block_q = m.block_q, rule.block_k = m.block_k, rule.origin = past;
     rule.n = s.n, rule.m = s.m, rule.offset = m.align.position({0, 0, s.n, s.m, s.H, s.G}, 0);
     rule.top = m.top, rule.at_least = m.at_least, rule.first = m.first, rule.window = m.window;
@@ -149,7 +161,8 @@ struct hybrid_run {
   struct row_slot : planner {
     kernel::decode_rows<simd::native, Acc> run;
     Acc *o, *part;
-    row_slot(arena& memory, const hybrid_run& x) : planner(memory, x), run(memory, x.s.d, x.s.e), o(memory.take<Acc>(x.s.e)), part(memory.take<Acc>(x.s.e)) {}
+    row_slot(arena& memory, const hybrid_run& x)
+        : planner(memory, x), run(memory, x.s.d, x.s.e), o(memory.take<Acc>(x.s.e)), part(memory.take<Acc>(x.s.e)) {}
   };
   bool few() const { return plans() && rows <= 16; }
   std::size_t slot_bytes() const {
@@ -179,7 +192,8 @@ struct hybrid_run {
     });
   }
 
-  void superblock(slot& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b, isize g, isize r0, isize r1) const {
+  void superblock(slot& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b, isize g, isize r0,
+                  isize r1) const {
     const isize head0 = g * s.group();
     at.run.begin({p.q, b, head0, r0, r1}, rule.scale, nullptr);
     kernel::key_set<Acc> keys = keys_of(p, b, g);
@@ -191,8 +205,9 @@ struct hybrid_run {
       return at.run.finish(p.out, p.lse);
     }
     const bool pooled = plan(at, p, summary, b, g, r0, r1);
-    planned_blocks plan{at.fate,       at.hull,     at.first_row, head0,            rule.blocks(), rule.block_q,
-                        rule.block_k, rule.origin, rule.offset,  kernel::computed, rule.causal};
+    planned_blocks plan{at.fate,       at.hull,          at.first_row, head0,
+                        rule.blocks(), rule.block_q,     rule.block_k, rule.origin,
+                        rule.offset,   kernel::computed, rule.causal};
     const fovea::mask visible = plan;
     keys.visible = &visible;
     at.run.absorb(keys);
@@ -222,7 +237,8 @@ struct hybrid_run {
       if (s.m > 0) {
         const isize line = at.first_row[r / s.n] + (i + rule.origin) / rule.block_q;
         at.run.begin({p.q, b, head0, r, r + 1}, rule.scale);
-        join_runs(at, keys, line, kernel::computed, rule.block_k, rule.causal ? std::min(i + rule.offset + 1, s.m) : s.m, all);
+        join_runs(at, keys, line, kernel::computed, rule.block_k,
+                  rule.causal ? std::min(i + rule.offset + 1, s.m) : s.m, all);
         if (pooled) join_runs(at, pool, line, kernel::pooled, 1, rule.blocks(), all);
       }
       const Acc lse = normalise(all, s.e);
@@ -231,7 +247,8 @@ struct hybrid_run {
     }
   }
 
-  void join_runs(row_slot& at, const kernel::key_set<Acc>& set, isize line, std::uint8_t wanted, isize block, isize end, partial<Acc>& all) const {
+  void join_runs(row_slot& at, const kernel::key_set<Acc>& set, isize line, std::uint8_t wanted, isize block, isize end,
+                 partial<Acc>& all) const {
     const range hull = at.hull[line + (wanted == kernel::computed ? 0 : plan_rows)];
     const std::uint8_t* fate = at.fate + line * rule.blocks();
     for (isize J = hull.first; J < hull.last;) {
@@ -257,7 +274,8 @@ struct hybrid_run {
   }
 
   /// Fills the fates and hulls of rows [r0, r1); true if any block is pooled.
-  bool plan(planner& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b, isize g, isize r0, isize r1) const {
+  bool plan(planner& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b, isize g, isize r0,
+            isize r1) const {
     const isize blocks = rule.blocks();
     isize next = 0;
     at.choose.levels_ = summary.levels;
@@ -272,7 +290,8 @@ struct hybrid_run {
         ++next;
       }
     }
-    if (m.selects()) at.choose.run(summary, {p.k.row(b, g, 0), p.k.type, p.k.row_stride}, p.q, b, at.list, next, at.fate);
+    if (m.selects())
+      at.choose.run(summary, {p.k.row(b, g, 0), p.k.type, p.k.row_stride}, p.q, b, at.list, next, at.fate);
     bool any = false;
     for (isize r = 0; r < next; ++r)
       for (const bool pool : {false, true}) {
@@ -291,30 +310,35 @@ struct hybrid_run {
     const isize head = t.heads == s.H ? h : t.heads == 1 ? 0 : h / s.group();
     const std::uint8_t* given = t.row(t.batch == 1 ? 0 : b, head, block);
     for (isize J = 0; J < rule.blocks(); ++J) {
-      const bool open = !rule.causal || (J + 1) * rule.block_k - 1 <= rule.start(block);  // whole and past, as it will stay
+      const bool open =
+          !rule.causal || (J + 1) * rule.block_k - 1 <= rule.start(block);  // whole and past, as it will stay
       fate[J] = given[J] != 0 ? kernel::computed : rule.pool && open ? kernel::pooled : kernel::skipped;
     }
   }
 
   /// The pooled tokens of all blocks: mean key, mean value, log n_J, and the variance terms of rows [r0, r1) where asked for.
-  kernel::key_set<Acc> pool_of(planner& at, const problem& p, const kernel::block_summary<Acc>& summary, const kernel::key_set<Acc>& keys, isize head0, isize r0, isize r1) const {
+  kernel::key_set<Acc> pool_of(planner& at, const problem& p, const kernel::block_summary<Acc>& summary,
+                               const kernel::key_set<Acc>& keys, isize head0, isize r0, isize r1) const {
     kernel::key_set<Acc> pool = keys;
     pool.k = summary.mean_k, pool.v = summary.mean_v, pool.type = dtype_of<Acc>;
     pool.k_stride = s.d, pool.v_stride = s.e, pool.count = rule.blocks(), pool.site.m = rule.blocks();
-    for (isize J = 0; J < rule.blocks(); ++J) at.bias[J] = std::log(static_cast<Acc>(std::min(rule.block_k, s.m - J * rule.block_k)));
+    for (isize J = 0; J < rule.blocks(); ++J)
+      at.bias[J] = std::log(static_cast<Acc>(std::min(rule.block_k, s.m - J * rule.block_k)));
     pool.bias = at.bias;
     if (cumulant()) variances(at, p, summary, keys.site.b, head0, r0, r1);
     return pool;
   }
 
   /// term[J][r - r0] = scale^2 / 2 sum_c q_rc^2 var_c(k_J), nats.
-  void variances(planner& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b, isize head0, isize r0, isize r1) const {
+  void variances(planner& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b, isize head0,
+                 isize r0, isize r1) const {
     const isize blocks = rule.blocks();
     const Acc half = static_cast<Acc>(rule.scale * rule.scale / 2);
     for (isize x = r0; x < r1; x += 64) {
       const isize count = std::min<isize>(64, r1 - x);
       for (isize y = 0; y < count; ++y) {
-        const Acc* q = simd::row_as<simd::native, Acc>(p.q.type, p.q.row(b, head0 + (x + y) / s.n, (x + y) % s.n), s.d, at.row);
+        const Acc* q =
+            simd::row_as<simd::native, Acc>(p.q.type, p.q.row(b, head0 + (x + y) / s.n, (x + y) % s.n), s.d, at.row);
         for (isize c = 0; c < s.d; ++c) at.squares[c * 64 + y] = q[c] * q[c] * half;
       }
       Acc* term = at.term + x - r0;
@@ -347,7 +371,8 @@ struct hybrid_run {
     const hybrid_run run(m, p.shape(), 0);
     const shared at(scratch, run, exec.concurrency());
     at.all.append(exec, p.k, p.v, 0, at.fold);
-    run.attend(exec, p, scratch, [&](isize index) { return at.all.any() ? at.all.head(index) : kernel::block_summary<Acc>{}; });
+    run.attend(exec, p, scratch,
+               [&](isize index) { return at.all.any() ? at.all.head(index) : kernel::block_summary<Acc>{}; });
   }
   static void prefill(const hybrid_attention& m, exec_ref exec, const problem& p, state& st, arena scratch) {
     const isize past = st.tokens();
@@ -358,7 +383,8 @@ struct hybrid_run {
     const hybrid_run run(m, whole.shape(), past);
     const shared at(scratch, run, exec.concurrency());
     all.append(exec, p.k, p.v, past, at.fold);
-    run.attend(exec, whole, scratch, [&](isize index) { return all.any() ? all.head(index) : kernel::block_summary<Acc>{}; });
+    run.attend(exec, whole, scratch,
+               [&](isize index) { return all.any() ? all.head(index) : kernel::block_summary<Acc>{}; });
   }
 };
 
@@ -371,7 +397,8 @@ inline void hybrid_attention::check(const problem& p) const {
 }
 
 inline std::size_t hybrid_attention::workspace_size(const shape& s, int threads) const {
-  return s.type == dtype::f64 ? detail::hybrid_run<double>::workspace_size(*this, s, threads) : detail::hybrid_run<float>::workspace_size(*this, s, threads);
+  return s.type == dtype::f64 ? detail::hybrid_run<double>::workspace_size(*this, s, threads)
+                              : detail::hybrid_run<float>::workspace_size(*this, s, threads);
 }
 
 inline void hybrid_attention::prefill(exec_ref exec, const problem& p, arena scratch) const {

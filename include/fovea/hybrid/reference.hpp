@@ -61,7 +61,9 @@ std::vector<double> rounded(const std::vector<double>& x, double levels) {
   }
   return out;
 }
-inline std::vector<double> rounded(const std::vector<double>& x, double levels, dtype type) { return type == dtype::f64 ? rounded<double>(x, levels) : rounded<float>(x, levels); }
+inline std::vector<double> rounded(const std::vector<double>& x, double levels, dtype type) {
+  return type == dtype::f64 ? rounded<double>(x, levels) : rounded<float>(x, levels);
+}
 
 inline std::vector<double> row_of(const tensor_ref& t, isize b, isize h, isize i) {
   std::vector<double> x;
@@ -95,7 +97,8 @@ inline double log_mass(const hybrid_attention& m, const problem& p, const block_
   std::vector<double> logits;
   for (isize j = x.first; j < x.last; ++j) {
     const std::vector<double> k = row_of(p.k, b, h / s.group(), j);
-    logits.push_back(scale * (levels > 0 ? dot(rounded(q, levels, p.q.type), rounded(k, levels, p.q.type)) : dot(q, k)));
+    logits.push_back(scale *
+                     (levels > 0 ? dot(rounded(q, levels, p.q.type), rounded(k, levels, p.q.type)) : dot(q, k)));
   }
   const double top = *std::max_element(logits.begin(), logits.end());
   double sum = 0;
@@ -104,7 +107,8 @@ inline double log_mass(const hybrid_attention& m, const problem& p, const block_
 }
 
 /// The vote of rows [i0, i1) on blocks [0, past).
-inline std::vector<double> votes(const hybrid_attention& m, const problem& p, const std::vector<block_of_keys>& blocks, isize past, isize b, isize h, isize i0, isize i1) {
+inline std::vector<double> votes(const hybrid_attention& m, const problem& p, const std::vector<block_of_keys>& blocks,
+                                 isize past, isize b, isize h, isize i0, isize i1) {
   const double least = p.q.type == dtype::f64 ? 0x1p-1022 : 0x1p-126;
   std::vector<double> vote(static_cast<std::size_t>(past), 0.0);
   for (isize i = i0; i < i1; ++i) {
@@ -131,7 +135,8 @@ inline std::vector<std::vector<int>> block_fates(const hybrid_attention& m, cons
   const isize count = static_cast<isize>(blocks.size());
   std::vector<std::vector<int>> fates;
   for (isize i0 = 0; i0 < s.n; i0 += m.block_q) {
-    const isize i1 = std::min(i0 + m.block_q, s.n), shift = m.align.position({b, h, s.n, s.m, s.H, s.G}, 0), p0 = i0 + shift, p1 = i1 - 1 + shift;
+    const isize i1 = std::min(i0 + m.block_q, s.n), shift = m.align.position({b, h, s.n, s.m, s.H, s.G}, 0),
+                p0 = i0 + shift, p1 = i1 - 1 + shift;
     std::vector<int> fate(static_cast<std::size_t>(count), 0);
     const auto at = [&](isize J) -> int& { return fate[static_cast<std::size_t>(J)]; };
     const int rest = m.compensate == compensation::none ? 0 : 2;
@@ -156,7 +161,8 @@ inline std::vector<std::vector<int>> block_fates(const hybrid_attention& m, cons
       bool always = false;
       for (isize j = J * m.block_k; j < (J + 1) * m.block_k; ++j) {
         always = always || j < m.first;
-        for (isize i = i0; i < i1 && m.window > 0; ++i) always = always || (j > i + shift - m.window && (m.is_causal || j < i + shift + m.window));
+        for (isize i = i0; i < i1 && m.window > 0; ++i)
+          always = always || (j > i + shift - m.window && (m.is_causal || j < i + shift + m.window));
       }
       at(J) = always ? 1 : rest;
       if (!always) candidates.push_back(J);
@@ -166,7 +172,9 @@ inline std::vector<std::vector<int>> block_fates(const hybrid_attention& m, cons
     if (m.top > 0) wanted = std::max<isize>(m.top - own, 0);
     wanted = std::min(all, std::max(wanted, (m.at_least + m.block_k - 1) / m.block_k));
     const auto vote = hybrid_detail::votes(m, p, blocks, past, b, h, i0, i1);
-    std::stable_sort(candidates.begin(), candidates.end(), [&](isize x, isize y) { return vote[static_cast<std::size_t>(x)] > vote[static_cast<std::size_t>(y)]; });
+    std::stable_sort(candidates.begin(), candidates.end(), [&](isize x, isize y) {
+      return vote[static_cast<std::size_t>(x)] > vote[static_cast<std::size_t>(y)];
+    });
     for (isize x = 0; x < wanted; ++x) at(candidates[static_cast<std::size_t>(x)]) = 1;
     fates.push_back(fate);
   }
@@ -182,8 +190,9 @@ struct candidate {
   const block_of_keys* block;
 };
 
-inline std::vector<candidate> row_candidates(const hybrid_attention& m, const problem& p, const std::vector<std::vector<int>>& fates, const std::vector<block_of_keys>& blocks,
-                                             isize b, isize h, isize i) {
+inline std::vector<candidate> row_candidates(const hybrid_attention& m, const problem& p,
+                                             const std::vector<std::vector<int>>& fates,
+                                             const std::vector<block_of_keys>& blocks, isize b, isize h, isize i) {
   const shape s = p.shape();
   const double scale = m.scale_for(s);
   const isize position = m.align.position({b, h, s.n, s.m, s.H, s.G}, i);
@@ -194,7 +203,11 @@ inline std::vector<candidate> row_candidates(const hybrid_attention& m, const pr
     if (m.select == block_selector::pattern) {
       const isize gap = position - j, r = m.stride;
       const bool near = gap < r, far = gap % r == 0, fixed = position / r == j / r || j % r == r - 1;
-      if (!(m.pattern == hsa_mode::local ? near : m.pattern == hsa_mode::strided ? far : m.pattern == hsa_mode::sparse ? near || far : fixed)) continue;
+      if (!(m.pattern == hsa_mode::local     ? near
+            : m.pattern == hsa_mode::strided ? far
+            : m.pattern == hsa_mode::sparse  ? near || far
+                                             : fixed))
+        continue;
     } else if (fates[static_cast<std::size_t>(i / m.block_q)][static_cast<std::size_t>(j / m.block_k)] != 1) {
       continue;
     }
@@ -203,7 +216,8 @@ inline std::vector<candidate> row_candidates(const hybrid_attention& m, const pr
   for (std::size_t J = 0; J < blocks.size() && m.select != block_selector::pattern; ++J) {
     if (fates[static_cast<std::size_t>(i / m.block_q)][J] != 2) continue;
     double logit = scale * dot(q, blocks[J].mean_k) + std::log(static_cast<double>(blocks[J].last - blocks[J].first));
-    for (std::size_t c = 0; c < q.size() && m.compensate == compensation::cumulant; ++c) logit += scale * scale / 2 * q[c] * q[c] * blocks[J].var[c];
+    for (std::size_t c = 0; c < q.size() && m.compensate == compensation::cumulant; ++c)
+      logit += scale * scale / 2 * q[c] * q[c] * blocks[J].var[c];
     all.push_back({logit, -1, &blocks[J]});
   }
   return all;
@@ -217,7 +231,8 @@ inline void prefill(const hybrid_attention& m, const problem& p) {
   for (isize b = 0; b < s.B; ++b)
     for (isize h = 0; h < s.H; ++h) {
       const auto blocks = hybrid_detail::blocks_of(m, p, b, h / s.group());
-      const auto fates = m.select == block_selector::pattern ? std::vector<std::vector<int>>{} : block_fates(m, p, b, h);
+      const auto fates =
+          m.select == block_selector::pattern ? std::vector<std::vector<int>>{} : block_fates(m, p, b, h);
       for (isize i = 0; i < s.n; ++i) {
         const auto all = hybrid_detail::row_candidates(m, p, fates, blocks, b, h, i);
         double top = none, sum = 0;
@@ -228,7 +243,8 @@ inline void prefill(const hybrid_attention& m, const problem& p) {
           const double w = x.logit == none ? 0.0 : std::exp(x.logit - top);
           sum += w;
           for (isize c = 0; c < s.e; ++c)
-            o[static_cast<std::size_t>(c)] += w * (x.block == nullptr ? p.v.get(b, h / s.group(), x.j, c) : x.block->mean_v[static_cast<std::size_t>(c)]);
+            o[static_cast<std::size_t>(c)] += w * (x.block == nullptr ? p.v.get(b, h / s.group(), x.j, c)
+                                                                      : x.block->mean_v[static_cast<std::size_t>(c)]);
         }
         for (isize c = 0; c < s.e; ++c) p.out.set(b, h, i, c, all.empty() ? 0.0 : o[static_cast<std::size_t>(c)] / sum);
         if (p.lse) p.lse.set(b, h, i, 0, all.empty() ? none : top + std::log(sum));

@@ -12,16 +12,19 @@ inline namespace FOVEA_ABI {
 inline std::uint64_t hybrid_attention::tag() const {
   detail::fingerprint f;
   f.text(name);
-  for (const isize x : {static_cast<isize>(select), block_q, block_k, top, at_least, first, window, static_cast<isize>(compensate), static_cast<isize>(pattern), stride})
+  for (const isize x : {static_cast<isize>(select), block_q, block_k, top, at_least, first, window,
+                        static_cast<isize>(compensate), static_cast<isize>(pattern), stride})
     f.number(static_cast<double>(x));
   return f.number(budget).number(scale ? *scale : 0.0).value;
 }
 
 inline state hybrid_attention::make_state(const shape& s) const {
   detail::check_hybrid_options(*this);
-  require(is_causal, "a hybrid_attention with a state must be causal (is_causal = true); a row cannot see keys that have not come");
-  require(s.B >= 0 && s.G >= 1 && s.m >= 0 && s.d >= 1 && s.e >= 1, "make_state: B, G, m, d, e are ", s.B, ", ", s.G, ", ", s.m, ", ", s.d, ", ", s.e,
-          "; wanted sizes of a problem, m tokens of room");
+  require(
+      is_causal,
+      "a hybrid_attention with a state must be causal (is_causal = true); a row cannot see keys that have not come");
+  require(s.B >= 0 && s.G >= 1 && s.m >= 0 && s.d >= 1 && s.e >= 1, "make_state: B, G, m, d, e are ", s.B, ", ", s.G,
+          ", ", s.m, ", ", s.d, ", ", s.e, "; wanted sizes of a problem, m tokens of room");
   return {tag(), s, detail::hybrid_state_bytes(*this, s)};
 }
 
@@ -29,10 +32,11 @@ inline void hybrid_attention::check(const problem& p, const state& s) const {
   detail::check_problem(p);
   detail::check_hybrid_options(*this);
   s.check(tag(), p.shape(), name);
-  require(is_causal && align.how == alignment_of_rows::kind::bottom_right, "a hybrid_attention with a state must be causal (is_causal = true) and bottom-right");
+  require(is_causal && align.how == alignment_of_rows::kind::bottom_right,
+          "a hybrid_attention with a state must be causal (is_causal = true) and bottom-right");
   kv_cache::check_room(p, s);
-  require(s.bytes() == detail::hybrid_state_bytes(*this, s.sizes()), "the state holds ", s.bytes(), " bytes; this hybrid wants ",
-          detail::hybrid_state_bytes(*this, s.sizes()), " (use make_state)");
+  require(s.bytes() == detail::hybrid_state_bytes(*this, s.sizes()), "the state holds ", s.bytes(),
+          " bytes; this hybrid wants ", detail::hybrid_state_bytes(*this, s.sizes()), " (use make_state)");
   const isize all = s.tokens() + p.k.length;
   if (select == block_selector::given) detail::check_given_blocks(*this, p.shape(), all, all, false);
 }
@@ -60,8 +64,10 @@ void hybrid_append(const hybrid_attention& m, state& earlier, const tensor_ref& 
 inline void hybrid_attention::merge(state& earlier, const state& later) const {
   require(earlier.tag() == tag() && later.tag() == tag(), "merge: a state was not made by this hybrid; use make_state");
   const shape &a = earlier.sizes(), &b = later.sizes();
-  require(a.B == b.B && a.G == b.G && a.H == b.H && a.d == b.d && a.e == b.e && a.type == b.type, "merge: the states were made for different shapes");
-  require(earlier.tokens() + later.tokens() <= a.m, "merge: ", earlier.tokens(), " and ", later.tokens(), " tokens do not fit the earlier state's room of ", a.m);
+  require(a.B == b.B && a.G == b.G && a.H == b.H && a.d == b.d && a.e == b.e && a.type == b.type,
+          "merge: the states were made for different shapes");
+  require(earlier.tokens() + later.tokens() <= a.m, "merge: ", earlier.tokens(), " and ", later.tokens(),
+          " tokens do not fit the earlier state's room of ", a.m);
   const tensor_ref k = kv_cache::keys(later, later.tokens()), v = kv_cache::values(later, later.tokens());
   if (a.type == dtype::f64)
     detail::hybrid_append<double>(*this, earlier, k, v);

@@ -18,7 +18,8 @@ struct hybrid_summaries {
   std::size_t piece;
   std::byte* base = nullptr;
 
-  hybrid_summaries(const kernel::summary_needs& wanted, isize block, const shape& s, isize capacity) : needs(wanted), tokens(capacity), block_k(block), d(s.d), e(s.e) {
+  hybrid_summaries(const kernel::summary_needs& wanted, isize block, const shape& s, isize capacity)
+      : needs(wanted), tokens(capacity), block_k(block), d(s.d), e(s.e) {
     arena measure;
     kernel::block_summary<Acc>(measure, needs, tokens, block_k, d, e);
     piece = measure.bytes();
@@ -34,7 +35,8 @@ struct hybrid_summaries {
   void append(exec_ref exec, const tensor_ref& k, const tensor_ref& v, isize first, Acc* scratch) const {
     if (!any()) return;
     exec.for_tasks(k.batch * k.heads, [&](isize task, isize slot) {
-      kernel::summarise<simd::native>(head(task), first, k.length, k, v, task / k.heads, task % k.heads, scratch + slot * (d > e ? d : e));
+      kernel::summarise<simd::native>(head(task), first, k.length, k, v, task / k.heads, task % k.heads,
+                                      scratch + slot * (d > e ? d : e));
     });
   }
 };

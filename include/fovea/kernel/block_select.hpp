@@ -41,7 +41,9 @@ struct block_rule {
   bool causal = false, pool = false;
 
   FOVEA_HD isize blocks() const { return ceil_div(m, block_k); }
-  FOVEA_HD range rows(isize block) const { return meet({block * block_q - origin, (block + 1) * block_q - origin}, {0, n}); }
+  FOVEA_HD range rows(isize block) const {
+    return meet({block * block_q - origin, (block + 1) * block_q - origin}, {0, n});
+  }
   /// Position of the first row of a query block, which may have come in an earlier call.
   FOVEA_HD isize start(isize block) const { return block * block_q - origin + offset; }
   /// Blocks [0, past) are wholly before the query block; [past, seen) hold its own keys, or keys that only some rows may see.
@@ -87,7 +89,8 @@ class block_select {
   static constexpr Acc none = -std::numeric_limits<Acc>::infinity();
 
  public:
-  block_select(arena& memory, const block_rule& rule, isize d) : rule_(rule), d_(d), chunk_(rule.block_k >= 128 ? rule.block_k : 128 / rule.block_k * rule.block_k) {
+  block_select(arena& memory, const block_rule& rule, isize d)
+      : rule_(rule), d_(d), chunk_(rule.block_k >= 128 ? rule.block_k : 128 / rule.block_k * rule.block_k) {
     const isize blocks = rule.blocks();
     per_token_ = rule.score == block_score::code || rule.score == block_score::exact;
     two_ = rule.score == block_score::variance || rule.score == block_score::bound;
@@ -107,7 +110,8 @@ class block_select {
   }
 
   /// Fates of all key blocks for `count` query blocks: row x of table [count x blocks] is that of list[x].
-  void run(const block_summary<Acc>& s, const key_rows& keys, const tensor_ref& q, isize b, const query_block* list, isize count, std::uint8_t* table) noexcept {
+  void run(const block_summary<Acc>& s, const key_rows& keys, const tensor_ref& q, isize b, const query_block* list,
+           isize count, std::uint8_t* table) noexcept {
     isize at = 0, done = 0;  // rows of query block list[at] that earlier panels held
     while (at < count) {
       isize lanes = 0, segments = 0, past = 0;
@@ -145,7 +149,8 @@ class block_select {
   /// One query row into a lane of the panel, in the form that the score wants.
   void load(const tensor_ref& q, isize b, isize h, isize i, isize lane) noexcept {
     const Acc* x = simd::row_as<Arch, Acc>(q.type, q.row(b, h, i), d_, row_);
-    const Acc to_log2 = static_cast<Acc>(rule_.scale * 1.4426950408889634074), quarter = static_cast<Acc>(rule_.scale * rule_.scale * 1.4426950408889634074 / 4);
+    const Acc to_log2 = static_cast<Acc>(rule_.scale * 1.4426950408889634074),
+              quarter = static_cast<Acc>(rule_.scale * rule_.scale * 1.4426950408889634074 / 4);
     Acc* to = q_ + lane;
     switch (rule_.score) {
       case block_score::code: {
@@ -156,14 +161,16 @@ class block_select {
         return;
       }
       case block_score::bound:
-        for (isize c = 0; c < d_; ++c) to[c * rows] = x[c] > 0 ? x[c] * to_log2 : Acc(0), q2_[c * rows + lane] = x[c] > 0 ? Acc(0) : x[c] * to_log2;
+        for (isize c = 0; c < d_; ++c)
+          to[c * rows] = x[c] > 0 ? x[c] * to_log2 : Acc(0), q2_[c * rows + lane] = x[c] > 0 ? Acc(0) : x[c] * to_log2;
         return;
       case block_score::variance:
         for (isize c = 0; c < d_; ++c) q2_[c * rows + lane] = x[c] * x[c] * quarter;
         [[fallthrough]];
       default:
         for (isize c = 0; c < d_; ++c) to[c * rows] = x[c] * to_log2;
-        for (isize c = 0; rule_.score == block_score::exact && lane < most_few && c < d_; ++c) few_[lane * d_ + c] = x[c] * to_log2;
+        for (isize c = 0; rule_.score == block_score::exact && lane < most_few && c < d_; ++c)
+          few_[lane * d_ + c] = x[c] * to_log2;
     }
   }
 
@@ -180,9 +187,11 @@ class block_select {
     if (rule_.score == block_score::variance) {
       tile::gemm<Arch, Acc>(past, width, d_, s.spread, d_, 1, q2_, rows, peak_, rows, false);
       for (isize J = 0; J < past; ++J)
-        for (isize x = 0; x < width; x += W) (P::load(peak_ + J * rows + x) * P(Acc(1) / mass_[J])).store(peak_ + J * rows + x);
+        for (isize x = 0; x < width; x += W)
+          (P::load(peak_ + J * rows + x) * P(Acc(1) / mass_[J])).store(peak_ + J * rows + x);
     }
-    tile::gemm<Arch, Acc>(past, width, d_, s.mean_k, d_, 1, q_, rows, peak_, rows, rule_.score == block_score::variance);
+    tile::gemm<Arch, Acc>(past, width, d_, s.mean_k, d_, 1, q_, rows, peak_, rows,
+                          rule_.score == block_score::variance);
   }
 
   isize size_of_block(isize J) const noexcept { return std::min(rule_.block_k, rule_.m - J * rule_.block_k); }
@@ -201,7 +210,8 @@ class block_select {
     }
   }
 
-  void panel_scores(const block_summary<Acc>& s, const key_rows& keys, isize j0, isize count, isize lanes, isize width) noexcept {
+  void panel_scores(const block_summary<Acc>& s, const key_rows& keys, isize j0, isize count, isize lanes,
+                    isize width) noexcept {
     const isize element = static_cast<isize>(size_of(keys.type));
     const Acc* k = k_;
     isize stride = d_;
@@ -211,14 +221,17 @@ class block_select {
       k = static_cast<const Acc*>(keys.data) + j0 * keys.stride, stride = keys.stride;
     } else {
       for (isize x = 0; x < count; ++x)
-        simd::load_row<Arch, Acc>(keys.type, static_cast<const unsigned char*>(keys.data) + (j0 + x) * keys.stride * element, d_, k_ + x * d_);
+        simd::load_row<Arch, Acc>(keys.type,
+                                  static_cast<const unsigned char*>(keys.data) + (j0 + x) * keys.stride * element, d_,
+                                  k_ + x * d_);
     }
     if (lanes > most_few) return tile::gemm<Arch, Acc>(count, width, d_, k, stride, 1, q_, rows, s_, rows, false);
     for (isize x = 0; x < count; ++x) {
       clear_scores(x, width);
       for (isize r = 0; r < lanes; ++r) {
         P sum(Acc(0));
-        for (isize c = 0; c < d_; c += W) sum = simd::fma(simd::load_n<P>(k + x * stride + c, d_ - c), simd::load_n<P>(few_ + r * d_ + c, d_ - c), sum);
+        for (isize c = 0; c < d_; c += W)
+          sum = simd::fma(simd::load_n<P>(k + x * stride + c, d_ - c), simd::load_n<P>(few_ + r * d_ + c, d_ - c), sum);
         s_[x * rows + r] = simd::reduce_add(sum);
       }
     }
@@ -227,10 +240,13 @@ class block_select {
   void few_code_scores(const block_summary<Acc>& s, isize j0, isize count, isize lanes, isize width) noexcept {
     for (isize x = 0; x < count; ++x) {
       clear_scores(x, width);
-      for (isize r = 0; r < lanes; ++r) s_[x * rows + r] = static_cast<Acc>(simd::dot8<Arch>(s.code + (j0 + x) * d_, few_code_ + r * d_, d_));
+      for (isize r = 0; r < lanes; ++r)
+        s_[x * rows + r] = static_cast<Acc>(simd::dot8<Arch>(s.code + (j0 + x) * d_, few_code_ + r * d_, d_));
     }
   }
-  bool integers() const noexcept { return tile::has_code_panel<Arch, Acc> && rule_.score == block_score::code && d_ <= 512; }
+  bool integers() const noexcept {
+    return tile::has_code_panel<Arch, Acc> && rule_.score == block_score::code && d_ <= 512;
+  }
   void integer_scores(const block_summary<Acc>& s, isize j0, isize count, isize width) noexcept {
     if constexpr (tile::has_code_panel<Arch, Acc>) {
       std::int8_t* ones = few_code_ + (most_few + 1) * d_;
@@ -268,10 +284,12 @@ class block_select {
     if (g.opens)
       for (isize J = 0; J < past; ++J) votes_[J] = Acc(0);
     if (rule_.block_q == 1) {  // one row: the order of the masses themselves, which cannot underflow
-      for (isize J = 0; J < past && g.count > 0; ++J) votes_[J] = peak_[J * rows + g.lane] + std::log2(per_token_ ? mass_[J * rows + g.lane] : mass_[J]);
+      for (isize J = 0; J < past && g.count > 0; ++J)
+        votes_[J] = peak_[J * rows + g.lane] + std::log2(per_token_ ? mass_[J * rows + g.lane] : mass_[J]);
       return;
     }
-    for (isize x = g.lane; x < g.lane + g.count; x += W) {  // lanes behind the segment are other rows': computed, not counted
+    for (isize x = g.lane; x < g.lane + g.count;
+         x += W) {  // lanes behind the segment are other rows': computed, not counted
       const isize live = std::min(W, g.lane + g.count - x);
       const auto bits = static_cast<simd::lane_bits>(~std::uint64_t{0} >> (64 - live));
       P top(none), sum(Acc(0));

@@ -29,10 +29,10 @@ template <class Acc>
 struct block_summary {
   isize block_k = 1, d = 0, e = 0;
   int levels = 0;
-  Acc *mean_k = nullptr, *mean_v = nullptr;                 ///< [blocks x d], [blocks x e]
-  Acc *spread = nullptr, *low = nullptr, *high = nullptr;   ///< [blocks x d]
-  std::int8_t* code = nullptr;                              ///< [tokens x d], 4 bytes to spare
-  Acc* step = nullptr;                                      ///< [tokens]
+  Acc *mean_k = nullptr, *mean_v = nullptr;                ///< [blocks x d], [blocks x e]
+  Acc *spread = nullptr, *low = nullptr, *high = nullptr;  ///< [blocks x d]
+  std::int8_t* code = nullptr;                             ///< [tokens x d], 4 bytes to spare
+  Acc* step = nullptr;                                     ///< [tokens]
 
   block_summary() = default;
   block_summary(arena& memory, const summary_needs& needs, isize tokens, isize block, isize width, isize value_width)
@@ -56,7 +56,8 @@ FOVEA_INLINE void fold_mean(const Acc* x, isize width, Acc inverse, Acc* mean, A
     const P value = simd::load_n<P>(x + c, left), old = simd::load_n<P>(mean + c, left), delta = value - old;
     const P next = simd::fma(delta, P(inverse), old);
     simd::store_n(mean + c, next, left);
-    if (spread != nullptr) simd::store_n(spread + c, simd::fma(delta, value - next, simd::load_n<P>(spread + c, left)), left);
+    if (spread != nullptr)
+      simd::store_n(spread + c, simd::fma(delta, value - next, simd::load_n<P>(spread + c, left)), left);
   }
 }
 
@@ -81,7 +82,8 @@ FOVEA_INLINE void copy(const Acc* from, isize width, Acc* to) noexcept {
 /// out[c] = round(x[c] / step), |out| <= levels; returns step (0 for a zero row; NaN, with zeros, where levels * x is not finite).
 template <class Arch, class Acc, class Code>
 FOVEA_NOINLINE Acc round_row(const Acc* x, isize width, int levels, Code* out) noexcept {
-  constexpr Acc magic = sizeof(Acc) == 4 ? static_cast<Acc>(12582912.0) : static_cast<Acc>(6755399441055744.0);  // 1.5 * 2^(mantissa bits)
+  constexpr Acc magic = sizeof(Acc) == 4 ? static_cast<Acc>(12582912.0)
+                                         : static_cast<Acc>(6755399441055744.0);  // 1.5 * 2^(mantissa bits)
   Acc top = 0, sum = 0;
   for (isize c = 0; c < width; ++c) {
     const Acc size = x[c] < 0 ? -x[c] : x[c];
@@ -103,7 +105,8 @@ FOVEA_NOINLINE Acc round_row(const Acc* x, isize width, int levels, Code* out) n
 
 /// Folds in tokens first, first + 1, ...: rows [0, count) of head g of k and v. `row` is scratch of max(d, e).
 template <class Arch, class Acc>
-void summarise(const block_summary<Acc>& s, isize first, isize count, const tensor_ref& k, const tensor_ref& v, isize b, isize g, Acc* row) noexcept {
+void summarise(const block_summary<Acc>& s, isize first, isize count, const tensor_ref& k, const tensor_ref& v, isize b,
+               isize g, Acc* row) noexcept {
   for (isize x = 0; x < count; ++x) {
     const isize t = first + x, block = t / s.block_k, seen = t % s.block_k;
     const Acc inverse = Acc(1) / static_cast<Acc>(seen + 1);

@@ -21,7 +21,10 @@ inline namespace FOVEA_ABI {
 enum class hsa_mode : unsigned char { local, strided, sparse, fixed };
 
 constexpr const char* name_of(hsa_mode mode) {
-  return mode == hsa_mode::local ? "local" : mode == hsa_mode::strided ? "strided" : mode == hsa_mode::sparse ? "sparse" : "fixed";
+  return mode == hsa_mode::local     ? "local"
+         : mode == hsa_mode::strided ? "strided"
+         : mode == hsa_mode::sparse  ? "sparse"
+                                     : "fixed";
 }
 
 struct hsa_pattern {
@@ -70,11 +73,11 @@ struct hsa_pattern {
     };
     for (isize j = j0; j < j1; ++j) {
       std::uint64_t bits = 0;
-      if (mode == hsa_mode::fixed)
-        bits = rows(j, j % stride == stride - 1 ? p1 : j / stride * stride + stride - 1);
+      if (mode == hsa_mode::fixed) bits = rows(j, j % stride == stride - 1 ? p1 : j / stride * stride + stride - 1);
       if (mode == hsa_mode::local || mode == hsa_mode::sparse) bits = rows(j, j + stride - 1);
       if (mode == hsa_mode::strided || mode == hsa_mode::sparse)
-        for (isize p = j >= p0 ? j : j + (p0 - j + stride - 1) / stride * stride; p <= p1; p += stride) bits |= std::uint64_t{1} << (p - p0);
+        for (isize p = j >= p0 ? j : j + (p0 - j + stride - 1) / stride * stride; p <= p1; p += stride)
+          bits |= std::uint64_t{1} << (p - p0);
       out[j - j0] = bits;
     }
   }
@@ -120,9 +123,15 @@ struct global_tokens {
   isize count = 1;
   alignment_of_rows align = bottom_right;
 
-  void check(const mask_site&) const { require(count >= 0, "global_tokens count is ", count, "; it must not be negative"); }
-  FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const { return j < count || align.position(at, i) < count; }
-  FOVEA_HD range keys(const mask_site& at, isize i0, isize) const { return {0, align.position(at, i0) < count ? at.m : count}; }
+  void check(const mask_site&) const {
+    require(count >= 0, "global_tokens count is ", count, "; it must not be negative");
+  }
+  FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const {
+    return j < count || align.position(at, i) < count;
+  }
+  FOVEA_HD range keys(const mask_site& at, isize i0, isize) const {
+    return {0, align.position(at, i0) < count ? at.m : count};
+  }
   FOVEA_HD tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
     if (j1 <= count || align.position(at, i1 - 1) < count) return tile_kind::full;
     return j0 >= count && align.position(at, i0) >= count ? tile_kind::empty : tile_kind::partial;
@@ -140,14 +149,16 @@ struct bigbird {
 
   void check(const mask_site&) const {
     require(block >= 1, "bigbird block is ", block, "; it must be at least 1");
-    require(window >= 1 && window % 2 == 1 && global >= 0 && random >= 0, "bigbird window, global, random are ", window, ", ", global, ", ", random,
-            "; the window must be odd and positive, the others not negative");
+    require(window >= 1 && window % 2 == 1 && global >= 0 && random >= 0, "bigbird window, global, random are ", window,
+            ", ", global, ", ", random, "; the window must be odd and positive, the others not negative");
   }
   FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const {
     const isize p = align.position(at, i);
     return p >= 0 && (!is_causal || j <= p) && sees(at, p / block, j / block);
   }
-  FOVEA_HD range keys(const mask_site& at, isize, isize i1) const { return {0, is_causal ? align.position(at, i1 - 1) + 1 : at.m}; }
+  FOVEA_HD range keys(const mask_site& at, isize, isize i1) const {
+    return {0, is_causal ? align.position(at, i1 - 1) + 1 : at.m};
+  }
   FOVEA_HD tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
     const isize p0 = align.position(at, i0), p1 = align.position(at, i1 - 1);
     if (p1 < 0 || (is_causal && j0 > p1)) return tile_kind::empty;
@@ -172,7 +183,8 @@ struct bigbird {
     const isize columns = is_causal ? r + 1 : (at.m + block - 1) / block;
     if (c >= columns) return false;
     for (isize t = 0; t < random; ++t) {
-      const std::uint64_t key = mix(mix(seed + static_cast<std::uint64_t>(at.h)) + static_cast<std::uint64_t>(r * random + t));
+      const std::uint64_t key =
+          mix(mix(seed + static_cast<std::uint64_t>(at.h)) + static_cast<std::uint64_t>(r * random + t));
       if (static_cast<isize>(key % static_cast<std::uint64_t>(columns)) == c) return true;
     }
     return false;

@@ -20,20 +20,22 @@ namespace tile {
 /// Does this build have the product for Arch and Acc?
 template <class Arch, class Acc>
 #if defined(FOVEA_HAS_AVX512) && defined(__AVX512VNNI__)
-inline constexpr bool has_code_panel = std::is_same_v<Arch, simd::avx512> && std::is_same_v<Acc, float>;
+inline constexpr bool has_code_panel = std::is_same_v<Arch, simd::avx512>&& std::is_same_v<Acc, float>;
 #else
 inline constexpr bool has_code_panel = false;
 #endif
 
 /// Puts a row of codes into lane `lane` of the panel.
 inline void load_code_lane(const std::int8_t* row, isize d, isize lane, std::uint8_t* panel) noexcept {
-  for (isize c = 0; c < ceil_div(d, 4) * 4; ++c) panel[c / 4 * 256 + lane * 4 + c % 4] = c < d ? static_cast<std::uint8_t>(row[c] + 128) : std::uint8_t{0};
+  for (isize c = 0; c < ceil_div(d, 4) * 4; ++c)
+    panel[c / 4 * 256 + lane * 4 + c % 4] = c < d ? static_cast<std::uint8_t>(row[c] + 128) : std::uint8_t{0};
 }
 
 #if defined(FOVEA_HAS_AVX512) && defined(__AVX512VNNI__)
 namespace detail {
 template <int M, int NV>
-FOVEA_NOINLINE void code_tile(isize d, const std::int8_t* code, const std::int8_t* ones, const std::uint8_t* panel, float* s, isize s_ld) noexcept {
+FOVEA_NOINLINE void code_tile(isize d, const std::int8_t* code, const std::int8_t* ones, const std::uint8_t* panel,
+                              float* s, isize s_ld) noexcept {
   __m512i acc[M][NV];
   unroll<M>([&](auto x) FOVEA_INLINE_LAMBDA {  // takes the + 128 out again
     const __m512i start = _mm512_set1_epi32(-128 * simd::dot8<simd::avx512>(code + x * d, ones, d));
@@ -50,13 +52,15 @@ FOVEA_NOINLINE void code_tile(isize d, const std::int8_t* code, const std::int8_
     });
   }
   unroll<M>([&](auto x) FOVEA_INLINE_LAMBDA {
-    unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { _mm512_storeu_ps(s + x * s_ld + v * 16, _mm512_cvtepi32_ps(acc[x][v])); });
+    unroll<NV>([&](auto v)
+                   FOVEA_INLINE_LAMBDA { _mm512_storeu_ps(s + x * s_ld + v * 16, _mm512_cvtepi32_ps(acc[x][v])); });
   });
 }
 }  // namespace detail
 
 /// `ones`: d bytes of 1.
-inline void code_panel(isize count, isize lanes, isize d, const std::int8_t* code, const std::int8_t* ones, const std::uint8_t* panel, float* s, isize s_ld) noexcept {
+inline void code_panel(isize count, isize lanes, isize d, const std::int8_t* code, const std::int8_t* ones,
+                       const std::uint8_t* panel, float* s, isize s_ld) noexcept {
   with_constant<4>(lanes / 16, [&](auto v) {
     isize x = 0;
     for (; x + 4 <= count; x += 4) detail::code_tile<4, v>(d, code + x * d, ones, panel, s + x * s_ld, s_ld);
@@ -64,7 +68,8 @@ inline void code_panel(isize count, isize lanes, isize d, const std::int8_t* cod
   });
 }
 #else
-inline void code_panel(isize, isize, isize, const std::int8_t*, const std::int8_t*, const std::uint8_t*, float*, isize) noexcept {}
+inline void code_panel(isize, isize, isize, const std::int8_t*, const std::int8_t*, const std::uint8_t*, float*,
+                       isize) noexcept {}
 #endif
 
 }  // namespace tile
