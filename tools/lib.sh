@@ -7,6 +7,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 tool="tools/$(basename "$0")"
 
+# Checkouts in different folders share what ccache holds.
+export CCACHE_BASEDIR=$root CCACHE_NOHASHDIR=true
+
 say() { printf '%s\n' "$*"; }
 complain() { printf '%s: %s\n' "$tool" "$*" >&2; }
 usage_error() {
