@@ -51,19 +51,31 @@ double median(std::vector<double> x) {
   return x[x.size() / 2];
 }
 
-/// One sample is a few calls, at least 3 ms of them, between two measurements of the machine.
-template <class Call>
-double sample(benchmark::State& b, int& calls, Call&& call) {
-  for (;;) {
+/// Samples of a few calls each, at least 3 ms, every one between two measurements of the machine, which are not timed.
+/// ratio(seconds of a call, rate of the machine) is collected; the median comes back.
+template <class Call, class Rate, class Ratio>
+double samples(benchmark::State& b, Call&& call, Rate&& rate, Ratio&& ratio) {
+  call();  // warm-up
+  int calls = 1;
+  for (double spent = 0; spent < 0.003 && calls < 1 << 20;) {
     const double t = machine::now();
     for (int i = 0; i < calls; ++i) call();
-    const double dt = machine::now() - t;
-    if (dt > 0.003 || calls >= 1 << 20) {
-      b.SetIterationTime(dt / calls);
-      return dt / calls;
-    }
-    calls *= 2;
+    spent = machine::now() - t;
+    if (spent < 0.003) calls *= 2;
   }
+  std::vector<double> found;
+  while (b.KeepRunningBatch(calls)) {
+    b.PauseTiming();
+    const double before = rate();
+    b.ResumeTiming();
+    const double t = machine::now();
+    for (int i = 0; i < calls; ++i) call();
+    const double seconds = (machine::now() - t) / calls;
+    b.PauseTiming();
+    found.push_back(ratio(seconds, (before + rate()) / 2));
+    b.ResumeTiming();
+  }
+  return found.empty() ? 0 : median(found);
 }
 
 struct runner {
@@ -76,18 +88,14 @@ struct runner {
     const bench::gate_tensors gates(c);
     fovea::buffer memory(a.workspace_size(c.shape, c.threads) + 64);
     const fovea::call_options options{.lse = {}, .gates = gates.views(), .workspace = memory.span()};
-    std::vector<double> ratios;
-    int calls = 1;
-    for (auto _ : b) {
-      const double before = machine::fma_peak();
-      const double seconds = sample(b, calls, [&] {
-        fovea::prefill(exec, a, t.Q(), t.K(), t.V(), t.O(), options);
-        machine::use(*t.out.data());
-      });
-      const double after = machine::fma_peak();
-      ratios.push_back(c.flops / seconds / ((before + after) / 2 * c.threads));
-    }
-    b.counters["of_peak"] = median(ratios);
+    b.counters["of_peak"] = samples(
+        b,
+        [&] {
+          fovea::prefill(exec, a, t.Q(), t.K(), t.V(), t.O(), options);
+          machine::use(*t.out.data());
+        },
+        [] { return machine::fma_peak(); },
+        [&](double seconds, double peak) { return c.flops / seconds / (peak * c.threads); });
     b.counters["bytes"] = static_cast<double>(memory.size() - 64);
   }
 
@@ -108,20 +116,17 @@ struct runner {
     fovea::buffer memory(a.workspace_size(one, c.threads) + 64);
     const fovea::call_options options{.lse = {}, .gates = gates.views(1), .workspace = memory.span()};
     const isize held = s.tokens();
-    std::vector<double> ratios;
-    int calls = 1;
-    for (auto _ : b) {
-      const double before = c.keeps_tokens ? machine::stream_read(s.as<void>(), s.bytes()) : 0;
-      const double seconds = sample(b, calls, [&] {
-        if (c.keeps_tokens) fovea::kv_cache::truncate(s, held);
-        fovea::step(exec, a, t.Q().slice(0, 1), t.K().slice(0, 1), t.V().slice(0, 1), t.O().slice(0, 1), s, options);
-        machine::use(*t.out.data());
-      });
-      if (!c.keeps_tokens) continue;
-      const double after = machine::stream_read(s.as<void>(), s.bytes());
-      ratios.push_back(static_cast<double>(a.state_bytes(c.shape)) / seconds / ((before + after) / 2));
-    }
-    if (c.keeps_tokens) b.counters["of_stream"] = median(ratios);
+    const double bytes = static_cast<double>(a.state_bytes(c.shape));
+    const double of_stream = samples(
+        b,
+        [&] {
+          if (c.keeps_tokens) fovea::kv_cache::truncate(s, held);
+          fovea::step(exec, a, t.Q().slice(0, 1), t.K().slice(0, 1), t.V().slice(0, 1), t.O().slice(0, 1), s, options);
+          machine::use(*t.out.data());
+        },
+        [&] { return c.keeps_tokens ? machine::stream_read(s.as<void>(), s.bytes()) : 1.0; },
+        [&](double seconds, double rate) { return bytes / seconds / rate; });
+    if (c.keeps_tokens) b.counters["of_stream"] = of_stream;
     b.counters["bytes"] = static_cast<double>(memory.size() - 64);
     b.counters["state"] = static_cast<double>(a.state_bytes(c.shape));
   }
@@ -134,20 +139,22 @@ int main(int argc, char** argv) {
   for (const bench::attention_case& c : bench::all_cases()) {
     if (c.threads > 1 && !pools.contains(c.threads)) pools[c.threads] = std::make_unique<fovea::threads>(c.threads);
     const runner r{c, c.threads > 1 ? fovea::exec_ref(*pools[c.threads]) : fovea::exec_ref(fovea::serial)};
-    benchmark::RegisterBenchmark(c.name().c_str(),
-                                 [r](benchmark::State& b) {
-                                   try {
-                                     r.c.is_step ? r.step(b) : r.prefill(b);
-                                   } catch (const std::exception& e) {
-                                     b.SkipWithError(e.what());
-                                   }
-                                 })
-        ->UseManualTime()
-        ->Unit(benchmark::kMicrosecond)
-        ->MinTime(0.2);
+    benchmark::RegisterBenchmark(c.name().c_str(), [r](benchmark::State& b) {
+      try {
+        r.c.is_step ? r.step(b) : r.prefill(b);
+      } catch (const std::exception& e) {
+        b.SkipWithError(e.what());
+      }
+    })->Unit(benchmark::kMicrosecond);
   }
   benchmark::AddCustomContext("fovea_arch", fovea::simd::name_of_arch<fovea::simd::native>);
   benchmark::AddCustomContext("cpu", machine::cpu_name());
+  // Names stay as they are above: a minimum time set on the cases would be added to each.
+  std::vector<char*> arguments(argv, argv + argc);
+  char brief[] = "--benchmark_min_time=0.2";
+  arguments.insert(arguments.begin() + (argc > 0 ? 1 : 0), brief);
+  argc = static_cast<int>(arguments.size());
+  argv = arguments.data();
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
   benchmark::RunSpecifiedBenchmarks();

@@ -38,10 +38,10 @@ template <class T = float>
 inline double fma_peak(double seconds = 0.004) {
   using P = fovea::simd::pack<T, fovea::simd::native>;
   constexpr int chains = fovea::simd::native::registers >= 32 ? 16 : 12;
-  P a[chains];
-  for (int i = 0; i < chains; ++i) a[i] = P(static_cast<T>(0.001 * i));
+  P a[chains];  // indexed by constants only: an array that a loop touches lives in memory
+  fovea::tile::unroll<chains>([&](auto i) FOVEA_INLINE_LAMBDA { a[i] = P(static_cast<T>(0.001 * (i + 1))); });
   const P x(static_cast<T>(0.999)), y(static_cast<T>(0.001));
-  double best = 0, done = 0, spent = 0;
+  double best = 0, spent = 0;
   const double start = now();
   while (spent < seconds) {
     constexpr int steps = 20000;
@@ -50,11 +50,11 @@ inline double fma_peak(double seconds = 0.004) {
       fovea::tile::unroll<chains>([&](auto i) FOVEA_INLINE_LAMBDA { a[i] = fovea::simd::fma(a[i], x, y); });
     const double dt = now() - t;
     best = std::max(best, 2.0 * chains * static_cast<double>(P::size) * steps / dt);
-    done += 1;
     spent = now() - start;
   }
-  for (const P& v : a) use(v);
-  use(done);
+  P sum = a[0];
+  fovea::tile::unroll<chains>([&](auto i) FOVEA_INLINE_LAMBDA { sum = sum + a[i]; });
+  use(sum);
   return best;
 }
 
@@ -64,12 +64,14 @@ inline double stream_read(const void* data, std::size_t bytes) {
   const auto* p = static_cast<const float*>(data);
   const isize count = static_cast<isize>(bytes / sizeof(float)) / (8 * P::size) * (8 * P::size);
   P sum[8];
-  for (auto& s : sum) s = P(0.0F);
+  fovea::tile::unroll<8>([&](auto k) FOVEA_INLINE_LAMBDA { sum[k] = P(0.0F); });
   const double t = now();
   for (isize i = 0; i < count; i += 8 * P::size)
     fovea::tile::unroll<8>([&](auto k) FOVEA_INLINE_LAMBDA { sum[k] = sum[k] + P::load(p + i + k * P::size); });
   const double dt = now() - t;
-  for (const P& s : sum) use(s);
+  fovea::tile::unroll<7>([&](auto k) FOVEA_INLINE_LAMBDA { sum[0] = sum[0] + sum[k + 1]; });
+  const P all = sum[0];
+  use(all);
   return static_cast<double>(count) * 4 / dt;
 }
 
