@@ -8,6 +8,7 @@
 #include <fovea/dijiang.hpp>
 #include <fovea/dijiang/reference.hpp>
 #include <fovea/dijiang/weights.hpp>
+#include <fovea/linear.hpp>
 
 #include "support/catch.hpp"
 #include "support/errors.hpp"

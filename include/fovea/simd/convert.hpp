@@ -68,13 +68,14 @@ FOVEA_INLINE void copy_row(const From* p, isize n, To* out) {
   isize i = 0;
   if constexpr (sizeof(From) == 2 && std::is_same_v<To, float>) i = widen<Arch>(p, n, out);
   if constexpr (sizeof(To) == 2 && std::is_same_v<From, float>) i = narrow<Arch>(p, n, out);
-  for (; i < n; ++i) {
+  p += i, out += i;
+  for (const From* const end = p + (n - i); p != end; ++p, ++out) {  // by pointer: g++ 12 warns of an index past PTRDIFF_MAX
     if constexpr (sizeof(From) == 2 && sizeof(To) == 8)
-      out[i] = static_cast<To>(static_cast<float>(p[i]));
+      *out = static_cast<To>(static_cast<float>(*p));
     else if constexpr (sizeof(To) == 2)
-      out[i] = To(static_cast<float>(p[i]));
+      *out = To(static_cast<float>(*p));
     else
-      out[i] = static_cast<To>(p[i]);
+      *out = static_cast<To>(*p);
   }
 }
 }  // namespace detail
