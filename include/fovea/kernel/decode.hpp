@@ -30,8 +30,6 @@ class decode_rows {
       : d_(d), e_(e), q_ld_(static_cast<isize>(round_up(static_cast<std::size_t>(d), static_cast<std::size_t>(W)))) {
     q_ = memory.take<Acc>(most_rows * q_ld_);
     s_ = memory.take<Acc>(most_rows * keys);
-    k_ = memory.take<Acc>(keys * d);
-    v_ = memory.take<Acc>(keys * e);
   }
 
   /// Loads the rows, times scale * log2(e).
@@ -86,57 +84,57 @@ class decode_rows {
       any = any || seen[r] != 0, all = all && seen[r] == every;
     }
     if (!any) return;
-    const isize count = j1 - j0, size = static_cast<isize>(size_of(set.type));
-    const auto* k = static_cast<const unsigned char*>(set.k) + j0 * set.k_stride * size;
-    const auto* v = static_cast<const unsigned char*>(set.v) + j0 * set.v_stride * size;
-    isize k_ld = set.k_stride, v_ld = set.v_stride;
-    if (set.type != dtype_of<Acc>) {
-      for (isize j = 0; j < count; ++j) simd::load_row<Arch, Acc>(set.type, k + j * k_ld * size, d_, k_ + j * d_);
-      for (isize j = 0; j < count; ++j) simd::load_row<Arch, Acc>(set.type, v + j * v_ld * size, e_, v_ + j * e_);
-      k = reinterpret_cast<const unsigned char*>(k_), v = reinterpret_cast<const unsigned char*>(v_), k_ld = d_,
-      v_ld = e_;
+    if constexpr (std::is_same_v<Acc, float>) {
+      if (set.type == dtype::bf16) return block_of<bf16>(set, j0, j1 - j0, seen, all, m, l, o);
+      if (set.type == dtype::f16) return block_of<f16>(set, j0, j1 - j0, seen, all, m, l, o);
     }
-    const auto* K = reinterpret_cast<const Acc*>(k);
-    const auto* V = reinterpret_cast<const Acc*>(v);
+    block_of<Acc>(set, j0, j1 - j0, seen, all, m, l, o);
+  }
+
+  /// The block's rows are read where they lie, stored as S, and widened in registers.
+  template <class S>
+  void block_of(const key_set<Acc>& set, isize j0, isize count, const std::uint64_t* seen, bool all, Acc* m, Acc* l,
+                Acc* o) noexcept {
+    const isize k_ld = set.k_stride, v_ld = set.v_stride;
+    const S* k = static_cast<const S*>(set.k) + j0 * k_ld;
+    const S* v = static_cast<const S*>(set.v) + j0 * v_ld;
     // While this block's keys are scored its values are on their way, and with the values the next block's keys.
-    const auto* ahead_v = reinterpret_cast<const unsigned char*>(V);
-    const auto* ahead_k = reinterpret_cast<const unsigned char*>(K + count * k_ld);
+    const S* const next = k + count * k_ld;
     isize r = 0;
     if constexpr (W >= 4)
-      for (; r + 4 <= count_; r += 4) scores<4>(K, k_ld, count, r, r == 0 ? ahead_v : nullptr, v_ld);
+      for (; r + 4 <= count_; r += 4) scores<4>(k, k_ld, count, r, r == 0 ? v : nullptr, v_ld);
     if constexpr (W >= 2)
-      for (; r + 2 <= count_; r += 2) scores<2>(K, k_ld, count, r, r == 0 ? ahead_v : nullptr, v_ld);
-    for (; r < count_; ++r) scores<1>(K, k_ld, count, r, r == 0 ? ahead_v : nullptr, v_ld);
+      for (; r + 2 <= count_; r += 2) scores<2>(k, k_ld, count, r, r == 0 ? v : nullptr, v_ld);
+    for (; r < count_; ++r) scores<1>(k, k_ld, count, r, r == 0 ? v : nullptr, v_ld);
 
     Acc alpha[most_rows];
     for (r = 0; r < count_; ++r) soften(set, j0, count, r, seen[r], m[r], l[r], alpha[r]);
-    if (!all) return masked_values(V, v_ld, count, seen, alpha, o);
-    for (r = 0; r + 4 <= count_; r += 4) values<4>(V, v_ld, count, alpha, r, o, r == 0 ? ahead_k : nullptr, k_ld);
-    for (; r + 2 <= count_; r += 2) values<2>(V, v_ld, count, alpha, r, o, r == 0 ? ahead_k : nullptr, k_ld);
-    for (; r < count_; ++r) values<1>(V, v_ld, count, alpha, r, o, r == 0 ? ahead_k : nullptr, k_ld);
+    if (!all) return masked_values(v, v_ld, count, seen, alpha, o);
+    for (r = 0; r + 4 <= count_; r += 4) values<4>(v, v_ld, count, alpha, r, o, r == 0 ? next : nullptr, k_ld);
+    for (; r + 2 <= count_; r += 2) values<2>(v, v_ld, count, alpha, r, o, r == 0 ? next : nullptr, k_ld);
+    for (; r < count_; ++r) values<1>(v, v_ld, count, alpha, r, o, r == 0 ? next : nullptr, k_ld);
   }
 
   /// s_[r + y][x] = q[r + y] . K[x] for R rows: W accumulators are W / R keys times R rows, reduced together.
-  template <int R>
-  FOVEA_NOINLINE void scores(const Acc* k, isize k_ld, isize count, isize r, const unsigned char* ahead,
-                             isize ahead_ld) noexcept {
+  template <int R, class S>
+  FOVEA_NOINLINE void scores(const S* k, isize k_ld, isize count, isize r, const S* ahead, isize ahead_ld) noexcept {
     constexpr int per = static_cast<int>(W) / R;
     const Acc* q = q_ + r * q_ld_;
     for (isize x = 0; x < count; x += per) {
       P acc[W];
       const isize last = count - 1 - x;  // rows behind the end are replaced by the last one; their scores are not used
       tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA {
-        const Acc* row = k + (x + (y < last ? y : last)) * k_ld;
+        const S* row = k + (x + (y < last ? y : last)) * k_ld;
         P sum[R];
         tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA { sum[z] = P(Acc(0)); });
         isize c = 0;
         for (; c + W <= d_; c += W) {
-          const P t = P::load(row + c);
+          const P t = simd::load_as<P>(row + c);
           tile::unroll<R>([&](auto z)
                               FOVEA_INLINE_LAMBDA { sum[z] = simd::fma(t, P::load(q + z * q_ld_ + c), sum[z]); });
         }
         if (c < d_) {
-          const P t = simd::load_n<P>(row + c, d_ - c);
+          const P t = simd::load_as_n<P>(row + c, d_ - c);
           tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
             sum[z] = simd::fma(t, simd::load_n<P>(q + z * q_ld_ + c, d_ - c), sum[z]);
           });
@@ -147,9 +145,7 @@ class decode_rows {
         });
       });
       if (ahead != nullptr)
-        for (isize y = 0; y < per; ++y)
-          simd::prefetch(ahead + (x + y) * ahead_ld * static_cast<isize>(sizeof(Acc)),
-                         e_ * static_cast<isize>(sizeof(Acc)));
+        for (isize y = 0; y < per; ++y) simd::prefetch(ahead + (x + y) * ahead_ld, e_ * static_cast<isize>(sizeof(S)));
       Acc lanes[W];
       simd::sum_each(acc).store(lanes);
       const isize real = count - x < per ? count - x : per;
@@ -184,8 +180,8 @@ class decode_rows {
     l = l * alpha + simd::reduce_add(sum);
   }
 
-  template <int R>
-  void values(const Acc* v, isize v_ld, isize count, const Acc* alpha, isize r, Acc* o, const unsigned char* ahead,
+  template <int R, class S>
+  void values(const S* v, isize v_ld, isize count, const Acc* alpha, isize r, Acc* o, const S* ahead,
               isize ahead_ld) noexcept {
     constexpr int most = R == 1 ? 8 : 4;
     isize c = 0;
@@ -198,9 +194,9 @@ class decode_rows {
     if (c < e_) value_edge<R>(v + c, v_ld, count, alpha, r, o + c, e_ - c);
   }
 
-  template <int R, int N>
-  FOVEA_NOINLINE void value_columns(const Acc* v, isize v_ld, isize count, const Acc* alpha, isize r, Acc* o,
-                                    const unsigned char* ahead, isize ahead_ld) noexcept {
+  template <int R, int N, class S>
+  FOVEA_NOINLINE void value_columns(const S* v, isize v_ld, isize count, const Acc* alpha, isize r, Acc* o,
+                                    const S* ahead, isize ahead_ld) noexcept {
     P acc[R][N];
     tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA {
       tile::unroll<N>([&](auto z)
@@ -208,10 +204,9 @@ class decode_rows {
     });
     const Acc* p = s_ + r * keys;
     for (isize x = 0; x < count; ++x, v += v_ld) {
-      if (ahead != nullptr)
-        simd::prefetch(ahead + x * ahead_ld * static_cast<isize>(sizeof(Acc)), d_ * static_cast<isize>(sizeof(Acc)));
+      if (ahead != nullptr) simd::prefetch(ahead + x * ahead_ld, d_ * static_cast<isize>(sizeof(S)));
       tile::unroll<N>([&](auto z) FOVEA_INLINE_LAMBDA {
-        const P t = P::load(v + z * W);
+        const P t = simd::load_as<P>(v + z * W);
         tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA { acc[y][z] = simd::fma(P(p[y * keys + x]), t, acc[y][z]); });
       });
     }
@@ -220,21 +215,22 @@ class decode_rows {
     });
   }
 
-  template <int R>
-  FOVEA_NOINLINE void value_edge(const Acc* v, isize v_ld, isize count, const Acc* alpha, isize r, Acc* o,
+  template <int R, class S>
+  FOVEA_NOINLINE void value_edge(const S* v, isize v_ld, isize count, const Acc* alpha, isize r, Acc* o,
                                  isize columns) noexcept {
     P acc[R];
     tile::unroll<R>([&](auto y)
                         FOVEA_INLINE_LAMBDA { acc[y] = simd::load_n<P>(o + (r + y) * e_, columns) * P(alpha[r + y]); });
     for (isize x = 0; x < count; ++x) {
-      const P t = simd::load_n<P>(v + x * v_ld, columns);
+      const P t = simd::load_as_n<P>(v + x * v_ld, columns);
       tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA { acc[y] = simd::fma(P(s_[(r + y) * keys + x]), t, acc[y]); });
     }
     tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA { simd::store_n(o + (r + y) * e_, acc[y], columns); });
   }
 
   /// The edge of a mask: a value is touched only for the rows that see its key, so that NaN stays where it is.
-  void masked_values(const Acc* v, isize v_ld, isize count, const std::uint64_t* seen, const Acc* alpha,
+  template <class S>
+  void masked_values(const S* v, isize v_ld, isize count, const std::uint64_t* seen, const Acc* alpha,
                      Acc* o) noexcept {
     for (isize r = 0; r < count_; ++r) {
       Acc* to = o + r * e_;
@@ -242,14 +238,14 @@ class decode_rows {
       for (isize x = 0; x < count; ++x) {
         if (((seen[r] >> x) & 1U) == 0) continue;
         const Acc p = s_[r * keys + x];
-        for (isize c = 0; c < e_; ++c) to[c] += p * v[x * v_ld + c];
+        for (isize c = 0; c < e_; ++c) to[c] += p * static_cast<Acc>(v[x * v_ld + c]);
       }
     }
   }
 
   isize d_, e_, q_ld_, count_ = 0;
   query_rows rows_;
-  Acc *q_, *s_, *k_, *v_;
+  Acc *q_, *s_;
 };
 
 }  // namespace kernel

@@ -69,7 +69,8 @@ FOVEA_INLINE void copy_row(const From* p, isize n, To* out) {
   if constexpr (sizeof(From) == 2 && std::is_same_v<To, float>) i = widen<Arch>(p, n, out);
   if constexpr (sizeof(To) == 2 && std::is_same_v<From, float>) i = narrow<Arch>(p, n, out);
   p += i, out += i;
-  for (const From* const end = p + (n - i); p != end; ++p, ++out) {  // by pointer: g++ 12 warns of an index past PTRDIFF_MAX
+  for (const From* const end = p + (n - i); p != end;
+       ++p, ++out) {  // by pointer: g++ 12 warns of an index past PTRDIFF_MAX
     if constexpr (sizeof(From) == 2 && sizeof(To) == 8)
       *out = static_cast<To>(static_cast<float>(*p));
     else if constexpr (sizeof(To) == 2)
@@ -99,6 +100,44 @@ FOVEA_NOINLINE void store_row(dtype type, const Acc* p, isize n, void* out) {
     case dtype::bf16: return detail::copy_row<Arch>(p, n, static_cast<bf16*>(out));
     case dtype::f16: return detail::copy_row<Arch>(p, n, static_cast<f16*>(out));
   }
+}
+
+/// The first `count` of W stored elements as a register of the accumulator type, the rest 0.
+template <class P, class S>
+FOVEA_INLINE P load_as_n(const S* p, isize count) {
+  using T = typename P::value_type;
+  if constexpr (std::is_same_v<S, T>) {
+    return load_n<P>(p, count);
+  } else {
+    T lanes[P::size] = {};
+    for (isize l = 0; l < count && l < P::size; ++l) lanes[l] = static_cast<T>(static_cast<float>(p[l]));
+    return P::load(lanes);
+  }
+}
+/// W stored elements as a register of the accumulator type.
+template <class P, class S>
+FOVEA_INLINE P load_as(const S* p) {
+  if constexpr (std::is_same_v<S, typename P::value_type>) return P::load(p);
+#if defined(FOVEA_HAS_AVX512)
+  else if constexpr (std::is_same_v<P, pack<float, avx512>>) {
+    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (std::is_same_v<S, f16>)
+      return P(typename P::batch(_mm512_cvtph_ps(h)));
+    else
+      return P(typename P::batch(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))));
+  }
+#endif
+#if defined(FOVEA_HAS_AVX2) && defined(__F16C__)
+  else if constexpr (std::is_same_v<P, pack<float, avx2>>) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    if constexpr (std::is_same_v<S, f16>)
+      return P(typename P::batch(_mm256_cvtph_ps(h)));
+    else
+      return P(typename P::batch(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))));
+  }
+#endif
+  else
+    return load_as_n<P>(p, P::size);
 }
 
 /// Row i of a view as Acc: the view's own memory if it is stored so, else converted into `scratch` [width].
