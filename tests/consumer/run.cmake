@@ -8,7 +8,7 @@ function(run)
 endfunction()
 
 file(REMOVE_RECURSE ${work})
-set(arguments "-DCMAKE_BUILD_TYPE=Release" "-DCMAKE_CXX_COMPILER=${compiler}" "-DCMAKE_CXX_COMPILER_LAUNCHER=${launcher}"
+set(arguments "-DCMAKE_BUILD_TYPE=Debug" "-DCMAKE_CXX_COMPILER=${compiler}" "-DCMAKE_CXX_COMPILER_LAUNCHER=${launcher}"
   "-DFOVEA_XSIMD_INCLUDE_DIR=${xsimd}")
 if(mode STREQUAL "find_package")
   # The package must survive being moved.
@@ -22,6 +22,6 @@ else()
 endif()
 
 run(${CMAKE_COMMAND} -S ${CMAKE_CURRENT_LIST_DIR} -B ${work}/build -G ${generator} ${arguments})
-run(${CMAKE_COMMAND} --build ${work}/build --config Release)
-find_program(consumer consumer PATHS ${work}/build ${work}/build/Release NO_DEFAULT_PATH REQUIRED)
+run(${CMAKE_COMMAND} --build ${work}/build --config Debug)
+find_program(consumer consumer PATHS ${work}/build ${work}/build/Debug NO_DEFAULT_PATH REQUIRED)
 run(${consumer})

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-/// @file  A second translation unit of the same program: the library is included twice and must link once.
+/// @file  A second translation unit of the same program, with one mechanism's header only: everything must link once.
 
-#include <fovea/fovea.hpp>
+#include <fovea/core/exec.hpp>
+#include <fovea/softmax.hpp>
 
 float second_unit(const float* q, const float* k, const float* v) {
   float o = 0;
