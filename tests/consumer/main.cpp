@@ -15,8 +15,8 @@ int main() {
   float o[] = {NAN};
   fovea::softmax_attention exact;
   exact.scale = 1;
-  fovea::prefill(fovea::serial, exact, fovea::bhnd(q, 1, 1, 1, 2), fovea::bhnd(k, 1, 1, 2, 2), fovea::bhnd(v, 1, 1, 2, 1),
-                 fovea::bhnd(o, 1, 1, 1, 1));
+  fovea::prefill(fovea::serial, exact, fovea::bhnd(q, 1, 1, 1, 2), fovea::bhnd(k, 1, 1, 2, 2),
+                 fovea::bhnd(v, 1, 1, 2, 1), fovea::bhnd(o, 1, 1, 1, 1));
   const double want = (2 * std::exp(1.0) + 4) / (std::exp(1.0) + 1);
   const float other = second_unit(q, k, v);
   std::printf("fovea %s: %.6f and %.6f, wanted %.6f\n", FOVEA_VERSION_STRING, static_cast<double>(o[0]),

@@ -44,6 +44,8 @@ void same_on_any_number_of_threads(const M& m) {
 
 }  // namespace
 
-TEST_CASE("threads: softmax gives the same bits") { same_on_any_number_of_threads(softmax_attention{.mask = causal{}}); }
+TEST_CASE("threads: softmax gives the same bits") {
+  same_on_any_number_of_threads(softmax_attention{.mask = causal{}});
+}
 
 TEST_CASE("threads: linear attention gives the same bits") { same_on_any_number_of_threads(linear_attention{}); }
