@@ -59,7 +59,7 @@ TEST_CASE("dijiang: the unbiased form is unbiased with every way of sampling, in
   for (const auto how :
        {dijiang_sampling::monte_carlo, dijiang_sampling::stratified, dijiang_sampling::sobol, dijiang_sampling::halton})
     for (const isize blocks : {1, 2})
-      for (const std::uint64_t seed : {1, 2, 3}) {
+      for (const std::uint64_t seed : {1U, 2U, 3U}) {
         const pair_of_rows x(d, seed, 0.45);
         double sum = 0, squares = 0;
         const int draws = 1500;

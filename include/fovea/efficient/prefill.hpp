@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include <fovea/core/absorb.hpp>
-#include <fovea/efficient.hpp>
+#include <fovea/efficient/mechanism.hpp>
 #include <fovea/kernel/channel_softmax.hpp>
 
 namespace fovea {

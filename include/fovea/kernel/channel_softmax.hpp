@@ -13,6 +13,7 @@
 
 #include <limits>
 
+#include <fovea/core/view.hpp>
 #include <fovea/core/workspace.hpp>
 #include <fovea/simd/convert.hpp>
 #include <fovea/simd/exp.hpp>

@@ -6,8 +6,8 @@
 
 #include <fovea/core/absorb.hpp>
 #include <fovea/kernel/online_softmax.hpp>
-#include <fovea/linformer.hpp>
 #include <fovea/linformer/block_causal.hpp>
+#include <fovea/linformer/mechanism.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {

@@ -4,8 +4,9 @@
 ///
 /// The keys are cut by m alone (at most 16 pieces, none under 4096 keys), whatever the number of threads: the same bits for any.
 
+#include <fovea/core/partial.hpp>
 #include <fovea/kernel/decode.hpp>
-#include <fovea/softmax.hpp>
+#include <fovea/softmax/keys.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
