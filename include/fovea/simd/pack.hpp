@@ -61,6 +61,55 @@ FOVEA_INLINE pack<T, A> operator/(pack<T, A> a, pack<T, A> b) {
   return pack<T, A>(a.v / b.v);
 }
 
+namespace detail {
+#if defined(__SSE2__)
+template <class T, class A, class R>
+FOVEA_INLINE auto x86_max(R a, R b) {
+  constexpr bool single = std::is_same_v<T, float>;
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<A, avx512> && single)
+    return _mm512_max_ps(a, b);
+  else if constexpr (std::is_same_v<A, avx512>)
+    return _mm512_max_pd(a, b);
+  else
+#endif
+#if defined(FOVEA_HAS_AVX512) || defined(FOVEA_HAS_AVX2)
+      if constexpr (std::is_same_v<A, avx2> && single)
+    return _mm256_max_ps(a, b);
+  else if constexpr (std::is_same_v<A, avx2>)
+    return _mm256_max_pd(a, b);
+  else
+#endif
+      if constexpr (single)
+    return _mm_max_ps(a, b);
+  else
+    return _mm_max_pd(a, b);
+}
+template <class T, class A, class R>
+FOVEA_INLINE auto x86_min(R a, R b) {
+  constexpr bool single = std::is_same_v<T, float>;
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<A, avx512> && single)
+    return _mm512_min_ps(a, b);
+  else if constexpr (std::is_same_v<A, avx512>)
+    return _mm512_min_pd(a, b);
+  else
+#endif
+#if defined(FOVEA_HAS_AVX512) || defined(FOVEA_HAS_AVX2)
+      if constexpr (std::is_same_v<A, avx2> && single)
+    return _mm256_min_ps(a, b);
+  else if constexpr (std::is_same_v<A, avx2>)
+    return _mm256_min_pd(a, b);
+  else
+#endif
+      if constexpr (single)
+    return _mm_min_ps(a, b);
+  else
+    return _mm_min_pd(a, b);
+}
+#endif
+}  // namespace detail
+
 template <class T, class A>
 FOVEA_INLINE pack<T, A> max(pack<T, A> a, pack<T, A> b) {
   if constexpr (std::is_same_v<A, scalar>) return pack<T, A>(a.v > b.v ? a.v : b.v);
@@ -68,8 +117,10 @@ FOVEA_INLINE pack<T, A> max(pack<T, A> a, pack<T, A> b) {
   else if constexpr (std::is_same_v<A, neon64>)  // the NEON maximum returns NaN if either is NaN; keep the x86 rule
     return pack<T, A>(xsimd::select(a.v > b.v, a.v, b.v));
 #endif
-  else
-    return pack<T, A>(xsimd::max(a.v, b.v));
+#if defined(__SSE2__)
+  else  // not xsimd's: releases differ in which operand they hand to the instruction first
+    return pack<T, A>(typename pack<T, A>::batch(detail::x86_max<T, A>(a.v, b.v)));
+#endif
 }
 template <class T, class A>
 FOVEA_INLINE pack<T, A> min(pack<T, A> a, pack<T, A> b) {
@@ -78,8 +129,10 @@ FOVEA_INLINE pack<T, A> min(pack<T, A> a, pack<T, A> b) {
   else if constexpr (std::is_same_v<A, neon64>)
     return pack<T, A>(xsimd::select(a.v < b.v, a.v, b.v));
 #endif
-  else
-    return pack<T, A>(xsimd::min(a.v, b.v));
+#if defined(__SSE2__)
+  else  // not xsimd's: releases differ in which operand they hand to the instruction first
+    return pack<T, A>(typename pack<T, A>::batch(detail::x86_min<T, A>(a.v, b.v)));
+#endif
 }
 
 /// a * b + c
