@@ -78,6 +78,7 @@ template <class Void>
 void check_tensor(const char* name, const erased_view<Void>& t) {
   require(t.batch >= 0 && t.heads >= 0 && t.length >= 0 && t.width >= 0, name, " is ", describe(t),
           "; sizes must not be negative");
+  require(t.type != dtype::i8, name, " is i8; int8 rows stand in KV stores, with their scales");
   const bool empty = t.batch == 0 || t.heads == 0 || t.length == 0 || t.width == 0;
   require(t.data != nullptr || empty, name, " is null; wanted memory for ", describe(t));
   require(t.length <= 1 || t.row_stride >= t.width, name, " has a row stride of ", t.row_stride,

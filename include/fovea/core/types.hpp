@@ -58,11 +58,13 @@ struct f16 {
 static_assert(sizeof(bf16) == 2 && sizeof(f16) == 2 && std::is_trivially_copyable_v<bf16> &&
               std::is_trivially_copyable_v<f16>);
 
-enum class dtype : std::uint8_t { f32, f64, bf16, f16 };
+/// i8 stands in KV stores only, with scales beside it (core/rows.hpp); a view is never of it.
+enum class dtype : std::uint8_t { f32, f64, bf16, f16, i8 };
 
-FOVEA_HD constexpr std::size_t size_of(dtype t) { return t == dtype::f64 ? 8 : t == dtype::f32 ? 4 : 2; }
+FOVEA_HD constexpr std::size_t size_of(dtype t) { return t == dtype::f64 ? 8 : t == dtype::f32 ? 4 : t == dtype::i8 ? 1 : 2; }
 constexpr const char* name_of(dtype t) {
-  return t == dtype::f64 ? "f64" : t == dtype::f32 ? "f32" : t == dtype::bf16 ? "bf16" : "f16";
+  constexpr const char* names[] = {"f32", "f64", "bf16", "f16", "i8"};
+  return names[static_cast<int>(t)];
 }
 
 namespace detail {
@@ -95,6 +97,7 @@ inline double load_as_double(dtype t, const void* p, isize i) {
     case dtype::f32: return static_cast<double>(static_cast<const float*>(p)[i]);
     case dtype::bf16: return static_cast<double>(static_cast<float>(static_cast<const bf16*>(p)[i]));
     case dtype::f16: return static_cast<double>(static_cast<float>(static_cast<const f16*>(p)[i]));
+    case dtype::i8: return static_cast<double>(static_cast<const std::int8_t*>(p)[i]);
   }
   return 0.0;
 }
@@ -104,6 +107,7 @@ inline void store_from_double(dtype t, void* p, isize i, double x) {
     case dtype::f32: static_cast<float*>(p)[i] = static_cast<float>(x); break;
     case dtype::bf16: static_cast<bf16*>(p)[i] = bf16(static_cast<float>(x)); break;
     case dtype::f16: static_cast<f16*>(p)[i] = f16(static_cast<float>(x)); break;
+    case dtype::i8: static_cast<std::int8_t*>(p)[i] = static_cast<std::int8_t>(x); break;
   }
 }
 
