@@ -9,7 +9,7 @@
 /// Contract   a row_source never owns. Rows of int8 are q * scale: one scale a row (scale_row = 1), or one for each 32 elements
 ///            (scale_row = ceil(width / 32)); scales follow the same pages and slots as the rows.
 
-#include <fovea/core/types.hpp>
+#include <fovea/core/view.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -58,6 +58,22 @@ struct row_source {
     return {data + slot * row_bytes, scales != nullptr ? scales + slot * scale_row : nullptr, count};
   }
 };
+
+/// The rows of head g of batch item b of a view.
+inline row_source rows_of(const tensor_ref& t, isize b, isize g) {
+  row_source r;
+  r.data = static_cast<const std::byte*>(t.row(b, g, 0)), r.type = t.type;
+  r.row_bytes = t.row_stride * static_cast<isize>(size_of(t.type));
+  return r;
+}
+/// Dense rows of `width` elements.
+template <class T>
+row_source dense_rows(const T* data, isize width) {
+  row_source r;
+  r.data = reinterpret_cast<const std::byte*>(data), r.type = dtype_of<T>;
+  r.row_bytes = width * static_cast<isize>(sizeof(T));
+  return r;
+}
 
 }  // namespace FOVEA_ABI
 }  // namespace fovea

@@ -61,7 +61,9 @@ static_assert(sizeof(bf16) == 2 && sizeof(f16) == 2 && std::is_trivially_copyabl
 /// i8 stands in KV stores only, with scales beside it (core/rows.hpp); a view is never of it.
 enum class dtype : std::uint8_t { f32, f64, bf16, f16, i8 };
 
-FOVEA_HD constexpr std::size_t size_of(dtype t) { return t == dtype::f64 ? 8 : t == dtype::f32 ? 4 : t == dtype::i8 ? 1 : 2; }
+FOVEA_HD constexpr std::size_t size_of(dtype t) {
+  return t == dtype::f64 ? 8 : t == dtype::f32 ? 4 : t == dtype::i8 ? 1 : 2;
+}
 constexpr const char* name_of(dtype t) {
   constexpr const char* names[] = {"f32", "f64", "bf16", "f16", "i8"};
   return names[static_cast<int>(t)];

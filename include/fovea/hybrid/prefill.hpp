@@ -267,8 +267,7 @@ struct hybrid_run {
 
   kernel::key_set<Acc> keys_of(const problem& p, isize b, isize g) const {
     kernel::key_set<Acc> keys;
-    keys.k = p.k.row(b, g, 0), keys.v = p.v.row(b, g, 0), keys.type = p.k.type;
-    keys.k_stride = p.k.row_stride, keys.v_stride = p.v.row_stride, keys.count = s.m;
+    keys.k = rows_of(p.k, b, g), keys.v = rows_of(p.v, b, g), keys.count = s.m;
     keys.site = {b, 0, s.n, s.m, s.H, s.G};
     return keys;
   }
@@ -320,8 +319,8 @@ struct hybrid_run {
   kernel::key_set<Acc> pool_of(planner& at, const problem& p, const kernel::block_summary<Acc>& summary,
                                const kernel::key_set<Acc>& keys, isize head0, isize r0, isize r1) const {
     kernel::key_set<Acc> pool = keys;
-    pool.k = summary.mean_k, pool.v = summary.mean_v, pool.type = dtype_of<Acc>;
-    pool.k_stride = s.d, pool.v_stride = s.e, pool.count = rule.blocks(), pool.site.m = rule.blocks();
+    pool.k = dense_rows(summary.mean_k, s.d), pool.v = dense_rows(summary.mean_v, s.e);
+    pool.count = rule.blocks(), pool.site.m = rule.blocks();
     for (isize J = 0; J < rule.blocks(); ++J)
       at.bias[J] = std::log(static_cast<Acc>(std::min(rule.block_k, s.m - J * rule.block_k)));
     pool.bias = at.bias;

@@ -8,6 +8,7 @@
 /// Contract   up to `most_rows` rows; the result is a partial (m in log2 units, l, o) per row over keys [j0, j1).
 /// Numerics   as kernel/online_softmax.hpp.
 
+#include <cstring>
 #include <limits>
 
 #include <fovea/kernel/online_softmax.hpp>
@@ -20,7 +21,8 @@ namespace kernel {
 template <class Arch, class Acc>
 class decode_rows {
   using P = simd::pack<Acc, Arch>;
-  static constexpr isize W = P::size, keys = 64;
+  static constexpr isize W = P::size, keys = 64, s_ld = keys + W;  // scores of a block, and room behind them
+  static constexpr isize short_stretch = 16;
   static constexpr Acc log2e = static_cast<Acc>(1.4426950408889634074);
 
  public:
@@ -29,7 +31,12 @@ class decode_rows {
   decode_rows(arena& memory, isize d, isize e)
       : d_(d), e_(e), q_ld_(static_cast<isize>(round_up(static_cast<std::size_t>(d), static_cast<std::size_t>(W)))) {
     q_ = memory.take<Acc>(most_rows * q_ld_);
-    s_ = memory.take<Acc>(most_rows * keys);
+    s_ = memory.take<Acc>(most_rows * s_ld);
+    row_ = memory.take<Acc>(e);
+    k_rows_ = memory.take<std::byte>(keys * d * static_cast<isize>(sizeof(Acc)));
+    v_rows_ = memory.take<std::byte>(keys * e * static_cast<isize>(sizeof(Acc)));
+    k_scales_ = memory.take<float>(keys * ceil_div(d, scale_group));
+    v_scales_ = memory.take<float>(keys * ceil_div(e, scale_group));
   }
 
   /// Loads the rows, times scale * log2(e).
@@ -85,56 +92,113 @@ class decode_rows {
     }
     if (!any) return;
     if constexpr (std::is_same_v<Acc, float>) {
-      if (set.type == dtype::bf16) return block_of<bf16>(set, j0, j1 - j0, seen, all, m, l, o);
-      if (set.type == dtype::f16) return block_of<f16>(set, j0, j1 - j0, seen, all, m, l, o);
+      if (set.k.type == dtype::bf16) return block_of<bf16>(set, j0, j1 - j0, seen, all, m, l, o);
+      if (set.k.type == dtype::f16) return block_of<f16>(set, j0, j1 - j0, seen, all, m, l, o);
+      if (set.k.type == dtype::i8) return block_of<std::int8_t>(set, j0, j1 - j0, seen, all, m, l, o);
     }
     block_of<Acc>(set, j0, j1 - j0, seen, all, m, l, o);
+  }
+
+  /// Rows of a block that lie one behind the other: keys [first, first + count) of the block.
+  template <class S>
+  struct piece {
+    const S* rows;
+    const float* scales;
+    isize ld, first, count;
+  };
+  template <class S>
+  struct pieces {
+    piece<S> list[keys / short_stretch + 4];  // pages of at least `short_stretch`, cut at both ends; a ring's seams
+    isize count = 0;
+  };
+
+  /// Pages too short to be worth a loop of their own are copied, as they are stored, into one stretch.
+  template <class S>
+  void find(const row_source& from, isize j0, isize count, isize width, std::byte* gathered, float* scales,
+            pieces<S>& out) const noexcept {
+    const isize row = width * static_cast<isize>(sizeof(S));
+    if (from.table != nullptr && from.page < short_stretch && from.page < count) {
+      for (isize x = 0; x < count; ++x) {
+        const stretch s = from.at(j0 + x);
+        std::memcpy(gathered + x * row, s.data, static_cast<std::size_t>(row));
+        for (isize y = 0; y < from.scale_row; ++y) scales[x * from.scale_row + y] = s.scales[y];
+      }
+      out.list[out.count++] = {reinterpret_cast<const S*>(gathered), scales, width, 0, count};
+      return;
+    }
+    for (isize x = 0; x < count;) {
+      const stretch s = from.at(j0 + x);
+      const isize here = s.count < count - x ? s.count : count - x;
+      out.list[out.count++] = {reinterpret_cast<const S*>(s.data), s.scales,
+                               from.row_bytes / static_cast<isize>(sizeof(S)), x, here};
+      x += here;
+    }
   }
 
   /// The block's rows are read where they lie, stored as S, and widened in registers.
   template <class S>
   void block_of(const key_set<Acc>& set, isize j0, isize count, const std::uint64_t* seen, bool all, Acc* m, Acc* l,
                 Acc* o) noexcept {
-    const isize k_ld = set.k_stride, v_ld = set.v_stride;
-    const S* k = static_cast<const S*>(set.k) + j0 * k_ld;
-    const S* v = static_cast<const S*>(set.v) + j0 * v_ld;
+    constexpr bool scaled = std::is_same_v<S, std::int8_t>;
+    pieces<S> k, v;
+    find<S>(set.k, j0, count, d_, k_rows_, k_scales_, k);
+    find<S>(set.v, j0, count, e_, v_rows_, v_scales_, v);
+    const isize k_groups = scaled ? set.k.scale_row : 0, v_groups = scaled ? set.v.scale_row : 0;
     // While this block's keys are scored its values are on their way, and with the values the next block's keys.
-    const S* const next = k + count * k_ld;
-    isize r = 0;
-    if constexpr (W >= 4)
-      for (; r + 4 <= count_; r += 4) scores<4>(k, k_ld, count, r, r == 0 ? v : nullptr, v_ld);
-    if constexpr (W >= 2)
-      for (; r + 2 <= count_; r += 2) scores<2>(k, k_ld, count, r, r == 0 ? v : nullptr, v_ld);
-    for (; r < count_; ++r) scores<1>(k, k_ld, count, r, r == 0 ? v : nullptr, v_ld);
-
+    for (isize x = 0; x < k.count; ++x) {
+      const S* const ahead = x < v.count ? v.list[x].rows : nullptr;
+      const isize ld = x < v.count ? v.list[x].ld : 0;
+      isize r = 0;
+      if constexpr (W >= 4)
+        for (; r + 4 <= count_; r += 4) scores<4>(k.list[x], k_groups, r, r == 0 ? ahead : nullptr, ld);
+      if constexpr (W >= 2)
+        for (; r + 2 <= count_; r += 2) scores<2>(k.list[x], k_groups, r, r == 0 ? ahead : nullptr, ld);
+      for (; r < count_; ++r) scores<1>(k.list[x], k_groups, r, r == 0 ? ahead : nullptr, ld);
+    }
     Acc alpha[most_rows];
-    for (r = 0; r < count_; ++r) soften(set, j0, count, r, seen[r], m[r], l[r], alpha[r]);
-    if (!all) return masked_values(v, v_ld, count, seen, alpha, o);
-    for (r = 0; r + 4 <= count_; r += 4) values<4>(v, v_ld, count, alpha, r, o, r == 0 ? next : nullptr, k_ld);
-    for (; r + 2 <= count_; r += 2) values<2>(v, v_ld, count, alpha, r, o, r == 0 ? next : nullptr, k_ld);
-    for (; r < count_; ++r) values<1>(v, v_ld, count, alpha, r, o, r == 0 ? next : nullptr, k_ld);
+    for (isize r = 0; r < count_; ++r) soften(set, j0, count, r, seen[r], k, v, m[r], l[r], alpha[r]);
+    if (!all) return masked_values(set.v, j0, count, seen, alpha, o);
+    for (isize x = 0; x < v.count; ++x) {
+      const bool more = j0 + count < set.count && x < k.count;
+      const isize next = j0 + count + (more ? k.list[x].first : 0);
+      const S* const ahead = more && next < set.count ? reinterpret_cast<const S*>(set.k.at(next).data) : nullptr;
+      const isize ld = more ? set.k.row_bytes / static_cast<isize>(sizeof(S)) : 0;
+      isize r = 0;
+      for (; r + 4 <= count_; r += 4) values<4>(v.list[x], v_groups, alpha, r, o, r == 0 ? ahead : nullptr, ld);
+      for (; r + 2 <= count_; r += 2) values<2>(v.list[x], v_groups, alpha, r, o, r == 0 ? ahead : nullptr, ld);
+      for (; r < count_; ++r) values<1>(v.list[x], v_groups, alpha, r, o, r == 0 ? ahead : nullptr, ld);
+      for (r = 0; r < count_; ++r) alpha[r] = Acc(1);
+    }
   }
 
   /// s_[r + y][x] = q[r + y] . K[x] for R rows: W accumulators are W / R keys times R rows, reduced together.
+  /// int8 rows with one scale (groups = 1) stay unscaled here; with a scale for each group the products are scaled.
   template <int R, class S>
-  FOVEA_NOINLINE void scores(const S* k, isize k_ld, isize count, isize r, const S* ahead, isize ahead_ld) noexcept {
+  FOVEA_NOINLINE void scores(const piece<S>& from, isize groups, isize r, const S* ahead, isize ahead_ld) noexcept {
     constexpr int per = static_cast<int>(W) / R;
     const Acc* q = q_ + r * q_ld_;
-    for (isize x = 0; x < count; x += per) {
+    for (isize x = 0; x < from.count; x += per) {
       P acc[W];
-      const isize last = count - 1 - x;  // rows behind the end are replaced by the last one; their scores are not used
+      const isize last =
+          from.count - 1 - x;  // rows behind the end are replaced by the last one; nobody reads their scores
       tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA {
-        const S* row = k + (x + (y < last ? y : last)) * k_ld;
+        const isize at = x + (y < last ? y : last);
+        const S* row = from.rows + at * from.ld;
+        const float* scale = groups > 1 ? from.scales + at * groups : nullptr;
         P sum[R];
         tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA { sum[z] = P(Acc(0)); });
         isize c = 0;
         for (; c + W <= d_; c += W) {
-          const P t = simd::load_as<P>(row + c);
+          P t = simd::load_as<P>(row + c);
+          if constexpr (std::is_same_v<S, std::int8_t>)
+            if (groups > 1) t = t * P(static_cast<Acc>(scale[c / scale_group]));
           tile::unroll<R>([&](auto z)
                               FOVEA_INLINE_LAMBDA { sum[z] = simd::fma(t, P::load(q + z * q_ld_ + c), sum[z]); });
         }
         if (c < d_) {
-          const P t = simd::load_as_n<P>(row + c, d_ - c);
+          P t = simd::load_as_n<P>(row + c, d_ - c);
+          if constexpr (std::is_same_v<S, std::int8_t>)
+            if (groups > 1) t = t * P(static_cast<Acc>(scale[c / scale_group]));
           tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
             sum[z] = simd::fma(t, simd::load_n<P>(q + z * q_ld_ + c, d_ - c), sum[z]);
           });
@@ -146,23 +210,27 @@ class decode_rows {
       });
       if (ahead != nullptr)
         for (isize y = 0; y < per; ++y) simd::prefetch(ahead + (x + y) * ahead_ld, e_ * static_cast<isize>(sizeof(S)));
-      Acc lanes[W];
+      alignas(64) Acc lanes[W];
       simd::sum_each(acc).store(lanes);
-      const isize real = count - x < per ? count - x : per;
       for (isize z = 0; z < R; ++z)
-        for (isize y = 0; y < real; ++y) s_[(r + z) * keys + x + y] = lanes[z * per + y];
+        std::memcpy(s_ + (r + z) * s_ld + from.first + x, lanes + z * per, per * sizeof(Acc));
     }
   }
 
-  /// Score modification, mask, running maximum and exponentials of one row of a block: s_ becomes P.
-  void soften(const key_set<Acc>& set, isize j0, isize count, isize r, std::uint64_t seen, Acc& m, Acc& l,
-              Acc& alpha) noexcept {
-    Acc* s = s_ + r * keys;
+  /// Scale, score modification, mask, running maximum and exponentials of one row of a block: s_ becomes P.
+  template <class S>
+  void soften(const key_set<Acc>& set, isize j0, isize count, isize r, std::uint64_t seen, const pieces<S>& k,
+              const pieces<S>& v, Acc& m, Acc& l, Acc& alpha) noexcept {
+    constexpr bool scaled = std::is_same_v<S, std::int8_t>;
+    Acc* s = s_ + r * s_ld;
     constexpr Acc none = -std::numeric_limits<Acc>::infinity();
+    if (scaled && set.k.scale_row == 1) scale_by(k, s);
     for (isize x = 0; set.bias != nullptr && x < count; ++x) s[x] += set.bias[j0 + x] * log2e;
     if (set.modify != nullptr) set.modify->template apply<Acc>(site(set, r), query(r), 1, j0, j0 + count, s, 1);
-    for (isize x = 0; x < keys; ++x)
-      if (x >= count || ((seen >> x) & 1U) == 0) s[x] = none;
+    for (isize x = count; x < keys; ++x) s[x] = none;
+    const std::uint64_t every = ~std::uint64_t{0} >> (64 - count);
+    for (isize x = 0; seen != every && x < keys; x += W)
+      simd::select(static_cast<simd::lane_bits>(seen >> x), P::load(s + x), P(none)).store(s + x);
     P top(none);
     for (isize x = 0; x < keys; x += W) top = simd::max(top, P::load(s + x));
     const Acc block_top = simd::reduce_max(top), next = m > block_top ? m : block_top;
@@ -178,36 +246,45 @@ class decode_rows {
       sum = sum + p;
     }
     l = l * alpha + simd::reduce_add(sum);
+    if (scaled && set.v.scale_row == 1) scale_by(v, s);
+  }
+  template <class S>
+  static void scale_by(const pieces<S>& from, Acc* s) noexcept {
+    for (isize x = 0; x < from.count; ++x)
+      for (isize y = 0; y < from.list[x].count; ++y)
+        s[from.list[x].first + y] *= static_cast<Acc>(from.list[x].scales[y]);
   }
 
   template <int R, class S>
-  void values(const S* v, isize v_ld, isize count, const Acc* alpha, isize r, Acc* o, const S* ahead,
+  void values(const piece<S>& from, isize groups, const Acc* alpha, isize r, Acc* o, const S* ahead,
               isize ahead_ld) noexcept {
     constexpr int most = R == 1 ? 8 : 4;
     isize c = 0;
     for (; c + most * W <= e_; c += most * W, ahead = nullptr)
-      value_columns<R, most>(v + c, v_ld, count, alpha, r, o + c, ahead, ahead_ld);
+      value_columns<R, most>(from, groups, c, alpha, r, o + c, ahead, ahead_ld);
     for (; c + 4 * W <= e_; c += 4 * W, ahead = nullptr)
-      value_columns<R, 4>(v + c, v_ld, count, alpha, r, o + c, ahead, ahead_ld);
-    for (; c + W <= e_; c += W, ahead = nullptr)
-      value_columns<R, 1>(v + c, v_ld, count, alpha, r, o + c, ahead, ahead_ld);
-    if (c < e_) value_edge<R>(v + c, v_ld, count, alpha, r, o + c, e_ - c);
+      value_columns<R, 4>(from, groups, c, alpha, r, o + c, ahead, ahead_ld);
+    for (; c + W <= e_; c += W, ahead = nullptr) value_columns<R, 1>(from, groups, c, alpha, r, o + c, ahead, ahead_ld);
+    if (c < e_) value_edge<R>(from, groups, c, alpha, r, o + c, e_ - c);
   }
 
   template <int R, int N, class S>
-  FOVEA_NOINLINE void value_columns(const S* v, isize v_ld, isize count, const Acc* alpha, isize r, Acc* o,
+  FOVEA_NOINLINE void value_columns(const piece<S>& from, isize groups, isize c, const Acc* alpha, isize r, Acc* o,
                                     const S* ahead, isize ahead_ld) noexcept {
     P acc[R][N];
     tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA {
       tile::unroll<N>([&](auto z)
                           FOVEA_INLINE_LAMBDA { acc[y][z] = P::load(o + (r + y) * e_ + z * W) * P(alpha[r + y]); });
     });
-    const Acc* p = s_ + r * keys;
-    for (isize x = 0; x < count; ++x, v += v_ld) {
+    const Acc* p = s_ + r * s_ld + from.first;
+    const S* v = from.rows + c;
+    for (isize x = 0; x < from.count; ++x, v += from.ld) {
       if (ahead != nullptr) simd::prefetch(ahead + x * ahead_ld, d_ * static_cast<isize>(sizeof(S)));
       tile::unroll<N>([&](auto z) FOVEA_INLINE_LAMBDA {
-        const P t = simd::load_as<P>(v + z * W);
-        tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA { acc[y][z] = simd::fma(P(p[y * keys + x]), t, acc[y][z]); });
+        P t = simd::load_as<P>(v + z * W);
+        if constexpr (std::is_same_v<S, std::int8_t>)
+          if (groups > 1) t = t * P(static_cast<Acc>(from.scales[x * groups + (c + z * W) / scale_group]));
+        tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA { acc[y][z] = simd::fma(P(p[y * s_ld + x]), t, acc[y][z]); });
       });
     }
     tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA {
@@ -216,36 +293,52 @@ class decode_rows {
   }
 
   template <int R, class S>
-  FOVEA_NOINLINE void value_edge(const S* v, isize v_ld, isize count, const Acc* alpha, isize r, Acc* o,
+  FOVEA_NOINLINE void value_edge(const piece<S>& from, isize groups, isize c, const Acc* alpha, isize r, Acc* o,
                                  isize columns) noexcept {
     P acc[R];
     tile::unroll<R>([&](auto y)
                         FOVEA_INLINE_LAMBDA { acc[y] = simd::load_n<P>(o + (r + y) * e_, columns) * P(alpha[r + y]); });
-    for (isize x = 0; x < count; ++x) {
-      const P t = simd::load_as_n<P>(v + x * v_ld, columns);
-      tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA { acc[y] = simd::fma(P(s_[(r + y) * keys + x]), t, acc[y]); });
+    const Acc* p = s_ + r * s_ld + from.first;
+    for (isize x = 0; x < from.count; ++x) {
+      P t = simd::load_as_n<P>(from.rows + x * from.ld + c, columns);
+      if constexpr (std::is_same_v<S, std::int8_t>)
+        if (groups > 1) t = t * P(static_cast<Acc>(from.scales[x * groups + c / scale_group]));
+      tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA { acc[y] = simd::fma(P(p[y * s_ld + x]), t, acc[y]); });
     }
     tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA { simd::store_n(o + (r + y) * e_, acc[y], columns); });
   }
 
   /// The edge of a mask: a value is touched only for the rows that see its key, so that NaN stays where it is.
-  template <class S>
-  void masked_values(const S* v, isize v_ld, isize count, const std::uint64_t* seen, const Acc* alpha,
+  void masked_values(const row_source& from, isize j0, isize count, const std::uint64_t* seen, const Acc* alpha,
                      Acc* o) noexcept {
-    for (isize r = 0; r < count_; ++r) {
-      Acc* to = o + r * e_;
-      for (isize c = 0; c < e_; ++c) to[c] *= alpha[r];
-      for (isize x = 0; x < count; ++x) {
+    const bool scaled = from.type == dtype::i8;
+    for (isize r = 0; r < count_; ++r)
+      for (isize c = 0; c < e_; ++c) o[r * e_ + c] *= alpha[r];
+    for (isize x = 0; x < count; ++x) {
+      std::uint64_t any = 0;
+      for (isize r = 0; r < count_; ++r) any |= seen[r] >> x;
+      if ((any & 1U) == 0) continue;
+      const stretch s = from.at(j0 + x);
+      if (scaled && from.scale_row == 1)  // the scale is in P
+        for (isize c = 0; c < e_; ++c) row_[c] = static_cast<Acc>(reinterpret_cast<const std::int8_t*>(s.data)[c]);
+      else if (scaled)
+        simd::load_scaled_row<Arch, Acc>(s.data, s.scales, from.scale_row, e_, row_);
+      else
+        simd::load_row<Arch, Acc>(from.type, s.data, e_, row_);
+      for (isize r = 0; r < count_; ++r) {
         if (((seen[r] >> x) & 1U) == 0) continue;
-        const Acc p = s_[r * keys + x];
-        for (isize c = 0; c < e_; ++c) to[c] += p * static_cast<Acc>(v[x * v_ld + c]);
+        const Acc p = s_[r * s_ld + x];
+        Acc* to = o + r * e_;
+        for (isize c = 0; c < e_; ++c) to[c] += p * row_[c];
       }
     }
   }
 
   isize d_, e_, q_ld_, count_ = 0;
   query_rows rows_;
-  Acc *q_, *s_;
+  Acc *q_, *s_, *row_;
+  std::byte *k_rows_, *v_rows_;  // short pages, gathered
+  float *k_scales_, *v_scales_;
 };
 
 }  // namespace kernel

@@ -15,6 +15,7 @@
 #include <cmath>
 #include <limits>
 
+#include <fovea/core/rows.hpp>
 #include <fovea/core/workspace.hpp>
 #include <fovea/kernel/softmax_panels.hpp>
 #include <fovea/mask/mask.hpp>
@@ -29,10 +30,7 @@ namespace kernel {
 /// Keys and values of one KV head, and what may be seen of them.
 template <class Acc>
 struct key_set {
-  const void* k = nullptr;  ///< [count] rows of d
-  const void* v = nullptr;  ///< [count] rows of e
-  dtype type = dtype_of<Acc>;
-  isize k_stride = 0, v_stride = 0;  ///< elements
+  row_source k, v;  ///< rows of d, rows of e
   isize count = 0;
   const fovea::mask* visible = nullptr;  ///< null: everything
   const fovea::score* modify = nullptr;  ///< null: nothing
@@ -46,6 +44,31 @@ struct query_rows {
   isize b = 0, first_head = 0;
   isize first = 0, last = 0;  ///< [first, last) of group * n
 };
+
+/// Rows [j0, j1) of a source as Acc: where they lie, if they are stored so in one stretch; else converted into `scratch` [rows][width].
+template <class Arch, class Acc>
+FOVEA_NOINLINE const Acc* block_of_rows(const row_source& from, isize j0, isize j1, isize width, Acc* scratch,
+                                        isize& stride) noexcept {
+  stretch s = from.at(j0);
+  // A row stride of a multiple of 4 KB would put all rows of a panel into one set of the L1 cache: copy those too.
+  if (from.type == dtype_of<Acc> && s.count >= j1 - j0 && from.row_bytes % 4096 != 0) {
+    stride = from.row_bytes / static_cast<isize>(sizeof(Acc));
+    return reinterpret_cast<const Acc*>(s.data);
+  }
+  stride = width;
+  Acc* to = scratch;
+  for (isize j = j0; j < j1;) {
+    const isize last = s.count < j1 - j ? j + s.count : j1;
+    for (; j < last; ++j, to += width, s.data += from.row_bytes, s.scales += from.scale_row) {
+      if (from.type == dtype::i8)
+        simd::load_scaled_row<Arch, Acc>(s.data, s.scales, from.scale_row, width, to);
+      else
+        simd::load_row<Arch, Acc>(from.type, s.data, width, to);
+    }
+    if (j < j1) s = from.at(j);
+  }
+  return scratch;
+}
 
 template <class Arch, class Acc>
 class online_softmax {
@@ -199,18 +222,8 @@ class online_softmax {
   }
 
   void fetch(const key_set<Acc>& set, block& x) noexcept {
-    const isize count = x.j1 - x.j0, size = static_cast<isize>(size_of(set.type));
-    const auto* k = static_cast<const unsigned char*>(set.k) + x.j0 * set.k_stride * size;
-    const auto* v = static_cast<const unsigned char*>(set.v) + x.j0 * set.v_stride * size;
-    // A row stride of a multiple of 4 KB would put all rows of a panel into one set of the L1 cache: copy those too.
-    const bool k_in_place = set.type == dtype_of<Acc> && (set.k_stride * size) % 4096 != 0;
-    const bool v_in_place = set.type == dtype_of<Acc> && (set.v_stride * size) % 4096 != 0;
-    for (isize j = 0; !k_in_place && j < count; ++j)
-      simd::load_row<Arch, Acc>(set.type, k + j * set.k_stride * size, d_, k_ + j * d_);
-    for (isize j = 0; !v_in_place && j < count; ++j)
-      simd::load_row<Arch, Acc>(set.type, v + j * set.v_stride * size, e_, v_ + j * e_);
-    x.k = k_in_place ? reinterpret_cast<const Acc*>(k) : k_, x.k_stride = k_in_place ? set.k_stride : d_;
-    x.v = v_in_place ? reinterpret_cast<const Acc*>(v) : v_, x.v_stride = v_in_place ? set.v_stride : e_;
+    x.k = block_of_rows<Arch, Acc>(set.k, x.j0, x.j1, d_, k_, x.k_stride);
+    x.v = block_of_rows<Arch, Acc>(set.v, x.j0, x.j1, e_, v_, x.v_stride);
   }
 
   void absorb_tile(const key_set<Acc>& set, isize t, block& x) noexcept {

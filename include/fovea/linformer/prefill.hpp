@@ -113,13 +113,12 @@ class linformer_run {
       slots.visible = &past, slots.site = {b, 0, s_.n, slots.count, s_.H, s_.G};
       if (slots.count > 0) run.absorb(slots);
       kernel::key_set<Acc> keys;
-      keys.visible = &old, keys.count = tail.count, keys.k_stride = s_.d, keys.v_stride = s_.e,
-      keys.site = {b, 0, s_.n, tail.count, s_.H, s_.G};
-      keys.k = tail.k + head * m_.block * s_.d, keys.v = tail.v + head * m_.block * s_.e;
+      keys.visible = &old, keys.count = tail.count, keys.site = {b, 0, s_.n, tail.count, s_.H, s_.G};
+      keys.k = dense_rows(tail.k + head * m_.block * s_.d, s_.d),
+      keys.v = dense_rows(tail.v + head * m_.block * s_.e, s_.e);
       if (tail.count > 0) run.absorb(keys);
-      keys.visible = &now, keys.count = s_.m, keys.site.m = s_.m, keys.type = p.k.type;
-      keys.k = p.k.row(b, g, 0), keys.v = p.v.row(b, g, 0), keys.k_stride = p.k.row_stride,
-      keys.v_stride = p.v.row_stride;
+      keys.visible = &now, keys.count = s_.m, keys.site.m = s_.m;
+      keys.k = rows_of(p.k, b, g), keys.v = rows_of(p.v, b, g);
       if (s_.m > 0) run.absorb(keys);
     });
   }
@@ -130,8 +129,9 @@ class linformer_run {
   }
   kernel::key_set<Acc> slot_keys(const slot_cache<Acc>& from, isize head, isize count) const {
     kernel::key_set<Acc> set;
-    set.k = from.k + head * from.rows * s_.d, set.v = from.v + head * from.rows * s_.e;
-    set.k_stride = s_.d, set.v_stride = s_.e, set.count = count;
+    set.k = dense_rows(from.k + head * from.rows * s_.d, s_.d),
+    set.v = dense_rows(from.v + head * from.rows * s_.e, s_.e);
+    set.count = count;
     return set;
   }
   template <class Absorb>

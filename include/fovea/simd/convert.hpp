@@ -4,6 +4,7 @@
 ///
 /// Contract   any length, no alignment, nothing behind the row is touched. f32 -> bf16 and f16 round to nearest even.
 
+#include <fovea/core/rows.hpp>
 #include <fovea/simd/pack.hpp>
 
 namespace fovea {
@@ -89,6 +90,18 @@ FOVEA_NOINLINE void load_row(dtype type, const void* p, isize n, Acc* out) {
     case dtype::f64: return detail::copy_row<Arch>(static_cast<const double*>(p), n, out);
     case dtype::bf16: return detail::copy_row<Arch>(static_cast<const bf16*>(p), n, out);
     case dtype::f16: return detail::copy_row<Arch>(static_cast<const f16*>(p), n, out);
+    case dtype::i8: return;  // has scales: load_scaled_row
+  }
+}
+/// n int8 elements, times one scale or times one for each `scale_group` of them -> Acc.
+template <class Arch, class Acc>
+FOVEA_NOINLINE void load_scaled_row(const void* p, const float* scales, isize scale_count, isize n, Acc* out) {
+  const auto* x = static_cast<const std::int8_t*>(p);
+  const isize run = scale_count == 1 ? n : scale_group;
+  for (isize first = 0; first < n; first += run, ++scales) {
+    const isize last = first + run < n ? first + run : n;
+    const Acc scale = static_cast<Acc>(*scales);
+    for (isize c = first; c < last; ++c) out[c] = static_cast<Acc>(x[c]) * scale;
   }
 }
 /// n elements of Acc -> storage.
@@ -99,6 +112,7 @@ FOVEA_NOINLINE void store_row(dtype type, const Acc* p, isize n, void* out) {
     case dtype::f64: return detail::copy_row<Arch>(p, n, static_cast<double*>(out));
     case dtype::bf16: return detail::copy_row<Arch>(p, n, static_cast<bf16*>(out));
     case dtype::f16: return detail::copy_row<Arch>(p, n, static_cast<f16*>(out));
+    case dtype::i8: return;  // stores write those: cache/
   }
 }
 
@@ -119,7 +133,10 @@ template <class P, class S>
 FOVEA_INLINE P load_as(const S* p) {
   if constexpr (std::is_same_v<S, typename P::value_type>) return P::load(p);
 #if defined(FOVEA_HAS_AVX512)
-  else if constexpr (std::is_same_v<P, pack<float, avx512>>) {
+  else if constexpr (std::is_same_v<P, pack<float, avx512>> && std::is_same_v<S, std::int8_t>) {
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return P(typename P::batch(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b))));
+  } else if constexpr (std::is_same_v<P, pack<float, avx512>>) {
     const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     if constexpr (std::is_same_v<S, f16>)
       return P(typename P::batch(_mm512_cvtph_ps(h)));
@@ -128,7 +145,10 @@ FOVEA_INLINE P load_as(const S* p) {
   }
 #endif
 #if defined(FOVEA_HAS_AVX2) && defined(__F16C__)
-  else if constexpr (std::is_same_v<P, pack<float, avx2>>) {
+  else if constexpr (std::is_same_v<P, pack<float, avx2>> && std::is_same_v<S, std::int8_t>) {
+    const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return P(typename P::batch(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b))));
+  } else if constexpr (std::is_same_v<P, pack<float, avx2>>) {
     const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     if constexpr (std::is_same_v<S, f16>)
       return P(typename P::batch(_mm256_cvtph_ps(h)));

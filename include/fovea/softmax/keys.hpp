@@ -57,8 +57,7 @@ namespace detail {
 template <class Acc>
 kernel::key_set<Acc> softmax_keys(const softmax_attention& m, const problem& p, isize b, isize g) {
   kernel::key_set<Acc> keys;
-  keys.k = p.k.row(b, g, 0), keys.v = p.v.row(b, g, 0), keys.type = p.k.type;
-  keys.k_stride = p.k.row_stride, keys.v_stride = p.v.row_stride, keys.count = p.k.length;
+  keys.k = rows_of(p.k, b, g), keys.v = rows_of(p.v, b, g), keys.count = p.k.length;
   keys.visible = m.mask.is_none() ? nullptr : &m.mask;
   keys.modify = m.score ? &m.score : nullptr;
   keys.site = m.site(p.shape(), b);
