@@ -3,15 +3,22 @@
 /// @file  Score modifications: what happens to a logit between the dot product and the mask.
 ///
 /// A score policy is a trivially copyable struct with
-///   double operator()(site, i, j, double s)   the new logit of row i and key j, s = scale * q.k in nats
+///   T operator()(site, i, j, T s)   the new logit of row i and key j, s = scale * q.k in nats; T is float or double
+/// and optionally a form that takes registers (`wide`) or whole tiles (`lanes`): score/lanes.hpp.
 /// Policies apply in the order of `chain`. Kernels ask once per tile through a function pointer; without one nothing is paid.
+///
+///   softcap   cap tanh(s / cap)                                    alibi           s - slopes[h] (p - j), p the row's position
+///   chain     first a, then b                                      biases          score/bias.hpp
+/// The backward pass needs a member `slope` (and takes `slot` for the gradient of a table): score/derivative.hpp.
 ///
 /// Contract   a policy is called for every (i, j) of a tile that is not wholly masked, also where the mask will hide the result.
 ///            -inf hides a key; +inf and NaN are the caller's responsibility.
 
 #include <cmath>
 
-#include <fovea/mask/mask.hpp>
+#include <fovea/score/bias.hpp>
+#include <fovea/score/derivative.hpp>
+#include <fovea/simd/tanh.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -31,6 +38,11 @@ struct softcap {
   FOVEA_HD T operator()(const mask_site&, isize, isize, T s) const {
     return static_cast<T>(cap) * std::tanh(s / static_cast<T>(cap));
   }
+  template <class T>
+  FOVEA_HD T slope(const mask_site&, isize, isize, T s) const {
+    const T t = std::tanh(s / static_cast<T>(cap));
+    return T(1) - t * t;
+  }
 };
 
 /// s - slopes[h] * (position of the row - j), bottom-right positions
@@ -45,22 +57,17 @@ struct alibi {
   }
   template <class T>
   FOVEA_HD T operator()(const mask_site& at, isize i, isize j, T s) const {
-    return s - static_cast<T>(slopes[at.h]) * static_cast<T>(i + at.m - at.n - j);
+    return s - static_cast<T>(slopes[at.h]) * static_cast<T>(align.position(at, i) - j);
   }
-};
-
-/// s + table[b * batch_stride + h * head_stride + i * row_stride + j * key_stride]
-struct additive_bias {
-  const float* table = nullptr;
-  isize batch_stride = 0, head_stride = 0, row_stride = 0, key_stride = 1;
-  table_extent extent = {};
-  void check(const mask_site& at) const {
-    require(table != nullptr || at.n == 0 || at.m == 0, "additive_bias has a null table; wanted ", at.n, " x ", at.m);
-    extent.check("bias", at);
+  template <class P>
+  P wide(const mask_site& at, P i, P j, P s) const {
+    using T = typename P::value_type;
+    return simd::fma(P(-static_cast<T>(slopes[at.h])), i + P(static_cast<T>(align.position(at, 0))) - j, s);
   }
+  static constexpr bool unit_slope = true;
   template <class T>
-  FOVEA_HD T operator()(const mask_site& at, isize i, isize j, T s) const {
-    return s + static_cast<T>(table[at.b * batch_stride + at.h * head_stride + i * row_stride + j * key_stride]);
+  FOVEA_HD T slope(const mask_site&, isize, isize, T) const {
+    return T(1);
   }
 };
 
@@ -77,6 +84,34 @@ struct chain {
   FOVEA_HD T operator()(const mask_site& at, isize i, isize j, T s) const {
     return static_cast<T>(b(at, i, j, static_cast<T>(a(at, i, j, s))));
   }
+  static constexpr bool unit_slope = detail::unit_sloped<A>() && detail::unit_sloped<B>();
+  template <class T>
+    requires(detail::sloped<A>&& detail::sloped<B>)
+  FOVEA_HD T slope(const mask_site& at, isize i, isize j, T s)
+  const { return static_cast<T>(b.slope(at, i, j, static_cast<T>(a(at, i, j, s))) * a.slope(at, i, j, s)); }
+  /// The table of the one policy that has one.
+  isize slot(const mask_site& at, isize i, isize j) const requires(detail::tabled<A> != detail::tabled<B>) {
+    if constexpr (detail::tabled<A>)
+      return a.slot(at, i, j);
+    else
+      return b.slot(at, i, j);
+  }
+  template <class T>
+    requires(detail::tabled<A> != detail::tabled<B>)
+  T slot_slope(const mask_site& at, isize i, isize j, T s)
+  const {
+    const T between = static_cast<T>(a(at, i, j, s));
+    if constexpr (detail::tabled<A>)
+      return static_cast<T>(b.slope(at, i, j, between)) * detail::slot_slope(a, at, i, j, s);
+    else
+      return detail::slot_slope(b, at, i, j, between);
+  }
+  table_axis axis(const mask_site& at) const requires(detail::tabled<A> != detail::tabled<B>) {
+    if constexpr (detail::tabled<A>)
+      return detail::axis_of(a, at);
+    else
+      return detail::axis_of(b, at);
+  }
 };
 template <class A, class B>
 chain(A, B) -> chain<A, B>;
@@ -88,12 +123,9 @@ using score_tile = void (*)(const void*, const mask_site&, isize i0, isize count
                             isize stride);
 
 template <score_policy P, class Acc>
-void score_lanes(const void* policy, const mask_site& at, isize i0, isize count, isize j0, isize j1, Acc* tile,
-                 isize stride) {
-  const P& p = *static_cast<const P*>(policy);
-  constexpr Acc to_nats = static_cast<Acc>(0.69314718055994530942), to_log2 = static_cast<Acc>(1.4426950408889634074);
-  for (isize j = j0; j < j1; ++j, tile += stride)
-    for (isize l = 0; l < count; ++l) tile[l] = static_cast<Acc>(p(at, i0 + l, j, tile[l] * to_nats)) * to_log2;
+void score_tile_of(const void* policy, const mask_site& at, isize i0, isize count, isize j0, isize j1, Acc* tile,
+                   isize stride) {
+  score_lanes(*static_cast<const P*>(policy), at, i0, count, j0, j1, tile, stride);
 }
 struct score_table {
   score_tile<float> f32;
@@ -102,7 +134,7 @@ struct score_table {
   double (*one)(const void*, const mask_site&, isize, isize, double);
 };
 template <score_policy P>
-inline constexpr score_table score_table_of{score_lanes<P, float>, score_lanes<P, double>,
+inline constexpr score_table score_table_of{score_tile_of<P, float>, score_tile_of<P, double>,
                                             [](const void* p, const mask_site& at) {
                                               if constexpr (requires { static_cast<const P*>(p)->check(at); })
                                                 static_cast<const P*>(p)->check(at);
@@ -119,7 +151,8 @@ class score {
   score() = default;
   template <score_policy P>
     requires(!std::same_as<P, score>)
-  score(const P& p) : table_(&detail::score_table_of<P>) {  // NOLINT(google-explicit-constructor)
+  score(const P& p)  // NOLINT(google-explicit-constructor)
+      : table_(&detail::score_table_of<P>), derivative_(&detail::derivative_table_of<P>) {
     static_assert(sizeof(P) <= sizeof storage_,
                   "a score policy may hold up to 128 bytes; keep tables outside and point to them");
     ::new (static_cast<void*>(storage_)) P(p);
@@ -139,8 +172,34 @@ class score {
       table_->f64(storage_, at, i0, count, j0, j1, tile, stride);
   }
 
+  /// For the backward pass (score/derivative.hpp): may it run, does it change slopes, is there a table to take gradients of.
+  bool has_slope() const { return table_ == nullptr || derivative_->has_slope; }
+  bool unit_slope() const { return table_ == nullptr || derivative_->unit; }
+  bool has_table() const { return table_ != nullptr && derivative_->has_table; }
+  table_axis axis(const mask_site& at) const { return derivative_->axis(storage_, at); }
+  template <class Acc>
+  void slopes(const mask_site& at, const detail::score_area& x, const Acc* s, Acc* to) const {
+    calls<Acc>().slope(storage_, at, x, s, to);
+  }
+  template <class Acc>
+  void add_gradient(const mask_site& at, const detail::score_area& x, const Acc* s, const Acc* ds, float* table) const {
+    calls<Acc>().add(storage_, at, x, s, ds, table);
+  }
+  void clear_gradient(const mask_site& at, const detail::score_area& x, float* table) const {
+    derivative_->clear(storage_, at, x, table);
+  }
+
  private:
+  template <class Acc>
+  const detail::derivative_calls<Acc>& calls() const {
+    if constexpr (std::is_same_v<Acc, float>)
+      return derivative_->f32;
+    else
+      return derivative_->f64;
+  }
+
   const detail::score_table* table_ = nullptr;
+  const detail::derivative_table* derivative_ = nullptr;
   alignas(16) std::byte storage_[128]{};
 };
 
