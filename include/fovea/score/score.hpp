@@ -38,6 +38,11 @@ struct softcap {
   FOVEA_HD T operator()(const mask_site&, isize, isize, T s) const {
     return static_cast<T>(cap) * std::tanh(s / static_cast<T>(cap));
   }
+  template <class P>
+  P wide(const mask_site&, P, P, P s) const {
+    using T = typename P::value_type;
+    return P(static_cast<T>(cap)) * simd::tanh(s * P(static_cast<T>(1 / cap)));
+  }
   template <class T>
   FOVEA_HD T slope(const mask_site&, isize, isize, T s) const {
     const T t = std::tanh(s / static_cast<T>(cap));
@@ -45,10 +50,11 @@ struct softcap {
   }
 };
 
-/// s - slopes[h] * (position of the row - j), bottom-right positions
+/// s - slopes[h] * (position of the row - j)
 struct alibi {
-  const float* slopes = nullptr;  ///< [H]
-  isize count = 0;                ///< how many there are; 0: not checked
+  const float* slopes = nullptr;           ///< [H]
+  isize count = 0;                         ///< how many there are; 0: not checked
+  alignment_of_rows align = bottom_right;  ///< that of the mask, where it has one
   void check(const mask_site& at) const {
     require(slopes != nullptr && (count == 0 || count == at.H), "alibi has ", slopes == nullptr ? 0 : count,
             " slopes; wanted one for each of ", at.H, " heads");
