@@ -53,6 +53,23 @@ table_axis axis_of(const P& p, const mask_site& at) {
     return table_axis::none;
 }
 
+/// The axis of a table whose element of (b, h, i, j) is b, h, i, j times these strides: rows, or keys where rows broadcast, or
+/// heads; none where the strides let elements of different pairs coincide.
+inline table_axis axis_of_strides(const mask_site& at, isize batch, isize head, isize row, isize key) {
+  const isize counts[] = {at.B, at.H, at.n, at.m}, strides[] = {batch, head, row, key};
+  bool used[4] = {};
+  isize reach = 1;
+  for (isize step = 0; step < 4; ++step) {  // by rising stride, each must span what the smaller ones reach
+    isize next = -1;
+    for (isize x = 0; x < 4; ++x)
+      if (!used[x] && strides[x] != 0 && counts[x] > 1 && (next < 0 || strides[x] < strides[next])) next = x;
+    if (next < 0) break;
+    if (strides[next] < reach) return table_axis::none;
+    used[next] = true, reach += (counts[next] - 1) * strides[next];
+  }
+  return used[2] ? table_axis::rows : used[3] ? table_axis::keys : used[1] ? table_axis::heads : table_axis::none;
+}
+
 /// Rows i0 + l, l < count, and keys [j0, j1) of a tile: element (j, l) at [(j - j0) * stride + l].
 struct score_area {
   isize i0, count, j0, j1, stride;
