@@ -15,6 +15,7 @@
 #include <fovea/mask/patterns.hpp>
 #include <fovea/mask/table.hpp>
 #include <fovea/position/rope_table.hpp>
+#include <fovea/position/rotate.hpp>
 #include <fovea/score/score.hpp>
 #include <fovea/softmax.hpp>
 #include <fovea/version.hpp>

@@ -41,31 +41,37 @@ struct rope {
 namespace detail {
 
 // One copy of each loop, never inlined: a row turns to the same bits wherever it is asked for.
-template <class T, class Table>
+template <int Sign, class T, class Table>
 FOVEA_NOINLINE void rotate_halves(const Table* FOVEA_RESTRICT c, const Table* FOVEA_RESTRICT s, isize half,
                                   T* FOVEA_RESTRICT low, T* FOVEA_RESTRICT high) noexcept {
   for (isize i = 0; i < half; ++i) {
-    const T x = low[i], y = high[i], a = static_cast<T>(c[i]), b = static_cast<T>(s[i]);
+    const T x = low[i], y = high[i], a = static_cast<T>(c[i]), b = T(Sign) * static_cast<T>(s[i]);
     low[i] = x * a - y * b;
     high[i] = y * a + x * b;
   }
 }
-template <class T, class Table>
+template <int Sign, class T, class Table>
 FOVEA_NOINLINE void rotate_neighbours(const Table* FOVEA_RESTRICT c, const Table* FOVEA_RESTRICT s, isize half,
                                       T* FOVEA_RESTRICT row) noexcept {
   for (isize i = 0; i < half; ++i) {
-    const T x = row[2 * i], y = row[2 * i + 1], a = static_cast<T>(c[i]), b = static_cast<T>(s[i]);
+    const T x = row[2 * i], y = row[2 * i + 1], a = static_cast<T>(c[i]), b = T(Sign) * static_cast<T>(s[i]);
     row[2 * i] = x * a - y * b;
     row[2 * i + 1] = y * a + x * b;
   }
 }
-template <class T, class Table>
+template <int Sign, class T, class Table>
 void rotate_row(const rope& r, const Table* cos, const Table* sin, isize position, T* row) noexcept {
   const isize half = r.width / 2;
   if (r.pair == rope::pairing::neox)
-    rotate_halves(cos + position * half, sin + position * half, half, row, row + half);
+    rotate_halves<Sign>(cos + position * half, sin + position * half, half, row, row + half);
   else
-    rotate_neighbours(cos + position * half, sin + position * half, half, row);
+    rotate_neighbours<Sign>(cos + position * half, sin + position * half, half, row);
+}
+template <int Sign, class T>
+void rotate_by_table(const rope& r, isize position, T* row) noexcept {
+  if constexpr (sizeof(T) == sizeof(double))
+    if (r.cos_f64 != nullptr) return rotate_row<Sign>(r, r.cos_f64, r.sin_f64, position, row);
+  rotate_row<Sign>(r, r.cos, r.sin, position, row);
 }
 
 }  // namespace detail
@@ -73,9 +79,12 @@ void rotate_row(const rope& r, const Table* cos, const Table* sin, isize positio
 /// Turns one row in place. T is float or double; 0 <= position < r.positions.
 template <class T>
 void rotate(const rope& r, isize position, T* row) noexcept {
-  if constexpr (sizeof(T) == sizeof(double))
-    if (r.cos_f64 != nullptr) return detail::rotate_row(r, r.cos_f64, r.sin_f64, position, row);
-  detail::rotate_row(r, r.cos, r.sin, position, row);
+  detail::rotate_by_table<1>(r, position, row);
+}
+/// The transpose: turns back (and multiplies by the magnitude once more); the gradient of a row from that of the turned row.
+template <class T>
+void rotate_back(const rope& r, isize position, T* row) noexcept {
+  detail::rotate_by_table<-1>(r, position, row);
 }
 
 }  // namespace FOVEA_ABI
