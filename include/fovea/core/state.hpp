@@ -9,27 +9,13 @@
 
 #include <cstring>
 #include <span>
-#include <string_view>
 #include <vector>
 
-#include <fovea/core/contract.hpp>
+#include <fovea/core/saved.hpp>
 #include <fovea/core/workspace.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
-
-namespace detail {
-/// FNV-1a, for fingerprints and for finding damaged files; not for security.
-struct fingerprint {
-  std::uint64_t value = 0xcbf29ce484222325ULL;
-  fingerprint& bytes(const void* p, std::size_t n) {
-    for (std::size_t i = 0; i < n; ++i) value = (value ^ static_cast<const unsigned char*>(p)[i]) * 0x100000001b3ULL;
-    return *this;
-  }
-  fingerprint& text(std::string_view s) { return bytes(s.data(), s.size()).number(static_cast<double>(s.size())); }
-  fingerprint& number(double x) { return bytes(&x, sizeof x); }
-};
-}  // namespace detail
 
 class state {
  public:
@@ -50,32 +36,20 @@ class state {
   }
 
   std::vector<std::byte> save() const {
-    const header h = make_header();
-    std::vector<std::byte> out(sizeof h + data_.size());
-    std::memcpy(out.data(), &h, sizeof h);
-    if (data_.size() > 0) std::memcpy(out.data() + sizeof h, data_.data(), data_.size());
-    return out;
+    const shape& z = sizes_;
+    const std::int64_t fields[8] = {tokens_, z.B, z.H, z.G, z.n, z.m, z.d, z.e};
+    return detail::seal(magic, version, static_cast<std::uint32_t>(z.type), tag_, fields, data_.size(),
+                        [&](std::byte* to) { std::memcpy(to, data_.data(), data_.size()); });
   }
 
-  static state restore(std::span<const std::byte> saved) {
-    header h;
-    require(saved.size() >= sizeof h, "a saved state of ", saved.size(), " bytes is shorter than its header of ",
-            sizeof h);
-    std::memcpy(&h, saved.data(), sizeof h);
-    require(std::memcmp(h.magic, "FOVEAST", 8) == 0, "these bytes are not a saved state: wrong magic");
-    require(h.version == version, "the saved state has version ", h.version, "; this build reads version ", version);
-    require(h.payload == saved.size() - sizeof h, "the saved state announces ", h.payload, " bytes and holds ",
-            saved.size() - sizeof h);
-    require(h.check == check_of(h, saved.data() + sizeof h), "the saved state is damaged: checksum differs");
-    require(h.type <= 3 && h.tokens >= 0, "the saved state's header is damaged");
-    for (const std::int64_t size : h.sizes) require(size >= 0, "the saved state's header is damaged");
-    state s(h.tag,
-            {h.sizes[0], h.sizes[1], h.sizes[2], h.sizes[3], h.sizes[4], h.sizes[5], h.sizes[6],
-             static_cast<dtype>(h.type)},
-            h.payload);
-    s.tokens_ = h.tokens;
-    if (h.payload > 0) std::memcpy(s.data_.data(), saved.data() + sizeof h, h.payload);
-    return s;
+  static state restore(std::span<const std::byte> bytes) {
+    const auto s = detail::unseal<8>("state", magic, version, bytes);
+    const auto& f = s.fields;
+    state to(s.header.tag, {f[1], f[2], f[3], f[4], f[5], f[6], f[7], static_cast<dtype>(s.header.type)},
+             s.payload.size());
+    to.tokens_ = f[0];
+    if (!s.payload.empty()) std::memcpy(to.data_.data(), s.payload.data(), s.payload.size());
+    return to;
   }
 
   /// Refuses a state that another mechanism, or another shape, has made.
@@ -91,28 +65,7 @@ class state {
 
  private:
   static constexpr std::uint32_t version = 1;
-  struct header {
-    char magic[8];
-    std::uint32_t version, type;
-    std::uint64_t tag, payload, check;
-    std::int64_t tokens, sizes[7];
-  };
-  header make_header() const {
-    header h{};
-    std::memcpy(h.magic, "FOVEAST", 8);
-    h.version = version;
-    h.type = static_cast<std::uint32_t>(sizes_.type);
-    h.tag = tag_, h.payload = data_.size(), h.tokens = tokens_;
-    const isize s[7] = {sizes_.B, sizes_.H, sizes_.G, sizes_.n, sizes_.m, sizes_.d, sizes_.e};
-    for (int i = 0; i < 7; ++i) h.sizes[i] = s[i];
-    h.check = check_of(h, data_.data());
-    return h;
-  }
-  /// Over the header (its own field as 0) and the payload: damaged sizes or token counts must be noticed too.
-  static std::uint64_t check_of(header h, const std::byte* payload) {
-    h.check = 0;
-    return detail::fingerprint{}.bytes(&h, sizeof h).bytes(payload, h.payload).value;
-  }
+  static constexpr char magic[8] = "FOVEAST";
 
   std::uint64_t tag_ = 0;
   shape sizes_;
