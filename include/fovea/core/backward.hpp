@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  The backward pass: what a mechanism offers, and the public call that checks once and hands over.
+///
+///   backward(exec, m, q, k, v, out, lse, dout, gradients [, options])
+///
+/// Contract   q, k, v, out, lse as of a prefill of m; dout [B, H, n, e] is the gradient of the loss by out. Each gradient that is
+///            asked for is written as a whole (not added to): dq, dk, dv in the shapes of q, k, v and any storage type (f64 goes
+///            with f64 only); dk and dv are summed over the query group. The same bits for any number of threads.
+/// Errors     contract_error before anything is written. Memory: workspace_size_backward(...) bytes, linear in n and m; without
+///            `backward_options::workspace` they are allocated once, here and nowhere deeper.
+
+#include <fovea/core/mechanism.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+
+/// Where the gradients go; null: not wanted.
+struct gradients {
+  tensor_mut dq = {}, dk = {}, dv = {};
+  float* dbias =
+      nullptr;  ///< by the table of the score's bias, laid out as that table; summed where the table broadcasts
+  float* dsinks = nullptr;  ///< [H]
+};
+
+struct backward_problem {
+  tensor_ref q, k, v, out, lse, dout;
+  gradients to;
+  fovea::shape shape() const { return {q.batch, q.heads, v.heads, q.length, k.length, q.width, v.width, q.type}; }
+  /// The prefill that this belongs to; nothing is written through its outputs.
+  problem forward() const {
+    const auto written = [](const tensor_ref& t) {
+      return tensor_mut(const_cast<void*>(t.data), t.type, t.batch, t.heads, t.length, t.width, t.batch_stride,
+                        t.head_stride, t.row_stride);
+    };
+    return {q, k, v, written(out), written(lse), {}};
+  }
+};
+
+///   check(p)                                 throws if the problem, or the mechanism's own values, are not acceptable
+///   workspace_size_backward(shape, threads)  bytes of scratch of one call
+///   backward(exec, p, scratch)               computes; does not throw, allocate or check
+template <class M>
+concept differentiable_mechanism = mechanism<M> &&
+    requires(const M& m, exec_ref exec, const backward_problem& p, const shape& s, arena scratch) {
+  m.check(p);
+  { m.workspace_size_backward(s, 1) } -> std::same_as<std::size_t>;
+  m.backward(exec, p, scratch);
+};
+
+struct backward_options {
+  std::span<std::byte> workspace = {};  ///< scratch of at least workspace_size_backward(shape, concurrency) bytes
+};
+
+template <differentiable_mechanism M>
+void backward(exec_ref exec, const M& m, tensor_ref q, tensor_ref k, tensor_ref v, tensor_ref out, tensor_ref lse,
+              tensor_ref dout, const gradients& to, const backward_options& options = {}) {
+  const backward_problem p{q, k, v, out, lse, dout, to};
+  m.check(p);
+  const std::size_t need = m.workspace_size_backward(p.shape(), exec.concurrency());
+  if (options.workspace.data() != nullptr) {
+    require(options.workspace.size() >= need, "workspace holds ", options.workspace.size(),
+            " bytes; this backward call needs ", need);
+    return m.backward(exec, p, arena(options.workspace));
+  }
+  const buffer own(need + alignment);
+  m.backward(exec, p, arena(own.span()));
+}
+
+namespace detail {
+
+inline void check_gradient(const backward_problem& p, const char* name, const tensor_mut& g, const char* of,
+                           const tensor_ref& x) {
+  if (!g) return;
+  check_tensor(name, g);
+  require(g.batch == x.batch && g.heads == x.heads && g.length == x.length && g.width == x.width, name, " is ",
+          describe(g), "; ", of, " is ", describe(x), ", and its gradient has the same sizes");
+  require((g.type == dtype::f64) == (x.type == dtype::f64), name, " is ", name_of(g.type), " and ", of, " is ",
+          name_of(x.type), "; f64 goes with f64 only");
+  check_apart(name, g, "q", p.q), check_apart(name, g, "k", p.k), check_apart(name, g, "v", p.v);
+  check_apart(name, g, "out", p.out), check_apart(name, g, "lse", p.lse), check_apart(name, g, "dout", p.dout);
+}
+
+/// The part of the contract that all mechanisms share.
+inline void check_backward(const backward_problem& p) {
+  check_problem(p.forward());
+  const bool rows = p.q.batch > 0 && p.q.heads > 0 && p.q.length > 0;
+  require(p.lse || !rows, "lse is null; backward makes the probabilities anew from the lse that prefill wrote");
+  check_tensor("dout", p.dout);
+  require(p.dout.batch == p.out.batch && p.dout.heads == p.out.heads && p.dout.length == p.out.length &&
+              p.dout.width == p.out.width,
+          "dout is ", describe(p.dout), "; wanted the sizes of out, ", describe(p.out));
+  require((p.dout.type == dtype::f64) == (p.q.type == dtype::f64), "dout is ", name_of(p.dout.type), " and q is ",
+          name_of(p.q.type), "; f64 goes with f64 only");
+  const gradients& to = p.to;
+  check_gradient(p, "dq", to.dq, "q", p.q), check_gradient(p, "dk", to.dk, "k", p.k);
+  check_gradient(p, "dv", to.dv, "v", p.v);
+  check_apart("dk", to.dk, "dq", to.dq), check_apart("dv", to.dv, "dq", to.dq), check_apart("dv", to.dv, "dk", to.dk);
+}
+
+}  // namespace detail
+}  // namespace FOVEA_ABI
+}  // namespace fovea
