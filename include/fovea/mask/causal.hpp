@@ -49,6 +49,7 @@ struct window {
     require(first >= 0, "window first is ", first, "; it must not be negative");
   }
   FOVEA_HD bool is_causal() const { return align.how == alignment_of_rows::kind::bottom_right; }
+  FOVEA_HD kept_keys kept() const { return is_causal() ? kept_keys{width, first} : kept_keys{}; }
   FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const {
     const isize p = align.position(at, i);
     return j <= p && (j > p - width || j < first);

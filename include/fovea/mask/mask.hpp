@@ -10,6 +10,7 @@
 ///   range queries(site, j)               exactly the rows that see key j, if they are a range: partial tiles then cost a shift
 ///   void lanes(site, i0, count, j0, j1, out) bit l of out[j - j0]: row i0 + l sees key j, for all of a partial tile at once
 ///   bool is_causal()                     no row sees a key behind its own position, bottom-right: states need that
+///   kept_keys kept()                     causal policies that never look further back than a number of keys: ring stores need that
 ///   void check(site)                     throws contract_error if the policy does not fit the problem
 ///
 /// Contract   i in [0, n), j in [0, m). Kernels hold a `mask_ref`: one indirect call per tile, none per element.
@@ -35,6 +36,13 @@ FOVEA_HD constexpr range meet(range a, range b) {
 }
 
 enum class tile_kind : unsigned char { empty, partial, full };
+
+/// What a row sees at most: the last `window` keys up to its own position, and the first `first`. Ring stores keep no more.
+struct kept_keys {
+  isize window = PTRDIFF_MAX;
+  isize first = 0;
+  FOVEA_HD constexpr bool bounded() const { return window < PTRDIFF_MAX; }
+};
 
 /// Where a question is asked: the batch item, the query head, and the sizes of the problem.
 struct mask_site {
@@ -86,6 +94,7 @@ struct mask_table {
   bool (*visible)(const void*, const mask_site&, isize, isize);
   void (*check)(const void*, const mask_site&);
   bool (*is_causal)(const void*);
+  kept_keys (*kept)(const void*);
 };
 template <mask_policy P>
 inline constexpr mask_table mask_table_of{
@@ -109,6 +118,13 @@ inline constexpr mask_table mask_table_of{
         return static_cast<const P*>(p)->is_causal();
       else
         return false;
+    },
+    [](const void* p) {
+      (void)p;
+      if constexpr (requires { static_cast<const P*>(p)->kept(); })
+        return static_cast<const P*>(p)->kept();
+      else
+        return kept_keys{};
     }};
 }  // namespace detail
 
@@ -141,6 +157,7 @@ class mask {
   }
   void check(const mask_site& at) const { table_->check(storage_, at); }
   bool is_causal() const { return table_->is_causal(storage_); }
+  kept_keys kept() const { return table_->kept(storage_); }
   bool is_none() const { return table_ == &detail::mask_table_of<no_mask>; }
 
  private:
