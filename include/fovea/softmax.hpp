@@ -11,6 +11,7 @@
 /// Numerics   f32 accumulation (f64 for f64), exp2 of 1.9 ulp; docs/numerics.md.
 /// Reference  softmax/reference.hpp.       Source  Vaswani et al., Attention Is All You Need (2017).
 
+#include <fovea/softmax/backward.hpp>
 #include <fovea/softmax/mechanism.hpp>
 #include <fovea/softmax/prefill.hpp>
 #include <fovea/softmax/step.hpp>

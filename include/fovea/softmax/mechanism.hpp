@@ -5,7 +5,7 @@
 #include <cmath>
 #include <optional>
 
-#include <fovea/core/mechanism.hpp>
+#include <fovea/core/backward.hpp>
 #include <fovea/mask/causal.hpp>
 #include <fovea/mask/table.hpp>
 #include <fovea/score/score.hpp>
@@ -37,6 +37,10 @@ struct softmax_attention {
   state make_state(const shape& s) const;
   std::uint64_t tag() const;
   void prefill(exec_ref exec, const problem& p, state& s, arena scratch) const;
+
+  void check(const backward_problem& p) const;
+  std::size_t workspace_size_backward(const shape& s, int threads) const;
+  void backward(exec_ref exec, const backward_problem& p, arena scratch) const;
 
   double macs(const shape& s) const;  ///< multiply-adds of a prefill
   double step_macs(const shape& s) const { return static_cast<double>(s.B * s.H * s.m * (s.d + s.e)); }

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  A superblock of query rows cut into tiles of the vector lanes: where rows lie, what they see, and rows turned into columns.
+///
+///   row r = h * n + i of the query group that shares one KV head; tile t holds R = NR * W rows, lane l of it row first + t * R + l
+///
+/// Contract   bits of lanes without a row are never set. A run of keys that is not masked is seen by every row of the tile.
+
+#include <bit>
+#include <limits>
+
+#include <fovea/core/workspace.hpp>
+#include <fovea/kernel/online_softmax.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+namespace kernel {
+
+/// Keys [first, first + count) of a block, of which some row of a tile sees each: vectors [vector, vector + vectors) are computed.
+struct key_run {
+  std::int16_t first, count;
+  std::int8_t vector, vectors;
+  bool masked;
+};
+
+template <class Arch, class Acc>
+class query_tiles {
+  using T = detail::softmax_tile<Arch, Acc>;
+
+ public:
+  static constexpr isize R = T::rows, W = T::W;
+  struct segment {  // lanes [lane, lane + count) of a tile: rows i ... of head h
+    isize lane, count, h, i;
+  };
+
+  void place(const query_rows& rows) noexcept {
+    rows_ = rows;
+    used_ = ceil_div(rows.last - rows.first, R);
+  }
+  isize used() const noexcept { return used_; }
+  const query_rows& rows() const noexcept { return rows_; }
+  isize count(isize t) const noexcept {
+    const isize left = rows_.last - rows_.first - t * R;
+    return left < R ? left : R;
+  }
+  std::uint64_t live(isize t) const noexcept { return ~std::uint64_t{0} >> (64 - count(t)); }
+  isize head(isize r) const noexcept { return rows_.first_head + (rows_.first + r) / rows_.q.length; }
+  isize row(isize r) const noexcept { return (rows_.first + r) % rows_.q.length; }
+
+  template <class F>
+  void for_segments(isize t, F&& f) const noexcept {
+    const isize n = rows_.q.length, first = rows_.first + t * R, last = first + count(t);
+    for (isize r = first; r < last;) {
+      const isize i = r % n, number = n - i < last - r ? n - i : last - r;
+      f(segment{r - first, number, rows_.first_head + r / n, i});
+      r += number;
+    }
+  }
+
+  /// What tile t sees of keys [j0, j1): bits in lanes [j1 - j0], and the runs of keys in `runs`. Returns how many runs there are.
+  template <class Set>
+  isize look(const Set& set, isize t, isize j0, isize j1, std::uint64_t* lanes, key_run* runs) const noexcept {
+    const std::uint64_t all = live(t);
+    range own{j0, j1};
+    tile_kind kind = tile_kind::full;
+    if (set.visible != nullptr) {
+      own = hull(set, t, j0, j1);
+      kind = own.empty() ? tile_kind::empty : ask(set, t, own, lanes + (own.first - j0));
+    }
+    const auto fill = [&](isize first, isize last, std::uint64_t bits) {
+      for (isize j = first; j < last; ++j) lanes[j - j0] = bits;
+    };
+    if (kind == tile_kind::empty) return fill(j0, j1, 0), 0;
+    fill(j0, own.first, 0), fill(own.last, j1, 0);
+    if (kind == tile_kind::full) {
+      fill(own.first, own.last, all);
+      runs[0] = {static_cast<std::int16_t>(own.first - j0), static_cast<std::int16_t>(own.last - own.first), 0, T::NR,
+                 false};
+      return 1;
+    }
+    return cut(own.first - j0, own.last - j0, lanes, all, set.modify == nullptr, runs);
+  }
+
+ private:
+  template <class Set>
+  range hull(const Set& set, isize t, isize j0, isize j1) const noexcept {
+    range all{j1, j0};
+    for_segments(t, [&](const segment& g) {
+      const range r = meet(set.visible->keys(site(set, g), g.i, g.i + g.count), {j0, j1});
+      if (!r.empty()) all = {r.first < all.first ? r.first : all.first, r.last > all.last ? r.last : all.last};
+    });
+    return all;
+  }
+
+  template <class Set>
+  tile_kind ask(const Set& set, isize t, range keys, std::uint64_t* lanes) const noexcept {
+    bool any = false, all = true;
+    for_segments(t, [&](const segment& g) {
+      const tile_kind kind = set.visible->tile(site(set, g), g.i, g.i + g.count, keys.first, keys.last);
+      any = any || kind != tile_kind::empty, all = all && kind == tile_kind::full;
+    });
+    if (!any) return tile_kind::empty;
+    if (all) return tile_kind::full;
+    const isize count = keys.last - keys.first;
+    for (isize y = 0; y < count; ++y) lanes[y] = 0;
+    for_segments(t, [&](const segment& g) {
+      std::uint64_t bits[T::keys];
+      set.visible->lanes(site(set, g), g.i, g.count, keys.first, keys.last, bits);
+      for (isize y = 0; y < count; ++y) lanes[y] |= bits[y] << g.lane;
+    });
+    return tile_kind::partial;
+  }
+
+  /// Runs of keys with the same kind of bits. `by_vector`: leave out the vectors of which no lane sees a key.
+  static isize cut(isize first, isize last, const std::uint64_t* lanes, std::uint64_t all, bool by_vector,
+                   key_run* runs) noexcept {
+    static_assert(T::NR == 2);
+    constexpr std::uint64_t vector = ~std::uint64_t{0} >> (64 - W);
+    isize count = 0;
+    for (isize k = first; k < last; ++k) {
+      const std::uint64_t bits = lanes[k];
+      if (bits == 0) continue;
+      const bool masked = bits != all, low = (bits & vector) != 0, high = (bits >> W) != 0,
+                 part = by_vector && masked && low != high;
+      const key_run next{static_cast<std::int16_t>(k), 1, static_cast<std::int8_t>(part && high ? 1 : 0),
+                         static_cast<std::int8_t>(part ? 1 : 2), masked};
+      key_run* back = runs + count - 1;
+      if (count > 0 && back->first + back->count == k && back->masked == masked && back->vector == next.vector &&
+          back->vectors == next.vectors)
+        ++back->count;
+      else
+        runs[count++] = next;
+    }
+    return count;
+  }
+
+ public:
+  template <class Set>
+  static mask_site site(const Set& set, const segment& g) noexcept {
+    mask_site at = set.site;
+    at.h = g.h;
+    return at;
+  }
+
+ private:
+  query_rows rows_;
+  isize used_ = 0;
+};
+
+/// Rows of a superblock, as they are [rows][ld] (padded with zeros to whole vectors) and turned [tile][width][R].
+template <class Arch, class Acc>
+class turned_rows {
+  using tiles = query_tiles<Arch, Acc>;
+
+ public:
+  turned_rows(arena& memory, isize rows, isize width)
+      : width_(width),
+        ld_(ceil_div(width, tiles::W) * tiles::W),
+        rows_(memory.take<Acc>(rows * ld_)),
+        columns_(memory.take<Acc>(rows * width)) {}
+
+  /// `shift` [rows]: rows where it is infinite count as zeros. Columns are multiplied by `factor`.
+  void load(const tiles& at, const tensor_ref& from, Acc factor, const Acc* shift) noexcept {
+    for (isize r = 0; r < at.used() * tiles::R; ++r) {
+      Acc* to = rows_ + r * ld_;
+      const bool real = shift[r] != std::numeric_limits<Acc>::infinity();
+      if (real) simd::load_row<Arch, Acc>(from.type, from.row(at.rows().b, at.head(r), at.row(r)), width_, to);
+      for (isize c = real ? width_ : 0; c < ld_; ++c) to[c] = Acc(0);
+    }
+    for (isize t = 0; t < at.used(); ++t)
+      for (isize lane = 0; lane < tiles::R; lane += tiles::W) {
+        const Acc* row[tiles::W];
+        for (isize l = 0; l < tiles::W; ++l) row[l] = rows_ + (t * tiles::R + lane + l) * ld_;
+        simd::rows_to_columns<Acc, Arch>(row, width_, factor, columns_ + t * width_ * tiles::R + lane, tiles::R);
+      }
+  }
+  isize ld() const noexcept { return ld_; }
+  const Acc* rows(isize t) const noexcept { return rows_ + t * tiles::R * ld_; }
+  const Acc* columns(isize t) const noexcept { return columns_ + t * width_ * tiles::R; }
+
+ private:
+  isize width_, ld_;
+  Acc *rows_, *columns_;
+};
+
+/// The log-sum-exp of each row in units of log2; plus infinity where a row sees nothing and in lanes without a row: then P = 0.
+template <class Arch, class Acc>
+void load_shift(const query_tiles<Arch, Acc>& at, const tensor_ref& lse, Acc* shift) noexcept {
+  constexpr Acc none = std::numeric_limits<Acc>::infinity();
+  const isize rows = at.rows().last - at.rows().first;
+  for (isize r = 0; r < at.used() * query_tiles<Arch, Acc>::R; ++r) {
+    const Acc x = r < rows ? *static_cast<const Acc*>(lse.row(at.rows().b, at.head(r), at.row(r))) : none;
+    shift[r] = x == -none ? none : x * static_cast<Acc>(1.4426950408889634074);
+  }
+}
+
+}  // namespace kernel
+}  // namespace FOVEA_ABI
+}  // namespace fovea

@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  Gradients of exact softmax attention for a superblock of query rows and a stretch of keys of one KV head.
+///
+///   P = 2^(S - lse),  dP = dO V^T,  dS = P (dP - delta),  delta_i = do_i . o_i       S^T, dP^T [keys x rows] as in the forward pass
+///   dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS                                      five products, none of P or dS turned
+///
+/// Queries lie along the vector lanes in S, dP and dQ; dK and dV have their columns there and sum over `chunk` tiles of rows at a time,
+/// with P and dS as broadcast scalars. Q and dO are turned once for each superblock and kept both ways.
+///
+/// Contract   begin, then for each of a power of two of pieces: begin_piece, absorb over its blocks, end_piece; then finish. dk, dv
+///            are [keys][ld] accumulators that absorb adds to; dK lacks the factor `scale`. Lanes and rows without a share add nothing.
+/// Cost       10 d flops (d = e) for each visible pair; scratch depends on neither n nor m.
+/// Numerics   partial sums of dQ over pieces are joined as a binary tree: the bits do not depend on which thread had which.
+/// Reference  softmax/reference_backward.hpp.      Source  Dao et al., FlashAttention (2022), appendix B.
+
+#include <fovea/kernel/softmax_backward_panels.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+namespace kernel {
+
+struct wanted_gradients {
+  bool dq = false, dk = false, dv = false;
+};
+
+template <class Arch, class Acc>
+class softmax_backward {
+  using T = detail::softmax_tile<Arch, Acc>;
+  using tiles = query_tiles<Arch, Acc>;
+  static constexpr isize R = T::rows, W = T::W;
+
+ public:
+  static constexpr isize keys = T::keys;                                // of a block
+  static constexpr isize chunk = R >= 128 ? 1 : R <= 16 ? 8 : 128 / R;  // tiles that dK and dV sum over at a time
+  static constexpr isize row_bytes = 512 << 10;                         // what a superblock may take of L2
+
+  /// Rows of a superblock: Q, dO twice and dQ within row_bytes, whole chunks.
+  static isize superblock(isize rows, isize d, isize e) {
+    isize most = 512;
+    while (most > chunk * R && most * (3 * d + 2 * e) * static_cast<isize>(sizeof(Acc)) > row_bytes) most /= 2;
+    most = most < chunk * R ? chunk * R : most;
+    return rows < most ? ceil_div(rows, R) * R : most;
+  }
+  static isize padded(isize width) { return ceil_div(width, W) * W; }  // ld of the dk and dv accumulators
+
+  /// `levels`: log2 of the pieces. `has_score`: some score policy will ask for the old scores or their slopes.
+  softmax_backward(arena& memory, isize rows, isize d, isize e, int levels, bool has_score)
+      : d_(d), e_(e), most_(superblock(rows, d, e)), q_(memory, most_, d), do_(memory, most_, e) {
+    shift_ = memory.take<Acc>(most_), delta_ = memory.take<Acc>(most_);
+    p_ = memory.take<Acc>(chunk * keys * R), ds_ = memory.take<Acc>(chunk * keys * R);
+    old_ = memory.take<Acc>(has_score ? keys * R : 0);
+    k_ = memory.take<Acc>(keys * d), v_ = memory.take<Acc>(keys * e);
+    out_row_ = memory.take<Acc>(d > e ? d : e);
+    turned_ = memory.take<Acc>(W * d);
+    for (int x = 0; x <= levels; ++x) sums_[x] = memory.take<Acc>(most_ * d);
+    lanes_ = memory.take<std::uint64_t>(chunk * keys);
+    runs_ = memory.take<key_run>(keys);
+    row_runs_ = memory.take<detail::row_run>(chunk * R);
+  }
+
+  void begin(const query_rows& rows, const tensor_ref& out, const tensor_ref& lse, const tensor_ref& dout, double scale,
+             const wanted_gradients& want) noexcept {
+    at_.place(rows);
+    out_from_ = out, lse_from_ = lse, do_from_ = dout;
+    scale_ = scale, want_ = want, loaded_ = false;
+  }
+
+  void begin_piece() noexcept {
+    for (isize x = 0; want_.dq && x < at_.used() * R * d_; ++x) sums_[0][x] = Acc(0);
+  }
+  /// Keys [j0, j1) of a set; dk, dv: accumulator rows of key j0.
+  void absorb(const key_set<Acc>& set, isize j0, isize j1, Acc* dk, Acc* dv) noexcept {
+    for (isize j = j0; j < j1; j += keys) {
+      block x{j, j + keys < j1 ? j + keys : j1, nullptr, nullptr, 0, 0};
+      for (isize t = 0; t < at_.used(); t += chunk)
+        absorb_chunk(set, t, x, dk + (j - j0) * padded(d_), dv + (j - j0) * padded(e_));
+    }
+  }
+  /// The x-th of a power of two of pieces is complete: sums of equal size are joined, the earlier one first.
+  void end_piece(isize x) noexcept {
+    if (!want_.dq) return;
+    int level = 1;
+    for (; (x & 1) != 0; x >>= 1, ++level)
+      for (isize y = 0; y < at_.used() * R * d_; ++y) sums_[0][y] = sums_[level][y] + sums_[0][y];
+    open_ = level;
+  }
+  /// After end_piece, where another piece follows.
+  void keep_piece() noexcept {
+    Acc* const sum = sums_[0];
+    sums_[0] = sums_[open_], sums_[open_] = sum;
+  }
+
+  /// dq = factor * dQ for the superblock's rows.
+  void finish(const tensor_mut& dq, Acc factor) noexcept {
+    const bool direct = dq.type == dtype_of<Acc>;
+    Acc factors[W];
+    for (Acc& f : factors) f = factor;
+    for (isize t = 0; t < at_.used(); ++t)
+      for (isize lane = 0; lane < at_.count(t); lane += W) {
+        const isize first = t * R + lane, left = at_.count(t) - lane;
+        Acc* to[W];
+        for (isize l = 0; l < W; ++l) to[l] = direct && l < left ? row_of(dq, first + l) : turned_ + l * d_;
+        simd::columns_to_rows<Acc, Arch>(sums_[0] + t * d_ * R + lane, R, d_, factors, to);
+        for (isize l = 0; !direct && l < W && l < left; ++l)
+          simd::store_row<Arch, Acc>(dq.type, to[l], d_, dq.row(at_.rows().b, at_.head(first + l), at_.row(first + l)));
+      }
+  }
+
+  /// table += gradients of the score's table over keys [j0, j1), for the rows that `begin` named.
+  void add_table(const key_set<Acc>& set, isize j0, isize j1, float* table) noexcept {
+    for (isize j = j0; j < j1; j += keys) {
+      block x{j, j + keys < j1 ? j + keys : j1, nullptr, nullptr, 0, 0};
+      for (isize t = 0; t < at_.used(); ++t) {
+        const isize runs = at_.look(set, t, x.j0, x.j1, lanes_, runs_);
+        if (runs == 0) continue;
+        fetch(set, x);
+        scores<true>(set, t, 0, x, runs);
+        for (isize n = 0; n < runs; ++n)
+          for_areas(set, t, x, runs_[n], [&](const mask_site& site, const fovea::detail::score_area& area, isize to) {
+            set.modify->template add_gradient<Acc>(site, area, old_ + to, ds_ + to, table);
+          });
+      }
+    }
+  }
+
+ private:
+  struct block {  // keys [j0, j1) of a set, converted when the first tile needs them
+    isize j0, j1;
+    const Acc *k, *v;
+    isize k_stride, v_stride;
+  };
+
+  Acc* row_of(const tensor_mut& t, isize r) const noexcept {
+    return static_cast<Acc*>(t.row(at_.rows().b, at_.head(r), at_.row(r)));
+  }
+
+  void fetch(const key_set<Acc>& set, block& x) noexcept {
+    if (x.k != nullptr) return;
+    if (!loaded_) load();
+    x.k = block_of_rows<Arch, Acc>(set.k, x.j0, x.j1, d_, k_, x.k_stride);
+    x.v = block_of_rows<Arch, Acc>(set.v, x.j0, x.j1, e_, v_, x.v_stride);
+  }
+
+  /// Q and dO both ways, lse and delta: not before a key is seen.
+  void load() noexcept {
+    loaded_ = true;
+    load_shift(at_, lse_from_, shift_);
+    q_.load(at_, at_.rows().q, static_cast<Acc>(scale_ * 1.4426950408889634074), shift_);
+    do_.load(at_, do_from_, Acc(1), shift_);
+    for (isize r = 0; r < at_.used() * R; ++r) {
+      delta_[r] = Acc(0);
+      if (shift_[r] == std::numeric_limits<Acc>::infinity()) continue;
+      const Acc* o =
+          simd::row_as<Arch, Acc>(out_from_.type, out_from_.row(at_.rows().b, at_.head(r), at_.row(r)), e_, out_row_);
+      delta_[r] = dot(do_.rows(0) + r * do_.ld(), o);
+    }
+  }
+  Acc dot(const Acc* a, const Acc* b) const noexcept {
+    using P = simd::pack<Acc, Arch>;
+    P sum(Acc(0));
+    for (isize c = 0; c < e_; c += W)
+      sum = simd::fma(simd::load_n<P>(a + c, e_ - c), simd::load_n<P>(b + c, e_ - c), sum);
+    return simd::reduce_add(sum);
+  }
+
+  void absorb_chunk(const key_set<Acc>& set, isize t0, block& x, Acc* dk, Acc* dv) noexcept {
+    const isize t1 = t0 + chunk < at_.used() ? t0 + chunk : at_.used();
+    range seen{x.j1 - x.j0, 0};
+    for (isize t = t0; t < t1; ++t) {
+      const isize runs = at_.look(set, t, x.j0, x.j1, lanes_ + (t - t0) * keys, runs_);
+      if (runs == 0) continue;
+      fetch(set, x);
+      const key_run& last = runs_[runs - 1];
+      seen = {runs_[0].first < seen.first ? runs_[0].first : seen.first,
+              last.first + last.count > seen.last ? last.first + last.count : seen.last};
+      scores<false>(set, t, t - t0, x, runs);
+      if (want_.dq) add_dq(t, t - t0, x, runs);
+    }
+    if (!seen.empty()) add_keys(t0, t1 - t0, seen, dk, dv);
+  }
+
+  /// f(site, area, offset into a tile) for each head's part of a tile.
+  template <class F>
+  void for_areas(const key_set<Acc>& set, isize t, const block& x, const key_run& run, F&& f) const noexcept {
+    at_.for_segments(t, [&](const typename tiles::segment& g) {
+      f(tiles::site(set, g), fovea::detail::score_area{g.i, g.count, x.j0 + run.first, x.j0 + run.first + run.count, R},
+        run.first * R + g.lane);
+    });
+  }
+
+  /// P and dS of tile t, the c-th of its chunk. Table: dS is that of the modified score, and the old one stays in old_.
+  template <bool Table>
+  void scores(const key_set<Acc>& set, isize t, isize c, const block& x, isize runs) noexcept {
+    Acc *p = p_ + c * keys * R, *ds = ds_ + c * keys * R;
+    const bool slopes = !Table && set.modify != nullptr && !set.modify->unit_slope();
+    for (isize n = 0; n < runs; ++n) {
+      const key_run& run = runs_[n];
+      const isize lane = run.vector * W, to = run.first * R + lane, columns = run.vectors * W;
+      tile::gemm<Arch, Acc>(run.count, columns, d_, x.k + run.first * x.k_stride, x.k_stride, 1, q_.columns(t) + lane,
+                            R, p + to, R, false);
+      if (Table || want_.dq || want_.dk)
+        tile::gemm<Arch, Acc>(run.count, columns, e_, x.v + run.first * x.v_stride, x.v_stride, 1,
+                              do_.columns(t) + lane, R, ds + to, R, false);
+      if (set.modify != nullptr)
+        for_areas(set, t, x, run, [&](const mask_site& site, const fovea::detail::score_area& area, isize at) {
+          if (slopes) set.modify->template slopes<Acc>(site, area, p + at, old_ + at);
+          for (isize y = 0; Table && y < run.count; ++y)
+            for (isize l = 0; l < area.count; ++l) old_[at + y * R + l] = p[at + y * R + l];
+          set.modify->template apply<Acc>(site, area.i0, area.count, area.j0, area.j1, p + at, R);
+        });
+      exponentials(run, t, c, p + to, ds + to, slopes ? old_ + to : nullptr);
+    }
+  }
+  void exponentials(const key_run& run, isize t, isize c, Acc* p, Acc* ds, const Acc* slope) noexcept {
+    const isize lane = run.vector * W, row = t * R + lane;
+    const std::uint64_t* lanes = lanes_ + c * keys + run.first;
+    const auto call = [&](auto f) {
+      f(run.count, R, p, ds, slope, shift_ + row, delta_ + row, lanes, static_cast<int>(lane));
+    };
+    if (!run.masked)
+      call(detail::score_gradients<Arch, Acc, T::NR, false>);
+    else if (run.vectors == T::NR)
+      call(detail::score_gradients<Arch, Acc, T::NR, true>);
+    else
+      call(detail::score_gradients<Arch, Acc, 1, true>);
+  }
+
+  void add_dq(isize t, isize c, const block& x, isize runs) noexcept {
+    const tile::balanced columns(d_, T::MR);
+    isize first = 0;
+    for (isize g = 0; g < columns.groups; ++g) {
+      const isize count = columns.size(g);
+      tile::with_constant<T::MR>(count, [&](auto m) {
+        detail::query_gradient<Arch, Acc, m, T::NR>(runs_, runs, x.k + first, x.k_stride, ds_ + c * keys * R,
+                                                    lanes_ + c * keys, sums_[0] + (t * d_ + first) * R);
+      });
+      first += count;
+    }
+  }
+
+  /// dV and dK of the block's keys that some row of the chunk sees.
+  void add_keys(isize t0, isize used, range seen, Acc* dk, Acc* dv) noexcept {
+    const tile::balanced panels(seen.last - seen.first, T::MR);
+    isize k = seen.first;
+    for (isize g = 0; g < panels.groups; ++g) {
+      const isize count = panels.size(g);
+      isize runs = 0;
+      for (isize c = 0; c < used; ++c) runs += detail::rows_of_panel(lanes_ + c * keys + k, count, c, row_runs_ + runs);
+      if (runs > 0 && want_.dv) add_panel(count, runs, k, p_, do_.rows(t0), do_.ld(), dv + k * do_.ld());
+      if (runs > 0 && want_.dk) add_panel(count, runs, k, ds_, q_.rows(t0), q_.ld(), dk + k * q_.ld());
+      k += count;
+    }
+  }
+  void add_panel(isize count, isize runs, isize k, const Acc* p, const Acc* rows, isize ld, Acc* to) noexcept {
+    tile::with_constant<T::MR>(count, [&](auto m) {
+      isize c = 0;
+      for (; c + T::NR * W <= ld; c += T::NR * W)
+        detail::key_gradient<Arch, Acc, m, T::NR>(row_runs_, runs, p + k * R, keys * R, rows + c, ld, lanes_ + k, keys,
+                                                  to + c, ld);
+      if (c < ld)
+        detail::key_gradient<Arch, Acc, m, 1>(row_runs_, runs, p + k * R, keys * R, rows + c, ld, lanes_ + k, keys,
+                                              to + c, ld);
+    });
+  }
+
+  isize d_, e_, most_;
+  tiles at_;
+  turned_rows<Arch, Acc> q_, do_;
+  tensor_ref out_from_, lse_from_, do_from_;
+  double scale_ = 1;
+  wanted_gradients want_;
+  bool loaded_ = false;
+  int open_ = 1;
+  Acc *shift_, *delta_, *p_, *ds_, *old_, *k_, *v_, *out_row_, *turned_;
+  Acc* sums_[5] = {};  // the piece at work, then sums of 1, 2, 4, 8 pieces
+  std::uint64_t* lanes_;
+  key_run* runs_;
+  detail::row_run* row_runs_;
+};
+
+}  // namespace kernel
+}  // namespace FOVEA_ABI
+}  // namespace fovea
