@@ -32,6 +32,7 @@ template <class Acc>
 struct key_set {
   row_source k, v;  ///< rows of d, rows of e
   isize count = 0;
+  isize first = 0;                       ///< keys before it are left out by online_softmax: a part of a split
   const fovea::mask* visible = nullptr;  ///< null: everything
   const fovea::score* modify = nullptr;  ///< null: nothing
   const Acc* bias = nullptr;             ///< [count] added to the score of each key, nats; null: nothing
@@ -187,12 +188,12 @@ class online_softmax {
   }
 
   range keys_of_tile(const key_set<Acc>& set, isize t) const noexcept {
-    if (set.visible == nullptr) return {0, set.count};
+    if (set.visible == nullptr) return {set.first, set.count};
     range all{set.count, 0};
     for_segments(t, [&](const segment& g) {
       mask_site at = set.site;
       at.h = g.h;
-      const range r = meet(set.visible->keys(at, g.i, g.i + g.count), {0, set.count});
+      const range r = meet(set.visible->keys(at, g.i, g.i + g.count), {set.first, set.count});
       if (!r.empty()) all = {r.first < all.first ? r.first : all.first, r.last > all.last ? r.last : all.last};
     });
     return all;
