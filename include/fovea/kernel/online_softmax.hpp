@@ -235,68 +235,87 @@ class online_softmax {
     if (x.k == nullptr) fetch(set, x);
 
     detail::panel list[T::most_panels];
-    isize panels = 0;
     alignas(64) Acc top[T::rows], alpha[T::rows];
     for (isize r = 0; r < T::rows; ++r) top[r] = -std::numeric_limits<Acc>::infinity();
-    const std::uint64_t every = live_lanes(t);
-    const tile::balanced split(own.last - own.first, T::MR);
-    isize k = own.first - x.j0;
-    for (isize g = 0; g < split.groups; ++g) {
-      const isize count = split.size(g);
-      std::uint64_t any = every, all = every;
-      if (kind == tile_kind::partial) {
-        any = 0;
-        for (isize y = k; y < k + count; ++y) any |= lanes_[y], all &= lanes_[y];
-      }
-      if (any != 0) {
-        const bool masked = all != every;
-        score(set, t, x, k, count, masked, any, top);
-        if (panels > 0 && !masked && !list[panels - 1].masked && list[panels - 1].first + list[panels - 1].count == k)
-          list[panels - 1].count = static_cast<std::int16_t>(list[panels - 1].count + count);
-        else
-          list[panels++] = {static_cast<std::int16_t>(k), static_cast<std::int16_t>(count), masked};
-      }
-      k += count;
+    const isize first = own.first - x.j0, last = own.last - x.j0;
+    isize panels = 1;
+    if (kind == tile_kind::full && set.modify == nullptr && set.bias == nullptr) {
+      scores(t, x, first, last, 0, vectors(t), top);
+      list[0] = {static_cast<std::int16_t>(first), static_cast<std::int16_t>(last - first), false};
+    } else {
+      panels = modified_scores(set, t, x, first, last, kind == tile_kind::partial, top, list);
+      if (panels == 0) return;
     }
-    if (panels == 0) return;
-    detail::exponentials<Arch, Acc, T::NR>(list, panels, s_, top, m_ + t * T::rows, l_ + t * T::rows, alpha);
+    if (vectors(t) <= few)
+      join<few>(list, panels, t, x, top, alpha);
+    else
+      join<T::NR>(list, panels, t, x, top, alpha);
+  }
+
+  /// Exponentials and values of the panels: (m, l, O) of tile t takes them in. NV: the vectors of the tile that hold rows.
+  template <int NV>
+  void join(const detail::panel* list, isize panels, isize t, const block& x, const Acc* top, Acc* alpha) noexcept {
+    detail::exponentials<Arch, Acc, NV>(list, panels, s_, top, m_ + t * T::rows, l_ + t * T::rows, alpha);
     const tile::balanced columns(e_, T::MR);
     isize c = 0;
     for (isize g = 0; g < columns.groups; ++g) {
       const isize count = columns.size(g);
       tile::with_constant<T::MR>(count, [&](auto m) {
-        detail::value_panels<Arch, Acc, m, T::NR>(list, panels, x.v + c, x.v_stride, s_, lanes_, alpha,
-                                                  ot_ + (t * e_ + c) * T::rows);
+        detail::value_panels<Arch, Acc, m, NV>(list, panels, x.v + c, x.v_stride, s_, lanes_, alpha,
+                                               ot_ + (t * e_ + c) * T::rows);
       });
       c += count;
     }
   }
 
-  /// Scores of keys [k, k + count) of the block into s_, modified and masked, their maximum folded into `top`.
-  void score(const key_set<Acc>& set, isize t, const block& x, isize k, isize count, bool masked, std::uint64_t any,
-             Acc* top) noexcept {
-    alignas(64) Acc unused[T::rows] = {};
+  /// Panel by panel: what no row sees is left out, what is modified or partly seen is masked. Returns the panels left in `list`.
+  isize modified_scores(const key_set<Acc>& set, isize t, const block& x, isize first, isize last, bool partial,
+                        Acc* top, detail::panel* list) noexcept {
     const bool changed = set.modify != nullptr || set.bias != nullptr;
-    Acc* fold = masked || changed ? unused : top;
-    // Vectors of the tile that no row of this panel needs are left out (the causal diagonal, the far edge of a window).
-    constexpr std::uint64_t vector = ~std::uint64_t{0} >> (64 - T::W);
-    const isize v0 = masked && (any & vector) == 0 ? 1 : 0;
-    const bool one = T::NR == 2 && masked && (v0 == 1 || (any >> T::W) == 0);
-    const Acc* rows = x.k + k * x.k_stride;
-    const Acc* qt = qt_ + t * d_ * T::rows + v0 * T::W;
-    Acc* s = s_ + k * T::rows;
-    tile::with_constant<T::MR>(count, [&](auto m) {
-      if (one)
-        detail::score_panel<Arch, Acc, m, 1>(d_, rows, x.k_stride, qt, T::rows, s + v0 * T::W, fold);
-      else
-        detail::score_panel<Arch, Acc, m, T::NR>(d_, rows, x.k_stride, qt, T::rows, s, fold);
-    });
-    if (changed) modify(set, t, x.j0 + k, count, s);
-    if (masked || changed) {
-      if (!masked)
+    const std::uint64_t every = live_lanes(t);
+    const tile::balanced split(last - first, T::MR);
+    isize panels = 0, k = first;
+    for (isize g = 0, count = 0; g < split.groups; ++g, k += count) {
+      count = split.size(g);
+      std::uint64_t any = every, all = every;
+      if (partial) {
+        any = 0;
+        for (isize y = k; y < k + count; ++y) any |= lanes_[y], all &= lanes_[y];
+      }
+      if (any == 0) continue;
+      const bool masked = all != every;
+      alignas(64) Acc unused[T::rows] = {};
+      // Vectors of the tile that no row of this panel needs are left out (the causal diagonal, the far edge of a window).
+      isize v0 = 0, v1 = vectors(t);
+      while ((any >> (v0 * T::W) & whole) == 0) ++v0;
+      while ((any >> ((v1 - 1) * T::W) & whole) == 0) --v1;
+      scores(t, x, k, k + count, v0, v1, masked || changed ? unused : top);
+      if (changed) modify(set, t, x.j0 + k, count, s_ + k * T::rows);
+      if (!partial && changed)
         for (isize y = k; y < k + count; ++y) lanes_[y] = ~std::uint64_t{0};
-      detail::mask_panel<Arch, Acc, T::NR>(k, k + count, lanes_, s_, top);
+      if (masked || changed) detail::mask_panel<Arch, Acc>(k, k + count, lanes_, s_, top);
+      if (panels > 0 && masked == list[panels - 1].masked && list[panels - 1].first + list[panels - 1].count == k)
+        list[panels - 1].count = static_cast<std::int16_t>(list[panels - 1].count + count);
+      else
+        list[panels++] = {static_cast<std::int16_t>(k), static_cast<std::int16_t>(count), masked};
     }
+    return panels;
+  }
+
+  /// Scores of keys [first, last) of the block and vectors [v0, v1) of the tile into s_, their maximum folded into `top`.
+  void scores(isize t, const block& x, isize first, isize last, isize v0, isize v1, Acc* top) noexcept {
+    const Acc* qt = qt_ + t * d_ * T::rows + v0 * T::W;
+    const tile::balanced split(last - first, T::MR);
+    tile::with_constant<T::NR>(v1 - v0, [&](auto vectors) {
+      const auto run = [&](auto m, isize k, isize panels) FOVEA_INLINE_LAMBDA {
+        detail::score_panels<Arch, Acc, m, vectors>(panels, d_, x.k + k * x.k_stride, x.k_stride, qt, T::rows,
+                                                    s_ + k * T::rows + v0 * T::W, top + v0 * T::W);
+      };
+      const isize large = split.extra, small = split.groups - split.extra;  // panels of small + 1 keys, then of small
+      if (large > 0) tile::with_constant<T::MR>(split.small + 1, [&](auto m) { run(m, first, large); });
+      if (small > 0)
+        tile::with_constant<T::MR>(split.small, [&](auto m) { run(m, first + large * (split.small + 1), small); });
+    });
   }
 
   void modify(const key_set<Acc>& set, isize t, isize j, isize count, Acc* s) noexcept {
@@ -310,6 +329,14 @@ class online_softmax {
       });
   }
 
+  static constexpr std::uint64_t whole = ~std::uint64_t{0} >> (64 - T::W);  // all lanes of a vector
+  static constexpr int few = T::NR > 2 ? 2 : T::NR;
+
+  /// Vectors of tile t that hold rows.
+  isize vectors(isize t) const noexcept {
+    const isize count = ceil_div(rows_.last - rows_.first - t * T::rows, T::W);
+    return count < T::NR ? count : T::NR;
+  }
   std::uint64_t live_lanes(isize t) const noexcept {
     const isize count = rows_.last - rows_.first - t * T::rows;
     return ~std::uint64_t{0} >> (64 - (count < T::rows ? count : T::rows));

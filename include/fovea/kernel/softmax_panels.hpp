@@ -2,7 +2,7 @@
 #pragma once
 /// @file  The four inner loops of the online softmax, each over panels of keys of one block and a tile of queries in the lanes.
 ///
-///   score_panel    S = K Q^T for up to MR keys, and the running maximum
+///   score_panels   S = K Q^T for panels of up to MR keys, and the running maximum
 ///   mask_panel     S = visible ? S : -inf, and the maximum of what is left
 ///   exponentials   P = 2^(S - m) in place, the new (m, l), and the factor of the old O
 ///   value_panels   O^T = O^T 2^(m - m') + V^T P
@@ -13,6 +13,7 @@
 #include <limits>
 
 #include <fovea/simd/exp.hpp>
+#include <fovea/simd/reduce.hpp>
 #include <fovea/tile/gemm.hpp>
 
 namespace fovea {
@@ -20,11 +21,14 @@ inline namespace FOVEA_ABI {
 namespace kernel {
 namespace detail {
 
+/// 6 x 4 with 32 registers: 10 loads feed 24 products, which leaves the core room where 8 x 2 (10 for 16) does not, most of all
+/// when another thread shares it; 6 x 2 with 16 registers.
 template <class Arch, class Acc>
 struct softmax_tile {
-  static constexpr int MR = tile::tile_shape<Arch, Acc>::MR, NR = tile::tile_shape<Arch, Acc>::NR;
+  static constexpr bool wide = std::is_same_v<Acc, float> && Arch::registers >= 32 && simd::pack<Acc, Arch>::size <= 16;
+  static constexpr int MR = wide ? 6 : tile::tile_shape<Arch, Acc>::MR, NR = wide ? 4 : tile::tile_shape<Arch, Acc>::NR;
   static constexpr isize W = simd::pack<Acc, Arch>::size, rows = NR * W;  // queries of a tile
-  static constexpr isize keys = 128;                                      // keys of a block: S stays in L1
+  static constexpr isize keys = wide ? 96 : 128;                          // keys of a block: S stays in L1
   static constexpr isize most_panels = keys;
   static_assert(rows <= 64);
 };
@@ -35,32 +39,49 @@ struct panel {
   bool masked;
 };
 
-/// S = K Q^T for one panel, all or some of the tile's vectors; returns nothing, folds the maximum into `top` [vectors].
+/// S = K Q^T for `panels` panels of M keys and NV vectors of queries; folds the maximum into `top` [NV vectors].
 template <class Arch, class Acc, int M, int NV>
-FOVEA_NOINLINE void score_panel(isize d, const Acc* k, isize k_stride, const Acc* qt, isize q_ld, Acc* s,
-                                Acc* top) noexcept {
+FOVEA_NOINLINE void score_panels(isize panels, isize d, const Acc* k, isize k_stride, const Acc* qt, isize ld, Acc* s,
+                                 Acc* top) noexcept {
   using P = simd::pack<Acc, Arch>;
-  P acc[M][NV];
+  P most[NV];
+  isize row[M];  // kept in registers: left alone, compilers work the addresses out again at every step
+  tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { most[v] = P::load(top + v * P::size); });
   tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
-    tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { acc[i][v] = P(Acc(0)); });
+    row[i] = i * k_stride;
+    simd::keep_in_register(row[i]);
   });
-  tile::accumulate<Arch, Acc, M, NV>(d, k, k_stride, 1, qt, q_ld, acc);
-  tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA {
-    P m = P::load(top + v * P::size);
+  for (isize n = 0; n < panels; ++n, k += M * k_stride, s += M * ld) {
+    P acc[M][NV];
     tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
-      acc[i][v].store(s + i * q_ld + v * P::size);
-      m = simd::max(m, acc[i][v]);
+      tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { acc[i][v] = P(Acc(0)); });
     });
-    m.store(top + v * P::size);
-  });
+    const Acc *a = k, *b = qt;
+    for (isize c = 0; c < d; ++c, ++a, b += ld) {
+      P q[NV];
+      tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { q[v] = P::load(b + v * P::size); });
+      tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
+        const P x(a[row[i]]);
+        tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { acc[i][v] = simd::fma(x, q[v], acc[i][v]); });
+      });
+    }
+    tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
+      tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA {
+        acc[i][v].store(s + i * ld + v * P::size);
+        most[v] = simd::max(most[v], acc[i][v]);
+      });
+    });
+  }
+  tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { most[v].store(top + v * P::size); });
 }
 
-/// O^T[columns] = O^T * alpha + V^T P over the panels of a block.
+/// O^T[columns] = O^T * alpha + V^T P over the panels of a block; NV of the tile's vectors are in use.
 template <class Arch, class Acc, int M, int NV>
 FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, isize v_stride, const Acc* p,
                                  const std::uint64_t* lanes, const Acc* alpha, Acc* o) noexcept {
   using P = simd::pack<Acc, Arch>;
-  constexpr isize ld = NV * P::size;
+  constexpr isize ld = softmax_tile<Arch, Acc>::rows;
+  constexpr std::uint64_t whole = ~std::uint64_t{0} >> (64 - P::size);
   P acc[M][NV];
   tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
     const P a = P::load(alpha + x * P::size);
@@ -74,13 +95,17 @@ FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, 
     }
     for (isize k = first; k < first + count; ++k) {
       const std::uint64_t bits = lanes[k];
-      if (bits == 0) continue;
+      const Acc* value = v + k * v_stride;
       tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
+        const std::uint64_t live = (bits >> (x * P::size)) & whole;
+        if (live == 0) return;
         const P w = P::load(p + k * ld + x * P::size);
-        const auto live = static_cast<simd::lane_bits>(bits >> (x * P::size));
-        tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
-          acc[i][x] = simd::fma_where(live, w, P(v[k * v_stride + i]), acc[i][x]);
-        });
+        if (live == whole)
+          tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA { acc[i][x] = simd::fma(w, P(value[i]), acc[i][x]); });
+        else
+          tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
+            acc[i][x] = simd::fma_where(static_cast<simd::lane_bits>(live), w, P(value[i]), acc[i][x]);
+          });
       });
     }
   }
@@ -90,14 +115,15 @@ FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, 
 }
 
 /// s = visible ? s : -inf for a partly visible panel; the maximum over what is left goes into `top`.
-template <class Arch, class Acc, int NV>
+template <class Arch, class Acc>
 FOVEA_NOINLINE void mask_panel(isize first, isize last, const std::uint64_t* lanes, Acc* s, Acc* top) noexcept {
   using P = simd::pack<Acc, Arch>;
+  constexpr int NR = softmax_tile<Arch, Acc>::NR;
   const P none(-std::numeric_limits<Acc>::infinity());
-  tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
+  tile::unroll<NR>([&](auto x) FOVEA_INLINE_LAMBDA {
     P m = P::load(top + x * P::size);
     for (isize k = first; k < last; ++k) {
-      Acc* at = s + k * NV * P::size + x * P::size;
+      Acc* at = s + k * NR * P::size + x * P::size;
       const P y = simd::select(static_cast<simd::lane_bits>(lanes[k] >> (x * P::size)), P::load(at), none);
       y.store(at);
       m = simd::max(m, y);
@@ -106,42 +132,38 @@ FOVEA_NOINLINE void mask_panel(isize first, isize last, const std::uint64_t* lan
   });
 }
 
-/// P = 2^(S - m) in place, and the new (m, l); alpha is what the old O has to be multiplied by.
+/// P = 2^(S - m) in place, and the new (m, l); alpha is what the old O has to be multiplied by. NV of the tile's vectors are in use.
 template <class Arch, class Acc, int NV>
 FOVEA_NOINLINE void exponentials(const panel* list, isize panels, Acc* s, const Acc* top, Acc* m, Acc* l,
                                  Acc* alpha) noexcept {
   using P = simd::pack<Acc, Arch>;
-  constexpr isize ld = NV * P::size;
-  P shift[NV], sum[NV], other[NV];
+  constexpr isize ld = softmax_tile<Arch, Acc>::rows;
   tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
     const P old = P::load(m + x * P::size), next = simd::max(old, P::load(top + x * P::size));
-    shift[x] =
-        simd::select_greater(next, P(static_cast<Acc>(-3e38)), next, P(Acc(0)));  // nothing visible yet, or NaN: 0
-    const P a = simd::exp2(old - shift[x]);
+    // Nothing visible yet, or NaN: 0.
+    const P shift = simd::select_greater(next, P(static_cast<Acc>(-3e38)), next, P(Acc(0)));
+    const P a = simd::exp2(old - shift);
     next.store(m + x * P::size);
     a.store(alpha + x * P::size);
-    sum[x] = P::load(l + x * P::size) * a;
-    other[x] = P(Acc(0));
+    P sum = P::load(l + x * P::size) * a, other(Acc(0));
+    for (isize n = 0; n < panels; ++n) {
+      Acc* at = s + list[n].first * ld + x * P::size;
+      isize k = list[n].count;
+      for (; k >= 4; k -= 4, at += 4 * ld) {
+        P p[4];
+        tile::unroll<4>([&](auto y) FOVEA_INLINE_LAMBDA { p[y] = simd::exp2(P::load(at + y * ld) - shift); });
+        tile::unroll<4>([&](auto y) FOVEA_INLINE_LAMBDA { p[y].store(at + y * ld); });
+        sum = sum + p[0], other = other + p[1];
+        sum = sum + p[2], other = other + p[3];
+      }
+      for (; k > 0; --k, at += ld) {
+        const P p = simd::exp2(P::load(at) - shift);
+        p.store(at);
+        sum = sum + p;
+      }
+    }
+    (sum + other).store(l + x * P::size);
   });
-  for (isize n = 0; n < panels; ++n) {
-    Acc* at = s + list[n].first * ld;
-    const isize count = list[n].count;
-    isize k = 0;
-    for (; k + 2 <= count; k += 2, at += 2 * ld)
-      tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
-        const P p = simd::exp2(P::load(at + x * P::size) - shift[x]),
-                q = simd::exp2(P::load(at + ld + x * P::size) - shift[x]);
-        p.store(at + x * P::size), q.store(at + ld + x * P::size);
-        sum[x] = sum[x] + p, other[x] = other[x] + q;
-      });
-    for (; k < count; ++k, at += ld)
-      tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
-        const P p = simd::exp2(P::load(at + x * P::size) - shift[x]);
-        p.store(at + x * P::size);
-        sum[x] = sum[x] + p;
-      });
-  }
-  tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA { (sum[x] + other[x]).store(l + x * P::size); });
 }
 
 }  // namespace detail

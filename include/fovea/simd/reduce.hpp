@@ -35,6 +35,15 @@ FOVEA_INLINE void prefetch(const void* p, isize bytes) {
 #endif
 }
 
+/// An address offset that is to stay in a register instead of being worked out again.
+FOVEA_INLINE void keep_in_register(isize& x) {
+#if defined(__GNUC__) || defined(__clang__)
+  __asm__("" : "+r"(x));
+#else
+  (void)x;
+#endif
+}
+
 template <class T, class A>
 FOVEA_INLINE pack<T, A> sum_each(const pack<T, A> (&x)[pack<T, A>::size]) {
   using P = pack<T, A>;
