@@ -12,8 +12,10 @@
 #include <fovea/linear.hpp>
 #include <fovea/linformer.hpp>
 #include <fovea/mask/causal.hpp>
+#include <fovea/mask/function.hpp>
 #include <fovea/mask/patterns.hpp>
 #include <fovea/mask/table.hpp>
+#include <fovea/mask/tree.hpp>
 #include <fovea/position/rope_table.hpp>
 #include <fovea/position/rotate.hpp>
 #include <fovea/score/score.hpp>

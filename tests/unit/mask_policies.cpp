@@ -2,91 +2,17 @@
 /// @file  Every mask policy answers tile(), keys(), queries() and lanes() as visible() says, over random sites; visible() itself against
 ///        the definitions.
 
-#include <vector>
-
-#include "support/catch.hpp"
-#include "support/errors.hpp"
-#include "support/random.hpp"
-
-#include <fovea/mask/causal.hpp>
-#include <fovea/mask/table.hpp>
+#include "unit/mask_check.hpp"
 
 namespace {
 
 using namespace fovea;
-
-/// Asks one policy everything at one site; "" or the first contradiction.
-template <mask_policy P>
-std::string contradiction(const P& p, const mask_site& at, test::random& r) {
-  const mask held(p);
-  for (isize i = 0; i < at.n; ++i)
-    for (isize j = 0; j < at.m; ++j) {
-      if (held.visible(at, i, j) != p.visible(at, i, j)) return "the held mask differs";
-      if constexpr (requires { p.queries(at, j); })
-        if (p.queries(at, j).holds(i) != p.visible(at, i, j))
-          return detail::sentence("queries(", j, ") is wrong about row ", i);
-    }
-  for (int round = 0; round < 40 && at.n > 0 && at.m > 0; ++round) {
-    const isize i0 = r.integer(0, at.n - 1), i1 = r.integer(i0 + 1, at.n), j0 = r.integer(0, at.m - 1),
-                j1 = r.integer(j0 + 1, at.m);
-    bool any = false, all = true;
-    const range keys = held.keys(at, i0, i1);
-    if (!keys.empty() && (keys.first < 0 || keys.last > at.m)) return "keys() leaves [0, m)";
-    for (isize i = i0; i < i1; ++i)
-      for (isize j = 0; j < at.m; ++j) {
-        const bool sees = p.visible(at, i, j);
-        if (sees && !keys.holds(j)) return detail::sentence("keys(", i0, ", ", i1, ") misses key ", j);
-        if (j >= j0 && j < j1) any = any || sees, all = all && sees;
-      }
-    const tile_kind kind = held.tile(at, i0, i1, j0, j1);
-    if (kind == tile_kind::empty && any)
-      return detail::sentence("tile ", i0, " ", i1, " ", j0, " ", j1, " called empty");
-    if (kind == tile_kind::full && !all)
-      return detail::sentence("tile ", i0, " ", i1, " ", j0, " ", j1, " called full");
-    const isize count = std::min<isize>(64, i1 - i0);
-    std::vector<std::uint64_t> bits(static_cast<std::size_t>(j1 - j0), 0xdeadULL);
-    held.lanes(at, i0, count, j0, j1, bits.data());
-    for (isize j = j0; j < j1; ++j)
-      for (isize l = 0; l < 64; ++l)
-        if (((bits[static_cast<std::size_t>(j - j0)] >> l) & 1U) != (l < count && p.visible(at, i0 + l, j) ? 1U : 0U))
-          return detail::sentence("lanes: row ", i0 + l, " key ", j);
-  }
-  return {};
-}
-
-template <class Make>
-void at_random_sites(Make&& make) {
-  for (std::uint64_t seed = 0; seed < 300; ++seed) {
-    test::random r(seed);
-    mask_site at;
-    at.n = r.integer(1, seed % 5 == 0 ? 130 : 20), at.m = r.integer(1, 40), at.G = r.integer(1, 2),
-    at.H = at.G * r.integer(1, 3);
-    at.b = r.integer(0, 1), at.h = r.integer(0, at.H - 1);
-    const auto policy = make(r, at);
-    CAPTURE(seed, at.n, at.m);
-    REQUIRE_NOTHROW(mask(policy).check(at));
-    REQUIRE(contradiction(policy, at, r) == std::string());
-  }
-}
-
-alignment_of_rows any_alignment(test::random& r) {
-  const isize which = r.integer(0, 2);
-  return which == 0 ? bottom_right : which == 1 ? top_left : at_offset(r.integer(-5, 12));
-}
-std::vector<std::uint8_t> coins(test::random& r, isize count, double chance) {
-  std::vector<std::uint8_t> t;
-  for (isize i = 0; i < count; ++i)
-    t.push_back(r.coin(chance) ? static_cast<std::uint8_t>(r.integer(1, 255)) : std::uint8_t{0});
-  return t;
-}
-/// sequences + 1 cumulative lengths from 0 to total, some sequences empty.
-std::vector<std::int32_t> cuts(test::random& r, isize sequences, isize total) {
-  std::vector<std::int32_t> c{0};
-  for (isize s = 1; s < sequences; ++s)
-    c.push_back(static_cast<std::int32_t>(r.coin(0.3) ? c.back() : r.integer(c.back(), total)));
-  c.push_back(static_cast<std::int32_t>(total));
-  return c;
-}
+using test::any_alignment;
+using test::at_random_sites;
+using test::coins;
+using test::contradiction;
+using test::cuts;
+using test::tiles;
 
 }  // namespace
 
@@ -152,22 +78,30 @@ TEST_CASE("mask: packed is consistent; empty sequences included") {
 }
 TEST_CASE("mask: both and either are consistent") {
   std::vector<std::uint8_t> table;
-  at_random_sites([&](test::random& r, const mask_site& at) {
-    table = coins(r, at.n * at.m, 0.5);
-    return both{causal{any_alignment(r)}, boolean_mask{table.data(), 0, 0, at.m}};
-  });
-  at_random_sites([](test::random& r, const mask_site&) {
-    return both{window{.width = r.integer(1, 9), .first = r.integer(0, 3)},
-                two_sided{r.integer(0, 9), r.integer(0, 9), any_alignment(r)}};
-  });
-  at_random_sites([&](test::random& r, const mask_site& at) {
-    table = coins(r, at.n * at.m, 0.5);
-    return either{window{.width = r.integer(1, 5), .first = 0, .align = any_alignment(r)},
-                  boolean_mask{table.data(), 0, 0, at.m}};
-  });
-  at_random_sites([](test::random& r, const mask_site&) {
-    return either{two_sided{r.integer(0, 3), r.integer(0, 3), any_alignment(r)}, causal{any_alignment(r)}};
-  });
+  at_random_sites(
+      [&](test::random& r, const mask_site& at) {
+        table = coins(r, at.n * at.m, 0.5);
+        return both{causal{any_alignment(r)}, boolean_mask{table.data(), 0, 0, at.m}};
+      },
+      tiles::loose);
+  at_random_sites(
+      [](test::random& r, const mask_site&) {
+        return both{window{.width = r.integer(1, 9), .first = r.integer(0, 3)},
+                    two_sided{r.integer(0, 9), r.integer(0, 9), any_alignment(r)}};
+      },
+      tiles::loose);
+  at_random_sites(
+      [&](test::random& r, const mask_site& at) {
+        table = coins(r, at.n * at.m, 0.5);
+        return either{window{.width = r.integer(1, 5), .first = 0, .align = any_alignment(r)},
+                      boolean_mask{table.data(), 0, 0, at.m}};
+      },
+      tiles::loose);
+  at_random_sites(
+      [](test::random& r, const mask_site&) {
+        return either{two_sided{r.integer(0, 3), r.integer(0, 3), any_alignment(r)}, causal{any_alignment(r)}};
+      },
+      tiles::loose);
 }
 
 TEST_CASE("mask: the consistency check itself catches a lying policy") {
@@ -192,6 +126,13 @@ TEST_CASE("mask: the consistency check itself catches a lying policy") {
   CHECK(contradiction(liar{}, at, r) != std::string());
   CHECK(contradiction(narrow_keys{}, at, r) != std::string());
   CHECK(contradiction(wrong_queries{}, at, r) != std::string());
+  struct lazy {
+    bool visible(const mask_site&, isize, isize) const { return true; }
+    range keys(const mask_site& at, isize, isize) const { return {0, at.m}; }
+    tile_kind tile(const mask_site&, isize, isize, isize, isize) const { return tile_kind::partial; }
+  };
+  CHECK(contradiction(lazy{}, at, r) == std::string());
+  CHECK(contradiction(lazy{}, at, r, tiles::exact) != std::string());
 }
 
 TEST_CASE("mask: what does not fit is refused with a sentence") {

@@ -11,7 +11,7 @@
 ///   void lanes(site, i0, count, j0, j1, out) bit l of out[j - j0]: row i0 + l sees key j, for all of a partial tile at once
 ///   bool is_causal()                     no row sees a key behind its own position, bottom-right: states need that
 ///   kept_keys kept()                     causal policies that never look further back than a number of keys: ring stores need that
-///   void check(site)                     throws contract_error if the policy does not fit the problem
+///   void check(site)                     throws contract_error if the policy does not fit item b of the problem
 ///
 /// Contract   i in [0, n), j in [0, m). Kernels hold a `mask_ref`: one indirect call per tile, none per element.
 
@@ -43,6 +43,11 @@ struct kept_keys {
   isize first = 0;
   FOVEA_HD constexpr bool bounded() const { return window < PTRDIFF_MAX; }
 };
+/// What is left of two such bounds at once.
+FOVEA_HD constexpr kept_keys tighter(kept_keys a, kept_keys b) {
+  if (!a.bounded() || !b.bounded()) return a.bounded() ? a : b;
+  return {a.window < b.window ? a.window : b.window, a.first > b.first ? a.first : b.first};
+}
 
 /// Where a question is asked: the batch item, the query head, and the sizes of the problem.
 struct mask_site {
@@ -136,7 +141,7 @@ struct no_mask {
   FOVEA_HD tile_kind tile(const mask_site&, isize, isize, isize, isize) const { return tile_kind::full; }
 };
 
-/// Any mask policy, held by value (up to 128 bytes, no allocation).
+/// Any mask policy, held by value (up to 192 bytes, no allocation).
 class mask {
  public:
   mask() : mask(no_mask{}) {}
@@ -144,7 +149,7 @@ class mask {
     requires(!std::same_as<P, mask>)
   mask(const P& p) : table_(&detail::mask_table_of<P>) {  // NOLINT(google-explicit-constructor)
     static_assert(sizeof(P) <= sizeof storage_,
-                  "a mask policy may hold up to 128 bytes; keep tables outside and point to them");
+                  "a mask policy may hold up to 192 bytes; keep tables outside and point to them");
     ::new (static_cast<void*>(storage_)) P(p);
   }
   bool visible(const mask_site& at, isize i, isize j) const { return table_->visible(storage_, at, i, j); }
@@ -162,7 +167,7 @@ class mask {
 
  private:
   const detail::mask_table* table_;
-  alignas(16) std::byte storage_[128]{};
+  alignas(16) std::byte storage_[192]{};
 };
 
 }  // namespace FOVEA_ABI

@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: MIT
 #pragma once
-/// @file  Masks that are stored, and combinations: a boolean matrix, a block mask, packed sequences, `both` and `either`.
+/// @file  Masks that are stored, and combinations: a boolean matrix, a block mask, `both`, `either`, `every`.
+///
+///   both, either   two policies of any type                  every   any number of masks that stand elsewhere
+///
+/// Packed sequences stand in mask/packed.hpp, trees of draft tokens in mask/tree.hpp, functions in mask/function.hpp.
 ///
 /// Contract   tables are views of the caller's memory with explicit strides (in elements; 0 broadcasts over batch or heads).
 
-#include <fovea/mask/mask.hpp>
+#include <fovea/mask/packed.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -19,11 +23,28 @@ struct boolean_mask {
     require(table != nullptr || at.n == 0 || at.m == 0, "boolean_mask has a null table; wanted ", at.n, " x ", at.m);
     extent.check("mask", at);
   }
-  FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const {
-    return table[at.b * batch_stride + at.h * head_stride + i * row_stride + j * key_stride] != 0;
-  }
+  FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const { return row(at, i)[j * key_stride] != 0; }
   FOVEA_HD range keys(const mask_site& at, isize, isize) const { return {0, at.m}; }
-  FOVEA_HD tile_kind tile(const mask_site&, isize, isize, isize, isize) const { return tile_kind::partial; }
+  FOVEA_HD tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
+    bool any = false, all = true;
+    for (isize i = i0; i < i1 && (all || !any); ++i) {
+      const std::uint8_t* t = row(at, i);
+      for (isize j = j0; j < j1; ++j) any |= t[j * key_stride] != 0, all &= t[j * key_stride] != 0;
+    }
+    return all ? tile_kind::full : any ? tile_kind::partial : tile_kind::empty;
+  }
+  void lanes(const mask_site& at, isize i0, isize count, isize j0, isize j1, std::uint64_t* out) const {
+    for (isize j = j0; j < j1; ++j) out[j - j0] = 0;
+    for (isize l = 0; l < count; ++l) {
+      const std::uint8_t* t = row(at, i0 + l);
+      for (isize j = j0; j < j1; ++j) out[j - j0] |= static_cast<std::uint64_t>(t[j * key_stride] != 0) << l;
+    }
+  }
+
+ private:
+  FOVEA_HD const std::uint8_t* row(const mask_site& at, isize i) const {
+    return table + at.b * batch_stride + at.h * head_stride + i * row_stride;
+  }
 };
 
 /// Key blocks of `block_k` that query blocks of `block_q` see: table[... + (i / block_q) * row_stride + j / block_k] != 0.
@@ -72,59 +93,6 @@ struct block_mask {
   }
 };
 
-/// Packed sequences: rows cu_q[s] .. cu_q[s + 1] see keys cu_k[s] .. cu_k[s + 1], causally (bottom-right within the sequence) if asked.
-struct packed {
-  const std::int32_t* cu_q = nullptr;  ///< sequences + 1 cumulative lengths, from 0 to n
-  const std::int32_t* cu_k = nullptr;  ///< likewise, from 0 to m
-  isize sequences = 0;
-  bool is_causal = false;
-
-  void check(const mask_site& at) const {
-    require(cu_q != nullptr && cu_k != nullptr && sequences >= 1, "packed has ", sequences, " sequences and ",
-            cu_q == nullptr || cu_k == nullptr ? "null" : "given", " cumulative lengths; wanted at least one sequence");
-    for (isize s = 0; s < sequences; ++s)
-      require(cu_q[s] <= cu_q[s + 1] && cu_k[s] <= cu_k[s + 1], "packed cumulative lengths fall at sequence ", s,
-              "; they must not decrease");
-    require(cu_q[0] == 0 && cu_k[0] == 0 && cu_q[sequences] == at.n && cu_k[sequences] == at.m,
-            "packed cumulative lengths run from ", cu_q[0], ", ", cu_k[0], " to ", cu_q[sequences], ", ",
-            cu_k[sequences], "; wanted 0, 0 to n = ", at.n, ", m = ", at.m);
-  }
-  FOVEA_HD bool visible(const mask_site&, isize i, isize j) const {
-    const isize s = find(cu_q, i);
-    return j >= cu_k[s] && j < (is_causal ? last_key(s, i) : cu_k[s + 1]);
-  }
-  FOVEA_HD range keys(const mask_site&, isize i0, isize i1) const {
-    const isize s = find(cu_q, i1 - 1);
-    return {cu_k[find(cu_q, i0)], is_causal && s == find(cu_q, i0) ? last_key(s, i1 - 1) : cu_k[s + 1]};
-  }
-  FOVEA_HD range queries(const mask_site&, isize j) const {
-    const isize s = find(cu_k, j);
-    const isize first = is_causal ? j - cu_k[s + 1] + cu_q[s + 1] : cu_q[s];
-    return {first > cu_q[s] ? first : cu_q[s], cu_q[s + 1]};
-  }
-  FOVEA_HD tile_kind tile(const mask_site&, isize i0, isize i1, isize j0, isize j1) const {
-    const isize s = find(cu_q, i0), t = find(cu_q, i1 - 1);
-    if (j1 <= cu_k[s] || j0 >= cu_k[t + 1]) return tile_kind::empty;
-    if (s != t || j0 < cu_k[s] || j1 > cu_k[s + 1]) return tile_kind::partial;
-    if (!is_causal) return tile_kind::full;
-    return j0 >= last_key(s, i1 - 1) ? tile_kind::empty : j1 <= last_key(s, i0) ? tile_kind::full : tile_kind::partial;
-  }
-
- private:
-  FOVEA_HD isize find(const std::int32_t* cu, isize x) const {  // the sequence that holds element x
-    isize low = 0, high = sequences;
-    while (high - low > 1) {
-      const isize mid = (low + high) / 2;
-      (cu[mid] <= x ? low : high) = mid;
-    }
-    return low;
-  }
-  FOVEA_HD isize last_key(isize s, isize i) const {  // one past the last key that row i of sequence s sees
-    const isize last = cu_k[s + 1] - (cu_q[s + 1] - i) + 1;
-    return last > cu_k[s] ? last : cu_k[s];
-  }
-};
-
 namespace detail {
 template <class P>
 FOVEA_HD constexpr bool causal_policy(const P& p) {
@@ -132,6 +100,25 @@ FOVEA_HD constexpr bool causal_policy(const P& p) {
     return p.is_causal();
   else
     return false;
+}
+template <class P>
+FOVEA_HD constexpr kept_keys kept_by(const P& p) {
+  if constexpr (requires { p.kept(); })
+    return p.kept();
+  else
+    return {};
+}
+/// out = join(out, the lanes of p)
+template <mask_policy P, class Join>
+void joined_lanes(const P& p, const mask_site& at, isize i0, isize count, isize j0, isize j1, std::uint64_t* out,
+                  Join&& join) {
+  constexpr isize most = 64;
+  std::uint64_t bits[most];
+  for (isize j = j0; j < j1; j += most) {
+    const isize last = j + most < j1 ? j + most : j1;
+    mask_lanes(p, at, i0, count, j, last, bits);
+    for (isize x = j; x < last; ++x) out[x - j0] = join(out[x - j0], bits[x - j]);
+  }
 }
 }  // namespace detail
 
@@ -145,6 +132,7 @@ struct both {
     if constexpr (requires { b.check(at); }) b.check(at);
   }
   FOVEA_HD bool is_causal() const { return detail::causal_policy(a) || detail::causal_policy(b); }
+  FOVEA_HD kept_keys kept() const { return tighter(detail::kept_by(a), detail::kept_by(b)); }
   FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const {
     return a.visible(at, i, j) && b.visible(at, i, j);
   }
@@ -156,6 +144,10 @@ struct both {
     if (x == tile_kind::empty) return x;
     const tile_kind y = b.tile(at, i0, i1, j0, j1);
     return x == tile_kind::full ? y : y == tile_kind::empty ? y : tile_kind::partial;
+  }
+  void lanes(const mask_site& at, isize i0, isize count, isize j0, isize j1, std::uint64_t* out) const {
+    detail::mask_lanes(a, at, i0, count, j0, j1, out);
+    detail::joined_lanes(b, at, i0, count, j0, j1, out, [](std::uint64_t x, std::uint64_t y) { return x & y; });
   }
 };
 template <class A, class B>
@@ -186,9 +178,59 @@ struct either {
     const tile_kind y = b.tile(at, i0, i1, j0, j1);
     return x == tile_kind::empty ? y : y == tile_kind::full ? y : tile_kind::partial;
   }
+  void lanes(const mask_site& at, isize i0, isize count, isize j0, isize j1, std::uint64_t* out) const {
+    detail::mask_lanes(a, at, i0, count, j0, j1, out);
+    detail::joined_lanes(b, at, i0, count, j0, j1, out, [](std::uint64_t x, std::uint64_t y) { return x | y; });
+  }
 };
 template <class A, class B>
 either(A, B) -> either<A, B>;
+
+/// Visible in every one of `count` masks, which stay where they are: for combinations that only the run knows.
+struct every {
+  const mask* parts = nullptr;
+  isize count = 0;
+
+  void check(const mask_site& at) const {
+    require(parts != nullptr || count == 0, "every has ", count, " masks and a null pointer");
+    for (isize x = 0; x < count; ++x) parts[x].check(at);
+  }
+  bool is_causal() const {
+    for (isize x = 0; x < count; ++x)
+      if (parts[x].is_causal()) return true;
+    return false;
+  }
+  kept_keys kept() const {
+    kept_keys all;
+    for (isize x = 0; x < count; ++x) all = tighter(all, parts[x].kept());
+    return all;
+  }
+  bool visible(const mask_site& at, isize i, isize j) const {
+    for (isize x = 0; x < count; ++x)
+      if (!parts[x].visible(at, i, j)) return false;
+    return true;
+  }
+  range keys(const mask_site& at, isize i0, isize i1) const {
+    range all{0, at.m};
+    for (isize x = 0; x < count; ++x) all = meet(all, parts[x].keys(at, i0, i1));
+    return all;
+  }
+  tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
+    tile_kind all = tile_kind::full;
+    for (isize x = 0; x < count && all != tile_kind::empty; ++x) {
+      const tile_kind kind = parts[x].tile(at, i0, i1, j0, j1);
+      if (kind != tile_kind::full) all = kind;
+    }
+    return all;
+  }
+  void lanes(const mask_site& at, isize i0, isize rows, isize j0, isize j1, std::uint64_t* out) const {
+    for (isize j = j0; j < j1; ++j) out[j - j0] = ~std::uint64_t{0} >> (64 - rows);
+    for (isize x = 0; x < count; ++x)
+      if (parts[x].tile(at, i0, i0 + rows, j0, j1) != tile_kind::full)
+        detail::joined_lanes(parts[x], at, i0, rows, j0, j1, out,
+                             [](std::uint64_t a, std::uint64_t b) { return a & b; });
+  }
+};
 
 }  // namespace FOVEA_ABI
 }  // namespace fovea

@@ -151,7 +151,7 @@ inline constexpr score_table score_table_of{score_tile_of<P, float>, score_tile_
                                             }};
 }  // namespace detail
 
-/// Any score policy by value (up to 128 bytes), or none.
+/// Any score policy by value (up to 192 bytes), or none.
 class score {
  public:
   score() = default;
@@ -160,7 +160,7 @@ class score {
   score(const P& p)  // NOLINT(google-explicit-constructor)
       : table_(&detail::score_table_of<P>), derivative_(&detail::derivative_table_of<P>) {
     static_assert(sizeof(P) <= sizeof storage_,
-                  "a score policy may hold up to 128 bytes; keep tables outside and point to them");
+                  "a score policy may hold up to 192 bytes; keep tables outside and point to them");
     ::new (static_cast<void*>(storage_)) P(p);
   }
   explicit operator bool() const { return table_ != nullptr; }
@@ -206,7 +206,7 @@ class score {
 
   const detail::score_table* table_ = nullptr;
   const detail::derivative_table* derivative_ = nullptr;
-  alignas(16) std::byte storage_[128]{};
+  alignas(16) std::byte storage_[192]{};
 };
 
 }  // namespace FOVEA_ABI

@@ -4,7 +4,6 @@
 
 #include <limits>
 
-#include <fovea/core/kv_cache.hpp>
 #include <fovea/kernel/online_softmax.hpp>
 #include <fovea/softmax/mechanism.hpp>
 
@@ -26,29 +25,30 @@ inline void softmax_attention::check_values(const shape& s) const {
   score.check(at);
 }
 
+namespace detail {
+
+/// The positions that a call turns to, of B items of n tokens: those given, or `first` and those behind it.
+inline void check_turn(const rope& turn, isize d, const std::int32_t* positions, isize count, isize first, isize n) {
+  isize low = first, high = first + n - 1;
+  if (positions != nullptr && count > 0) low = high = positions[0];
+  for (isize i = 0; positions != nullptr && i < count; ++i) {
+    low = positions[i] < low ? positions[i] : low;
+    high = positions[i] > high ? positions[i] : high;
+  }
+  require(low >= 0, "turn: a token's position is ", low, "; positions must not be negative");
+  turn.check(d, high);
+}
+
+}  // namespace detail
+
 inline void softmax_attention::check(const problem& p) const {
   detail::check_problem(p);
   check_values(p.shape());
-}
-
-inline void softmax_attention::check(const problem& p, const state& s) const {
-  detail::check_problem(p);
-  s.check(tag(), p.shape(), name);
-  require(mask.is_causal(),
-          "the mask of a softmax_attention with a state must be causal (causal or window, bottom-right); a row cannot "
-          "see keys that have not come");
-  kv_cache::check_room(p, s);
-  shape all = p.shape();
-  all.m += s.tokens();  // masks and biases span the tokens held, too
-  check_values(all);
-}
-
-inline std::uint64_t softmax_attention::tag() const { return detail::fingerprint{}.text(name).value; }
-
-inline state softmax_attention::make_state(const shape& s) const {
-  require(s.B >= 0 && s.G >= 1 && s.m >= 0 && s.d >= 1 && s.e >= 1, "make_state: B, G, m, d, e are ", s.B, ", ", s.G,
-          ", ", s.m, ", ", s.d, ", ", s.e, "; wanted sizes of a problem, m tokens of room");
-  return {tag(), s, kv_cache::bytes(s)};
+  if (turn == nullptr || p.q.batch * p.q.length == 0) return;
+  const isize n = p.q.length, m = p.k.length;
+  require(n <= m, "turn: q has ", n, " tokens and k has ", m, "; the last of them are the same tokens");
+  detail::check_turn(*turn, p.q.width, p.positions, p.q.batch * n, m - n, n);
+  if (p.positions != nullptr) turn->check(p.q.width, m - n - 1);
 }
 
 namespace detail {
