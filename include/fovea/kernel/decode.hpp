@@ -45,8 +45,9 @@ class decode_rows {
     count_ = rows.last - rows.first;
     const Acc factor = static_cast<Acc>(scale * 1.4426950408889634074);
     for (isize r = 0; r < count_; ++r) {
-      simd::load_row<Arch, Acc>(rows.q.type, rows.q.row(rows.b, head(r), query(r)), d_, q_ + r * q_ld_);
-      for (isize c = 0; c < d_; ++c) q_[r * q_ld_ + c] *= factor;
+      Acc* to = q_ + r * q_ld_;
+      const Acc* q = load_query<Arch, Acc>(rows, head(r), query(r), d_, to);
+      for (isize c = 0; c < d_; ++c) to[c] = q[c] * factor;
     }
   }
 

@@ -19,6 +19,7 @@
 #include <fovea/core/workspace.hpp>
 #include <fovea/kernel/softmax_panels.hpp>
 #include <fovea/mask/mask.hpp>
+#include <fovea/position/rope.hpp>
 #include <fovea/score/score.hpp>
 #include <fovea/simd/convert.hpp>
 #include <fovea/simd/transpose.hpp>
@@ -43,8 +44,23 @@ struct key_set {
 struct query_rows {
   tensor_ref q;
   isize b = 0, first_head = 0;
-  isize first = 0, last = 0;  ///< [first, last) of group * n
+  isize first = 0, last = 0;                ///< [first, last) of group * n
+  const rope* turn = nullptr;               ///< rows are turned to their positions as they are loaded; null: they stay
+  const std::int32_t* positions = nullptr;  ///< [n] position of query i; null: first_position + i
+  isize first_position = 0;
+
+  isize position(isize i) const noexcept { return positions != nullptr ? positions[i] : first_position + i; }
 };
+
+/// Query i of head h as Acc, turned to its position: where it lies if nothing has to be done, else in `scratch` [d].
+template <class Arch, class Acc>
+const Acc* load_query(const query_rows& rows, isize h, isize i, isize d, Acc* scratch) noexcept {
+  const void* from = rows.q.row(rows.b, h, i);
+  if (rows.turn == nullptr) return simd::row_as<Arch, Acc>(rows.q.type, from, d, scratch);
+  simd::load_row<Arch, Acc>(rows.q.type, from, d, scratch);
+  rotate(*rows.turn, rows.position(i), scratch);
+  return scratch;
+}
 
 /// Rows [j0, j1) of a source as Acc: where they lie, if they are stored so in one stretch; else converted into `scratch` [rows][width].
 template <class Arch, class Acc>
@@ -106,21 +122,21 @@ class online_softmax {
     used_ = ceil_div(rows.last - rows.first, T::rows);
     for (isize c = 0; c < d_; ++c) zeros_[c] = Acc(0);
     const Acc factor = static_cast<Acc>(scale * 1.4426950408889634074);
+    const isize n = rows.q.length;
+    isize r = rows.first, h = rows.first_head + r / n, i = r % n;
     for (isize t = 0; t < used_; ++t) {
       Acc* o = ot_ + t * e_ * T::rows;
       for (isize x = 0; x < e_ * T::rows; ++x) o[x] = Acc(0);
       for (isize lane = 0; lane < T::rows; lane += T::W) {
         const Acc* from[T::W];
-        for (isize l = 0; l < T::W; ++l) {
-          const isize at = t * T::rows + lane + l, r = rows.first + at;
-          const bool real = r < rows.last;
-          const isize h = rows.first_head + (real ? r / rows.q.length : 0);
+        for (isize l = 0; l < T::W; ++l, ++r) {
+          const isize at = t * T::rows + lane + l;
           m_[at] = -std::numeric_limits<Acc>::infinity(), l_[at] = Acc(0);
           from[l] = zeros_;  // lanes without a row
-          if (real)
-            from[l] = simd::row_as<Arch, Acc>(rows.q.type, rows.q.row(rows.b, h, r % rows.q.length), d_,
-                                              rows_of_ + l * wide_);
-          if (real && sinks != nullptr) m_[at] = static_cast<Acc>(sinks[h]) * log2e, l_[at] = Acc(1);
+          if (r >= rows.last) continue;
+          from[l] = load_query<Arch, Acc>(rows, h, i, d_, rows_of_ + l * wide_);
+          if (sinks != nullptr) m_[at] = static_cast<Acc>(sinks[h]) * log2e, l_[at] = Acc(1);
+          if (++i == n) ++h, i = 0;
         }
         simd::rows_to_columns<Acc, Arch>(from, d_, factor, qt_ + t * d_ * T::rows + lane, T::rows);
       }
@@ -144,25 +160,27 @@ class online_softmax {
   /// Writes out (and lse, where it is not null) of the rows that `begin` named.
   void finish(const tensor_mut& out, const tensor_mut& lse) noexcept {
     const bool direct = out.type == dtype_of<Acc>;
+    const isize n = rows_.q.length;
+    isize r = rows_.first, h = rows_.first_head + r / n, i = r % n;
     for (isize t = 0; t < used_; ++t)
-      for (isize lane = 0; lane < T::rows; lane += T::W) {
-        const isize first = rows_.first + t * T::rows + lane, left = rows_.last - first,
-                    count = left < T::W ? left : T::W;
-        if (count <= 0) break;
+      for (isize lane = 0; lane < T::rows && r < rows_.last; lane += T::W) {
         const Acc *l = l_ + t * T::rows + lane, *m = m_ + t * T::rows + lane;
         Acc inverse[T::W];
         Acc* to[T::W];
+        void* rows[T::W];
+        const isize count = rows_.last - r < T::W ? rows_.last - r : T::W;
+        r += count;
         for (isize x = 0; x < T::W; ++x) {
           inverse[x] = l[x] > Acc(0) ? Acc(1) / l[x] : l[x] * Acc(0);  // keeps NaN, gives 0 for a row that sees nothing
-          const isize h = rows_.first_head + (first + x) / rows_.q.length, i = (first + x) % rows_.q.length;
-          to[x] = direct && x < count ? static_cast<Acc*>(out.row(rows_.b, h, i)) : rows_of_ + x * wide_;
-          if (lse && x < count) *static_cast<Acc*>(lse.row(rows_.b, h, i)) = m[x] * ln2 + std::log(l[x]);
+          to[x] = rows_of_ + x * wide_;
+          if (x >= count) continue;
+          rows[x] = out.row(rows_.b, h, i);
+          if (direct) to[x] = static_cast<Acc*>(rows[x]);
+          if (lse) *static_cast<Acc*>(lse.row(rows_.b, h, i)) = m[x] * ln2 + std::log(l[x]);
+          if (++i == n) ++h, i = 0;
         }
         simd::columns_to_rows<Acc, Arch>(ot_ + t * e_ * T::rows + lane, T::rows, e_, inverse, to);
-        for (isize x = 0; !direct && x < count; ++x)
-          simd::store_row<Arch, Acc>(
-              out.type, to[x], e_,
-              out.row(rows_.b, rows_.first_head + (first + x) / rows_.q.length, (first + x) % rows_.q.length));
+        for (isize x = 0; !direct && x < count; ++x) simd::store_row<Arch, Acc>(out.type, to[x], e_, rows[x]);
       }
   }
 
@@ -241,7 +259,7 @@ class online_softmax {
     isize panels = 1;
     if (kind == tile_kind::full && set.modify == nullptr && set.bias == nullptr) {
       scores(t, x, first, last, 0, vectors(t), top);
-      list[0] = {static_cast<std::int16_t>(first), static_cast<std::int16_t>(last - first), false};
+      list[0] = {static_cast<std::int16_t>(first), static_cast<std::int16_t>(last - first), 0, false};
     } else {
       panels = modified_scores(set, t, x, first, last, kind == tile_kind::partial, top, list);
       if (panels == 0) return;
@@ -268,20 +286,19 @@ class online_softmax {
     }
   }
 
-  /// Panel by panel: what no row sees is left out, what is modified or partly seen is masked. Returns the panels left in `list`.
+  /// Panel by panel: what no row sees is left out, what is modified or partly seen is masked. Returns the runs of keys in `list`.
   isize modified_scores(const key_set<Acc>& set, isize t, const block& x, isize first, isize last, bool partial,
                         Acc* top, detail::panel* list) noexcept {
     const bool changed = set.modify != nullptr || set.bias != nullptr;
     const std::uint64_t every = live_lanes(t);
     const tile::balanced split(last - first, T::MR);
-    isize panels = 0, k = first;
+    isize runs = 0, k = first;
     for (isize g = 0, count = 0; g < split.groups; ++g, k += count) {
       count = split.size(g);
-      std::uint64_t any = every, all = every;
-      if (partial) {
-        any = 0;
-        for (isize y = k; y < k + count; ++y) any |= lanes_[y], all &= lanes_[y];
-      }
+      if (!partial)
+        for (isize y = k; y < k + count; ++y) lanes_[y] = every;
+      std::uint64_t any = 0, all = every;
+      for (isize y = k; y < k + count; ++y) any |= lanes_[y], all &= lanes_[y];
       if (any == 0) continue;
       const bool masked = all != every;
       alignas(64) Acc unused[T::rows] = {};
@@ -291,15 +308,27 @@ class online_softmax {
       while ((any >> ((v1 - 1) * T::W) & whole) == 0) --v1;
       scores(t, x, k, k + count, v0, v1, masked || changed ? unused : top);
       if (changed) modify(set, t, x.j0 + k, count, s_ + k * T::rows);
-      if (!partial && changed)
-        for (isize y = k; y < k + count; ++y) lanes_[y] = ~std::uint64_t{0};
       if (masked || changed) detail::mask_panel<Arch, Acc>(k, k + count, lanes_, s_, top);
-      if (panels > 0 && masked == list[panels - 1].masked && list[panels - 1].first + list[panels - 1].count == k)
-        list[panels - 1].count = static_cast<std::int16_t>(list[panels - 1].count + count);
-      else
-        list[panels++] = {static_cast<std::int16_t>(k), static_cast<std::int16_t>(count), masked};
+      for (isize y = k; y < k + count; ++y) extend(list, runs, y, every);
     }
-    return panels;
+    return runs;
+  }
+
+  /// Key y joins the last run, if that ends before y and has the same vectors; else it begins a run of its own.
+  void extend(detail::panel* list, isize& runs, isize y, std::uint64_t every) const noexcept {
+    const std::uint64_t bits = lanes_[y];
+    if (bits == 0) return;
+    isize v0 = 0;
+    while ((bits >> (v0 * T::W) & whole) == 0) ++v0;
+    const std::uint64_t behind = v0 + 1 < T::NR ? ~std::uint64_t{0} << ((v0 + 1) * T::W) : 0;
+    const bool ragged = (~bits & every & behind) != 0;  // a later vector is not whole
+    const bool masked = bits != every;
+    const auto first = static_cast<std::int8_t>(!masked ? 0 : ragged ? -1 : v0);
+    if (runs > 0 && list[runs - 1].first + list[runs - 1].count == y && list[runs - 1].from == first &&
+        list[runs - 1].masked == masked)
+      ++list[runs - 1].count;
+    else
+      list[runs++] = {static_cast<std::int16_t>(y), 1, first, masked};
   }
 
   /// Scores of keys [first, last) of the block and vectors [v0, v1) of the tile into s_, their maximum folded into `top`.

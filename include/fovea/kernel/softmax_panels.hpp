@@ -33,9 +33,11 @@ struct softmax_tile {
   static_assert(rows <= 64);
 };
 
-/// A run of keys inside a block: [first, first + count) of the block.
+/// A run of keys inside a block: [first, first + count) of the block. Masked runs are of two kinds: vector `from` of the tile may
+/// be partly seen, those before it are not seen and those behind it are whole; or, from = -1, anything.
 struct panel {
   std::int16_t first, count;
+  std::int8_t from;
   bool masked;
 };
 
@@ -93,19 +95,31 @@ FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, 
       tile::accumulate<Arch, Acc, M, NV>(count, v + first * v_stride, 1, v_stride, p + first * ld, ld, acc);
       continue;
     }
+    tile::unroll<NV>([&](auto from) FOVEA_INLINE_LAMBDA {
+      if (list[n].from != from) return;
+      for (isize k = first; k < first + count; ++k) {
+        const Acc *value = v + k * v_stride, *weight = p + k * ld;
+        const auto live = static_cast<simd::lane_bits>(lanes[k] >> (from * P::size));
+        tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
+          const P y(value[i]);
+          acc[i][from] = simd::fma_where(live, P::load(weight + from * P::size), y, acc[i][from]);
+          tile::unroll<NV - from - 1>([&](auto x) FOVEA_INLINE_LAMBDA {
+            constexpr int at = from + 1 + x;
+            acc[i][at] = simd::fma(y, P::load(weight + at * P::size), acc[i][at]);
+          });
+        });
+      }
+    });
+    if (list[n].from >= 0) continue;
     for (isize k = first; k < first + count; ++k) {
-      const std::uint64_t bits = lanes[k];
       const Acc* value = v + k * v_stride;
       tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
-        const std::uint64_t live = (bits >> (x * P::size)) & whole;
+        const std::uint64_t live = (lanes[k] >> (x * P::size)) & whole;
         if (live == 0) return;
         const P w = P::load(p + k * ld + x * P::size);
-        if (live == whole)
-          tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA { acc[i][x] = simd::fma(w, P(value[i]), acc[i][x]); });
-        else
-          tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
-            acc[i][x] = simd::fma_where(static_cast<simd::lane_bits>(live), w, P(value[i]), acc[i][x]);
-          });
+        tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
+          acc[i][x] = simd::fma_where(static_cast<simd::lane_bits>(live), w, P(value[i]), acc[i][x]);
+        });
       });
     }
   }
@@ -147,6 +161,7 @@ FOVEA_NOINLINE void exponentials(const panel* list, isize panels, Acc* s, const 
     a.store(alpha + x * P::size);
     P sum = P::load(l + x * P::size) * a, other(Acc(0));
     for (isize n = 0; n < panels; ++n) {
+      if (x < list[n].from) continue;  // not seen: nobody reads it
       Acc* at = s + list[n].first * ld + x * P::size;
       isize k = list[n].count;
       for (; k >= 4; k -= 4, at += 4 * ld) {
