@@ -54,9 +54,17 @@ inline void require_finite(const char* name, double x) {
 
 namespace detail {
 
+/// The sizes of a view for a sentence. Text is made only when the sentence is: a call that is in order pays for none.
+struct described {
+  isize batch, heads, length, width;
+  dtype type;
+  friend std::ostream& operator<<(std::ostream& out, const described& t) {
+    return out << '[' << t.batch << ", " << t.heads << ", " << t.length << ", " << t.width << "] " << name_of(t.type);
+  }
+};
 template <class Void>
-std::string describe(const erased_view<Void>& t) {
-  return sentence("[", t.batch, ", ", t.heads, ", ", t.length, ", ", t.width, "] ", name_of(t.type));
+described describe(const erased_view<Void>& t) {
+  return {t.batch, t.heads, t.length, t.width, t.type};
 }
 
 /// Elements of an output share no memory: each stride spans all that the smaller ones reach.
