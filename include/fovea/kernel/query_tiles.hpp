@@ -16,6 +16,18 @@ namespace fovea {
 inline namespace FOVEA_ABI {
 namespace kernel {
 
+namespace detail {
+/// Register tile and key block of loops that keep scores for a while: the shape of the online softmax, which see.
+template <class Arch, class Acc>
+struct gradient_tile {
+  static constexpr bool wide = std::is_same_v<Acc, float> && Arch::registers >= 32 && simd::pack<Acc, Arch>::size <= 16;
+  static constexpr int MR = wide ? 6 : tile::tile_shape<Arch, Acc>::MR, NR = wide ? 4 : tile::tile_shape<Arch, Acc>::NR;
+  static constexpr isize W = simd::pack<Acc, Arch>::size, rows = NR * W;  // query rows of a tile
+  static constexpr isize keys = 96;                                       // of a block
+  static_assert(rows <= 64);
+};
+}  // namespace detail
+
 /// Keys [first, first + count) of a block, of which some row of a tile sees each: vectors [vector, vector + vectors) are computed.
 struct key_run {
   std::int16_t first, count;
@@ -25,7 +37,7 @@ struct key_run {
 
 template <class Arch, class Acc>
 class query_tiles {
-  using T = detail::softmax_tile<Arch, Acc>;
+  using T = detail::gradient_tile<Arch, Acc>;
 
  public:
   static constexpr isize R = T::rows, W = T::W;
@@ -114,16 +126,15 @@ class query_tiles {
   /// Runs of keys with the same kind of bits. `by_vector`: leave out the vectors of which no lane sees a key.
   static isize cut(isize first, isize last, const std::uint64_t* lanes, std::uint64_t all, bool by_vector,
                    key_run* runs) noexcept {
-    static_assert(T::NR == 2);
-    constexpr std::uint64_t vector = ~std::uint64_t{0} >> (64 - W);
     isize count = 0;
     for (isize k = first; k < last; ++k) {
       const std::uint64_t bits = lanes[k];
       if (bits == 0) continue;
-      const bool masked = bits != all, low = (bits & vector) != 0, high = (bits >> W) != 0,
-                 part = by_vector && masked && low != high;
-      const key_run next{static_cast<std::int16_t>(k), 1, static_cast<std::int8_t>(part && high ? 1 : 0),
-                         static_cast<std::int8_t>(part ? 1 : 2), masked};
+      const bool masked = bits != all, part = by_vector && masked;
+      const int low = part ? std::countr_zero(bits) / static_cast<int>(W) : 0,
+                high = part ? (63 - std::countl_zero(bits)) / static_cast<int>(W) + 1 : T::NR;
+      const key_run next{static_cast<std::int16_t>(k), 1, static_cast<std::int8_t>(low),
+                         static_cast<std::int8_t>(high - low), masked};
       key_run* back = runs + count - 1;
       if (count > 0 && back->first + back->count == k && back->masked == masked && back->vector == next.vector &&
           back->vectors == next.vectors)
@@ -147,40 +158,53 @@ class query_tiles {
   isize used_ = 0;
 };
 
-/// Rows of a superblock, as they are [rows][ld] (padded with zeros to whole vectors) and turned [tile][width][R].
+/// Rows of a superblock twice: in panels of up to NR vectors of columns [panel][rows][columns] (padded with zeros to whole vectors),
+/// and turned [tile][width][R].
 template <class Arch, class Acc>
 class turned_rows {
   using tiles = query_tiles<Arch, Acc>;
+  static constexpr isize R = tiles::R, W = tiles::W;
 
  public:
   turned_rows(arena& memory, isize rows, isize width)
-      : width_(width),
-        ld_(ceil_div(width, tiles::W) * tiles::W),
-        rows_(memory.take<Acc>(rows * ld_)),
-        columns_(memory.take<Acc>(rows * width)) {}
+      : width_(width), padded_(ceil_div(width, W) * W), most_(rows), split_(padded_ / W, R / W) {
+    panels_ = memory.take<Acc>(rows * padded_);
+    columns_ = memory.take<Acc>(rows * width);
+    rows_ = memory.take<Acc>(W * padded_);
+  }
 
   /// `shift` [rows]: rows where it is infinite count as zeros. Columns are multiplied by `factor`.
   void load(const tiles& at, const tensor_ref& from, Acc factor, const Acc* shift) noexcept {
-    for (isize r = 0; r < at.used() * tiles::R; ++r) {
-      Acc* to = rows_ + r * ld_;
-      const bool real = shift[r] != std::numeric_limits<Acc>::infinity();
-      if (real) simd::load_row<Arch, Acc>(from.type, from.row(at.rows().b, at.head(r), at.row(r)), width_, to);
-      for (isize c = real ? width_ : 0; c < ld_; ++c) to[c] = Acc(0);
-    }
-    for (isize t = 0; t < at.used(); ++t)
-      for (isize lane = 0; lane < tiles::R; lane += tiles::W) {
-        const Acc* row[tiles::W];
-        for (isize l = 0; l < tiles::W; ++l) row[l] = rows_ + (t * tiles::R + lane + l) * ld_;
-        simd::rows_to_columns<Acc, Arch>(row, width_, factor, columns_ + t * width_ * tiles::R + lane, tiles::R);
+    for (isize r = 0; r < at.used() * R; r += W) {
+      const Acc* row[W];
+      for (isize l = 0; l < W; ++l) {
+        Acc* to = rows_ + l * padded_;
+        const bool real = shift[r + l] != std::numeric_limits<Acc>::infinity();
+        if (real)
+          simd::load_row<Arch, Acc>(from.type, from.row(at.rows().b, at.head(r + l), at.row(r + l)), width_, to);
+        for (isize c = real ? width_ : 0; c < padded_; ++c) to[c] = Acc(0);
+        row[l] = to;
+        isize first = 0;
+        for (isize x = 0; x < split_.groups; first += columns_of(x), ++x)
+          for (isize c = 0; c < columns_of(x); c += W)
+            simd::pack<Acc, Arch>::load(to + first + c).store(panels_ + first * most_ + (r + l) * columns_of(x) + c);
       }
+      simd::rows_to_columns<Acc, Arch>(row, width_, factor, columns_ + r / R * width_ * R + r % R, R);
+    }
   }
-  isize ld() const noexcept { return ld_; }
-  const Acc* rows(isize t) const noexcept { return rows_ + t * tiles::R * ld_; }
-  const Acc* columns(isize t) const noexcept { return columns_ + t * width_ * tiles::R; }
+  isize padded() const noexcept { return padded_; }
+  isize panels() const noexcept { return split_.groups; }
+  isize columns_of(isize x) const noexcept { return split_.size(x) * W; }  ///< of panel x
+  /// The panel that begins with column `first`, from tile t on.
+  const Acc* panel(isize x, isize first, isize t) const noexcept {
+    return panels_ + first * most_ + t * R * columns_of(x);
+  }
+  const Acc* columns(isize t) const noexcept { return columns_ + t * width_ * R; }
 
  private:
-  isize width_, ld_;
-  Acc *rows_, *columns_;
+  isize width_, padded_, most_;
+  tile::balanced split_;
+  Acc *panels_, *columns_, *rows_;
 };
 
 /// The log-sum-exp of each row in units of log2; plus infinity where a row sees nothing and in lanes without a row: then P = 0.

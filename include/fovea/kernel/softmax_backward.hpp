@@ -26,14 +26,16 @@ struct wanted_gradients {
 
 template <class Arch, class Acc>
 class softmax_backward {
-  using T = detail::softmax_tile<Arch, Acc>;
+  using T = detail::gradient_tile<Arch, Acc>;
   using tiles = query_tiles<Arch, Acc>;
   static constexpr isize R = T::rows, W = T::W;
 
  public:
   static constexpr isize keys = T::keys;                                // of a block
   static constexpr isize chunk = R >= 128 ? 1 : R <= 16 ? 8 : 128 / R;  // tiles that dK and dV sum over at a time
-  static constexpr isize row_bytes = 512 << 10;                         // what a superblock may take of L2
+  // ld of P and dS: an odd number of cache lines, so that the rows of a tile fill L1 evenly
+  static constexpr isize ld = chunk * R + W, most_panels = (keys + T::MR - 1) / T::MR;
+  static constexpr isize row_bytes = 512 << 10;  // what a superblock may take of L2
 
   /// Rows of a superblock: Q, dO twice and dQ within row_bytes, whole chunks.
   static isize superblock(isize rows, isize d, isize e) {
@@ -48,15 +50,15 @@ class softmax_backward {
   softmax_backward(arena& memory, isize rows, isize d, isize e, int levels, bool has_score)
       : d_(d), e_(e), most_(superblock(rows, d, e)), q_(memory, most_, d), do_(memory, most_, e) {
     shift_ = memory.take<Acc>(most_), delta_ = memory.take<Acc>(most_);
-    p_ = memory.take<Acc>(chunk * keys * R), ds_ = memory.take<Acc>(chunk * keys * R);
-    old_ = memory.take<Acc>(has_score ? keys * R : 0);
+    p_ = memory.take<Acc>(keys * ld), ds_ = memory.take<Acc>(keys * ld);
+    old_ = memory.take<Acc>(has_score ? keys * ld : 0);
     k_ = memory.take<Acc>(keys * d), v_ = memory.take<Acc>(keys * e);
-    out_row_ = memory.take<Acc>(d > e ? d : e);
+    pair_ = memory.take<Acc>(2 * e);
     turned_ = memory.take<Acc>(W * d);
     for (int x = 0; x <= levels; ++x) sums_[x] = memory.take<Acc>(most_ * d);
     lanes_ = memory.take<std::uint64_t>(chunk * keys);
     runs_ = memory.take<key_run>(keys);
-    row_runs_ = memory.take<detail::row_run>(chunk * R);
+    row_runs_ = memory.take<detail::row_run>(most_panels * chunk * R);
   }
 
   void begin(const query_rows& rows, const tensor_ref& out, const tensor_ref& lse, const tensor_ref& dout, double scale,
@@ -117,9 +119,10 @@ class softmax_backward {
         fetch(set, x);
         scores<true>(set, t, 0, x, runs);
         for (isize n = 0; n < runs; ++n)
-          for_areas(set, t, x, runs_[n], [&](const mask_site& site, const fovea::detail::score_area& area, isize to) {
-            set.modify->template add_gradient<Acc>(site, area, old_ + to, ds_ + to, table);
-          });
+          for_areas(set, t, 0, x, runs_[n],
+                    [&](const mask_site& site, const fovea::detail::score_area& area, isize to) {
+                      set.modify->template add_gradient<Acc>(site, area, old_ + to, ds_ + to, table);
+                    });
       }
     }
   }
@@ -151,9 +154,9 @@ class softmax_backward {
     for (isize r = 0; r < at_.used() * R; ++r) {
       delta_[r] = Acc(0);
       if (shift_[r] == std::numeric_limits<Acc>::infinity()) continue;
-      const Acc* o =
-          simd::row_as<Arch, Acc>(out_from_.type, out_from_.row(at_.rows().b, at_.head(r), at_.row(r)), e_, out_row_);
-      delta_[r] = dot(do_.rows(0) + r * do_.ld(), o);
+      const isize b = at_.rows().b, h = at_.head(r), row = at_.row(r);
+      delta_[r] = dot(simd::row_as<Arch, Acc>(out_from_.type, out_from_.row(b, h, row), e_, pair_),
+                      simd::row_as<Arch, Acc>(do_from_.type, do_from_.row(b, h, row), e_, pair_ + e_));
     }
   }
   Acc dot(const Acc* a, const Acc* b) const noexcept {
@@ -180,50 +183,41 @@ class softmax_backward {
     if (!seen.empty()) add_keys(t0, t1 - t0, seen, dk, dv);
   }
 
-  /// f(site, area, offset into a tile) for each head's part of a tile.
+  /// f(site, area, offset into P) for each head's part of tile t, the c-th of its chunk.
   template <class F>
-  void for_areas(const key_set<Acc>& set, isize t, const block& x, const key_run& run, F&& f) const noexcept {
+  void for_areas(const key_set<Acc>& set, isize t, isize c, const block& x, const key_run& run, F&& f) const noexcept {
     at_.for_segments(t, [&](const typename tiles::segment& g) {
-      f(tiles::site(set, g), fovea::detail::score_area{g.i, g.count, x.j0 + run.first, x.j0 + run.first + run.count, R},
-        run.first * R + g.lane);
+      f(tiles::site(set, g),
+        fovea::detail::score_area{g.i, g.count, x.j0 + run.first, x.j0 + run.first + run.count, ld},
+        run.first * ld + c * R + g.lane);
     });
   }
 
   /// P and dS of tile t, the c-th of its chunk. Table: dS is that of the modified score, and the old one stays in old_.
   template <bool Table>
   void scores(const key_set<Acc>& set, isize t, isize c, const block& x, isize runs) noexcept {
-    Acc *p = p_ + c * keys * R, *ds = ds_ + c * keys * R;
     const bool slopes = !Table && set.modify != nullptr && !set.modify->unit_slope();
     for (isize n = 0; n < runs; ++n) {
       const key_run& run = runs_[n];
-      const isize lane = run.vector * W, to = run.first * R + lane, columns = run.vectors * W;
-      tile::gemm<Arch, Acc>(run.count, columns, d_, x.k + run.first * x.k_stride, x.k_stride, 1, q_.columns(t) + lane,
-                            R, p + to, R, false);
+      const isize lane = run.vector * W, to = run.first * ld + c * R + lane;
+      detail::score_product<Arch, Acc>(run.count, run.vectors, d_, x.k + run.first * x.k_stride, x.k_stride,
+                                       q_.columns(t) + lane, p_ + to, ld);
       if (Table || want_.dq || want_.dk)
-        tile::gemm<Arch, Acc>(run.count, columns, e_, x.v + run.first * x.v_stride, x.v_stride, 1,
-                              do_.columns(t) + lane, R, ds + to, R, false);
+        detail::score_product<Arch, Acc>(run.count, run.vectors, e_, x.v + run.first * x.v_stride, x.v_stride,
+                                         do_.columns(t) + lane, ds_ + to, ld);
       if (set.modify != nullptr)
-        for_areas(set, t, x, run, [&](const mask_site& site, const fovea::detail::score_area& area, isize at) {
-          if (slopes) set.modify->template slopes<Acc>(site, area, p + at, old_ + at);
+        for_areas(set, t, c, x, run, [&](const mask_site& site, const fovea::detail::score_area& area, isize at) {
+          if (slopes) set.modify->template slopes<Acc>(site, area, p_ + at, old_ + at);
           for (isize y = 0; Table && y < run.count; ++y)
-            for (isize l = 0; l < area.count; ++l) old_[at + y * R + l] = p[at + y * R + l];
-          set.modify->template apply<Acc>(site, area.i0, area.count, area.j0, area.j1, p + at, R);
+            for (isize l = 0; l < area.count; ++l) old_[at + y * ld + l] = p_[at + y * ld + l];
+          set.modify->template apply<Acc>(site, area.i0, area.count, area.j0, area.j1, p_ + at, ld);
         });
-      exponentials(run, t, c, p + to, ds + to, slopes ? old_ + to : nullptr);
+      const auto finish = [&](auto f) {
+        f(run.count, run.vectors, ld, p_ + to, ds_ + to, slopes ? old_ + to : nullptr, shift_ + t * R + lane,
+          delta_ + t * R + lane, lanes_ + c * keys + run.first, lane);
+      };
+      run.masked ? finish(detail::score_gradients<Arch, Acc, true>) : finish(detail::score_gradients<Arch, Acc, false>);
     }
-  }
-  void exponentials(const key_run& run, isize t, isize c, Acc* p, Acc* ds, const Acc* slope) noexcept {
-    const isize lane = run.vector * W, row = t * R + lane;
-    const std::uint64_t* lanes = lanes_ + c * keys + run.first;
-    const auto call = [&](auto f) {
-      f(run.count, R, p, ds, slope, shift_ + row, delta_ + row, lanes, static_cast<int>(lane));
-    };
-    if (!run.masked)
-      call(detail::score_gradients<Arch, Acc, T::NR, false>);
-    else if (run.vectors == T::NR)
-      call(detail::score_gradients<Arch, Acc, T::NR, true>);
-    else
-      call(detail::score_gradients<Arch, Acc, 1, true>);
   }
 
   void add_dq(isize t, isize c, const block& x, isize runs) noexcept {
@@ -232,7 +226,7 @@ class softmax_backward {
     for (isize g = 0; g < columns.groups; ++g) {
       const isize count = columns.size(g);
       tile::with_constant<T::MR>(count, [&](auto m) {
-        detail::query_gradient<Arch, Acc, m, T::NR>(runs_, runs, x.k + first, x.k_stride, ds_ + c * keys * R,
+        detail::query_gradient<Arch, Acc, m, T::NR>(runs_, runs, x.k + first, x.k_stride, ds_ + c * R, ld,
                                                     lanes_ + c * keys, sums_[0] + (t * d_ + first) * R);
       });
       first += count;
@@ -242,26 +236,30 @@ class softmax_backward {
   /// dV and dK of the block's keys that some row of the chunk sees.
   void add_keys(isize t0, isize used, range seen, Acc* dk, Acc* dv) noexcept {
     const tile::balanced panels(seen.last - seen.first, T::MR);
-    isize k = seen.first;
-    for (isize g = 0; g < panels.groups; ++g) {
-      const isize count = panels.size(g);
-      isize runs = 0;
-      for (isize c = 0; c < used; ++c) runs += detail::rows_of_panel(lanes_ + c * keys + k, count, c, row_runs_ + runs);
-      if (runs > 0 && want_.dv) add_panel(count, runs, k, p_, do_.rows(t0), do_.ld(), dv + k * do_.ld());
-      if (runs > 0 && want_.dk) add_panel(count, runs, k, ds_, q_.rows(t0), q_.ld(), dk + k * q_.ld());
-      k += count;
-    }
+    isize runs[most_panels], k = seen.first;
+    for (isize g = 0; g < panels.groups; k += panels.size(g), ++g)
+      runs[g] = detail::rows_of_panel(lanes_ + k, keys, panels.size(g), used, R, row_runs_ + g * chunk * R);
+    if (want_.dv) add_panels(panels, runs, seen.first, p_, do_, t0, dv);
+    if (want_.dk) add_panels(panels, runs, seen.first, ds_, q_, t0, dk);
   }
-  void add_panel(isize count, isize runs, isize k, const Acc* p, const Acc* rows, isize ld, Acc* to) noexcept {
-    tile::with_constant<T::MR>(count, [&](auto m) {
-      isize c = 0;
-      for (; c + T::NR * W <= ld; c += T::NR * W)
-        detail::key_gradient<Arch, Acc, m, T::NR>(row_runs_, runs, p + k * R, keys * R, rows + c, ld, lanes_ + k, keys,
-                                                  to + c, ld);
-      if (c < ld)
-        detail::key_gradient<Arch, Acc, m, 1>(row_runs_, runs, p + k * R, keys * R, rows + c, ld, lanes_ + k, keys,
-                                              to + c, ld);
-    });
+  /// A panel of columns stays in L1 while all keys go by.
+  void add_panels(const tile::balanced& panels, const isize* runs, isize k0, const Acc* p,
+                  const turned_rows<Arch, Acc>& rows, isize t0, Acc* to) noexcept {
+    const isize to_ld = rows.padded();
+    isize first = 0;
+    for (isize x = 0; x < rows.panels(); first += rows.columns_of(x), ++x) {
+      isize k = k0;
+      for (isize g = 0; g < panels.groups; k += panels.size(g), ++g) {
+        if (runs[g] == 0) continue;
+        tile::with_constant<T::NR>(rows.columns_of(x) / W, [&](auto v) {
+          tile::with_constant<T::MR>(panels.size(g), [&](auto m) {
+            detail::key_gradient<Arch, Acc, m, v>(row_runs_ + g * chunk * R, runs[g], p + k * ld, ld,
+                                                  rows.panel(x, first, t0), lanes_ + k, keys, to + k * to_ld + first,
+                                                  to_ld);
+          });
+        });
+      }
+    }
   }
 
   isize d_, e_, most_;
@@ -272,7 +270,7 @@ class softmax_backward {
   wanted_gradients want_;
   bool loaded_ = false;
   int open_ = 1;
-  Acc *shift_, *delta_, *p_, *ds_, *old_, *k_, *v_, *out_row_, *turned_;
+  Acc *shift_, *delta_, *p_, *ds_, *old_, *k_, *v_, *pair_, *turned_;
   Acc* sums_[5] = {};  // the piece at work, then sums of 1, 2, 4, 8 pieces
   std::uint64_t* lanes_;
   key_run* runs_;

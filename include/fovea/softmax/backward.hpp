@@ -67,9 +67,8 @@ struct softmax_backward_run {
       slots = memory.take<std::byte>(static_cast<isize>(slot_size) * threads);
       partial = memory.take<Acc>(at.parts > 1 ? at.parts * s.B * s.H * s.n * s.d : 0);
     }
-    slot get(const softmax_attention& m, const shape& s, isize which) const {
-      arena own(std::span<std::byte>(slots + static_cast<std::size_t>(which) * slot_size, slot_size));
-      return slot(own, m, s, at);
+    arena memory_of(isize which) const {
+      return arena(std::span<std::byte>(slots + static_cast<std::size_t>(which) * slot_size, slot_size));
     }
   };
 
@@ -105,7 +104,8 @@ struct softmax_backward_run {
   }
 
   void one_task(const layout& memory, isize part, isize b, isize g, isize which) const {
-    slot own = memory.get(m, s, which);
+    arena room = memory.memory_of(which);
+    slot own(room, m, s, memory.at);
     const plan& at = memory.at;
     const isize j0 = part * at.pieces_of_task() * at.keys < s.m ? part * at.pieces_of_task() * at.keys : s.m,
                 j1 =
@@ -163,7 +163,8 @@ struct softmax_backward_run {
 
   void sinks(const layout& memory) const {
     exec.for_tasks(s.H, [&](isize h, isize which) {
-      const slot own = memory.get(m, s, which);
+      arena room = memory.memory_of(which);
+      slot own(room, m, s, memory.at);
       const double sink = static_cast<double>(m.sinks[h]), none = -std::numeric_limits<double>::infinity();
       double sum = 0;
       for (isize b = 0; b < s.B; ++b)
@@ -200,7 +201,8 @@ struct softmax_backward_run {
     });
   }
   void bias_task(const layout& memory, range heads, range rows, range keys, isize which) const {
-    slot own = memory.get(m, s, which);
+    arena room = memory.memory_of(which);
+    slot own(room, m, s, memory.at);
     const auto every = [&](auto&& f) {
       for (isize b = 0; b < s.B; ++b)
         for (isize h = heads.first; h < heads.last; ++h) f(b, h);
