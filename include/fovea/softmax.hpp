@@ -14,4 +14,6 @@
 #include <fovea/softmax/backward.hpp>
 #include <fovea/softmax/mechanism.hpp>
 #include <fovea/softmax/prefill.hpp>
+#include <fovea/softmax/state.hpp>
+#include <fovea/softmax/stores.hpp>
 #include <fovea/softmax/step.hpp>

@@ -53,6 +53,8 @@ class any_attention {
   std::size_t workspace_size(const shape& s, int threads) const { return get().workspace_size(s, threads); }
   void prefill(exec_ref exec, const problem& p, arena scratch) const { get().prefill(exec, p, scratch); }
 
+  std::size_t state_workspace_size(const shape& s, int threads) const { return get().state_workspace_size(s, threads); }
+  bool takes_positions() const { return get().takes_positions(); }
   state make_state(const shape& s) const { return get().make_state(s); }
   std::uint64_t tag() const { return get().tag(); }
   void check(const problem& p, const state& s) const { get().check(p, s); }
@@ -85,6 +87,8 @@ class any_attention {
     virtual void check(const problem&) const = 0;
     virtual std::size_t workspace_size(const shape&, int) const = 0;
     virtual void prefill(exec_ref, const problem&, arena) const = 0;
+    virtual std::size_t state_workspace_size(const shape&, int) const = 0;
+    virtual bool takes_positions() const = 0;
     virtual state make_state(const shape&) const = 0;
     virtual std::uint64_t tag() const = 0;
     virtual void check(const problem&, const state&) const = 0;
@@ -111,6 +115,10 @@ class any_attention {
     };
 
     const char* name() const override { return M::name; }
+    std::size_t state_workspace_size(const shape& s, int threads) const override {
+      return detail::state_workspace(held, s, threads);
+    }
+    bool takes_positions() const override { return detail::takes_positions(held); }
     // A streaming mechanism may have settings without a state: it says so itself.
     bool streaming() const override {
       if constexpr (streams && requires(const M& m) {

@@ -67,19 +67,42 @@ struct call_options {
   tensor_mut lse = {};                  ///< [B, H, n, 1] log-sum-exp of the scores, where the mechanism has one
   fovea::gates gates = {};              ///< per-token gates of recurrent rules
   std::span<std::byte> workspace = {};  ///< scratch of at least workspace_size(shape, concurrency) bytes
+  /// [B, n] where RoPE turns query i and the key of the same token, for mechanisms that turn; empty: bottom-right positions.
+  std::span<const std::int32_t> positions = {};
 };
 
 namespace detail {
-template <class M>
-arena scratch_for(const M& m, exec_ref exec, const shape& s, const call_options& options, buffer& own) {
-  const std::size_t need = m.workspace_size(s, exec.concurrency());
-  if (options.workspace.data() == nullptr) {
+inline arena scratch_of(std::size_t need, std::span<std::byte> given, buffer& own) {
+  if (given.data() == nullptr) {
     own = buffer(need + alignment);
     return arena(own.span());
   }
-  require(options.workspace.size() >= need, "workspace holds ", options.workspace.size(), " bytes; this call needs ",
-          need);
-  return arena(options.workspace);
+  require(given.size() >= need, "workspace holds ", given.size(), " bytes; this call needs ", need);
+  return arena(given);
+}
+/// What a call with a state needs: `state_workspace_size`, where a mechanism says that it is less, or workspace_size.
+template <class M>
+std::size_t state_workspace(const M& m, const shape& s, int threads) {
+  if constexpr (requires { m.state_workspace_size(s, threads); })
+    return m.state_workspace_size(s, threads);
+  else
+    return m.workspace_size(s, threads);
+}
+template <class M>
+bool takes_positions(const M& m) {
+  if constexpr (requires { m.takes_positions(); })
+    return m.takes_positions();
+  else
+    return (void)m, false;
+}
+template <class M>
+problem problem_of(const M& m, const tensor_ref& q, const tensor_ref& k, const tensor_ref& v, const tensor_mut& out,
+                   const call_options& o) {
+  require(o.positions.empty() || takes_positions(m),
+          "positions were given; this mechanism turns nothing (set softmax_attention::turn)");
+  require(o.positions.empty() || static_cast<isize>(o.positions.size()) == q.batch * q.length, "positions holds ",
+          o.positions.size(), " numbers; wanted one for each of ", q.batch, " x ", q.length, " tokens");
+  return {q, k, v, out, o.lse, o.gates, o.positions.empty() ? nullptr : o.positions.data()};
 }
 inline bool nothing_to_do(const problem& p) {
   return p.q.batch == 0 || p.q.heads == 0 || p.out.heads == 0 || p.q.length == 0;
@@ -89,17 +112,18 @@ inline bool nothing_to_do(const problem& p) {
 template <mechanism M>
 void prefill(exec_ref exec, const M& m, tensor_ref q, tensor_ref k, tensor_ref v, tensor_mut out,
              const call_options& options = {}) {
-  const problem p{q, k, v, out, options.lse, options.gates};
+  const problem p = detail::problem_of(m, q, k, v, out, options);
   m.check(p);
   if (detail::nothing_to_do(p)) return;
   buffer own;
-  m.prefill(exec, p, detail::scratch_for(m, exec, p.shape(), options, own));
+  const std::size_t need = m.workspace_size(p.shape(), exec.concurrency());
+  m.prefill(exec, p, detail::scratch_of(need, options.workspace, own));
 }
 
 template <streaming_mechanism M>
 void prefill(exec_ref exec, const M& m, tensor_ref q, tensor_ref k, tensor_ref v, tensor_mut out, state& s,
              const call_options& options = {}) {
-  const problem p{q, k, v, out, options.lse, options.gates};
+  const problem p = detail::problem_of(m, q, k, v, out, options);
   require(q.length == k.length, "q has ", q.length, " tokens and k has ", k.length,
           "; a call with a state takes the same new tokens in both");
   m.check(p, s);
@@ -107,7 +131,8 @@ void prefill(exec_ref exec, const M& m, tensor_ref q, tensor_ref k, tensor_ref v
   shape sizes = p.shape();
   sizes.m += s.tokens();
   buffer own;
-  m.prefill(exec, p, s, detail::scratch_for(m, exec, sizes, options, own));
+  const std::size_t need = detail::state_workspace(m, sizes, exec.concurrency());
+  m.prefill(exec, p, s, detail::scratch_of(need, options.workspace, own));
 }
 
 template <streaming_mechanism M>

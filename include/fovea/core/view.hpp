@@ -120,6 +120,7 @@ struct problem {
   tensor_ref q, k, v;
   tensor_mut out, lse;
   fovea::gates gates;
+  const std::int32_t* positions = nullptr;  ///< [B, n] RoPE positions of the new tokens; null: bottom-right
   fovea::shape shape() const { return {q.batch, q.heads, v.heads, q.length, k.length, q.width, v.width, q.type}; }
 };
 

@@ -6,12 +6,24 @@
 #include <optional>
 
 #include <fovea/core/backward.hpp>
+#include <fovea/core/kv_layout.hpp>
 #include <fovea/mask/causal.hpp>
 #include <fovea/mask/table.hpp>
+#include <fovea/position/rope.hpp>
 #include <fovea/score/score.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
+
+/// How a state of softmax_attention keeps its keys and values.
+struct state_store {
+  /// ring: the first keys and the last ones that the mask may see, and no more (StreamingLLM, sliding windows): the mask must say
+  /// how far back it looks (window, chunked_local).
+  enum class form : unsigned char { contiguous, ring } kind = form::contiguous;
+  std::optional<dtype> type = {};    ///< none: the type of the call; i8: int8 with scales
+  scale_per scale = scale_per::row;  ///< int8 only
+  isize chunk = 256;  ///< ring: a longer prefill is cut into calls of so many tokens, and so much more is kept
+};
 
 struct softmax_attention {
   static constexpr const char* name = "softmax";
@@ -22,6 +34,10 @@ struct softmax_attention {
   fovea::score score = {};
   const float* sinks = nullptr;  ///< [H] a logit a head that joins the denominator and has no value; null: none
   isize sink_count = 0;          ///< how many there are; 0: not checked
+  state_store store = {};        ///< of states
+  /// RoPE: q and k are turned; null: they come turned. Query i and key m - n + i of a call are turned to call_options::positions
+  /// [b, i], or to m - n + i; key j of the others to j. States and KV stores hold turned keys.
+  const rope* turn = nullptr;
 
   double scale_for(const shape& s) const { return scale ? *scale : 1.0 / std::sqrt(static_cast<double>(s.d)); }
   mask_site site(const shape& s, isize b) const { return {b, 0, s.n, s.m, s.H, s.G, s.B}; }
@@ -30,9 +46,11 @@ struct softmax_attention {
   void check(const problem& p) const;
   void check(const problem& p, const state& s) const;
   std::size_t workspace_size(const shape& s, int threads) const;
+  std::size_t state_workspace_size(const shape& s, int threads) const;
+  bool takes_positions() const { return turn != nullptr; }
   void prefill(exec_ref exec, const problem& p, arena scratch) const;
 
-  /// A contiguous KV cache for up to shape.m tokens, [B, G, capacity, d] then [B, G, capacity, e], in the storage type.
+  /// A KV cache: contiguous for up to shape.m tokens, or a ring for any number of them (softmax/state.hpp).
   bool streaming() const { return mask.is_causal(); }
   state make_state(const shape& s) const;
   std::uint64_t tag() const;
@@ -44,9 +62,7 @@ struct softmax_attention {
 
   double macs(const shape& s) const;  ///< multiply-adds of a prefill
   double step_macs(const shape& s) const { return static_cast<double>(s.B * s.H * s.m * (s.d + s.e)); }
-  std::size_t state_bytes(const shape& s) const {
-    return static_cast<std::size_t>(s.B * s.G * s.m * (s.d + s.e)) * size_of(s.type);
-  }
+  std::size_t state_bytes(const shape& s) const;
 };
 
 }  // namespace FOVEA_ABI

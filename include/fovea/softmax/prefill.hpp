@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
-/// @file  softmax_attention: from a checked problem to tasks over superblocks of query rows.
+/// @file  softmax_attention over a list of problems: one code path for views, states and KV stores, prefill and decoding mixed.
 
-#include <fovea/core/partial.hpp>
 #include <fovea/softmax/keys.hpp>
 #include <fovea/softmax/step.hpp>
 
@@ -11,81 +10,146 @@ inline namespace FOVEA_ABI {
 namespace detail {
 
 template <class Acc>
-struct softmax_run {
-  using loop = kernel::online_softmax<simd::native, Acc>;
+class softmax_run {
+  using cut = softmax_cut<Acc>;
+  using few_loop = typename cut::few_loop;
+  using block_loop = typename cut::block_loop;
 
-  static std::size_t slot_bytes(const shape& s) {
-    arena measure;
-    loop(measure, s.group() * s.n, s.d, s.e);
-    return measure.bytes();
-  }
-  static std::size_t workspace_size(const shape& s, int threads) {
-    arena measure;
-    if (softmax_few_rows<Acc>::fits(s))
-      typename softmax_few_rows<Acc>::layout(measure, s, threads);
-    else
-      measure.take<std::byte>(static_cast<isize>(slot_bytes(s)) * threads);
-    return measure.bytes();
+  /// Scratch of one thread: either loop, and the rows of a decode step on their way out.
+  struct slot {
+    std::optional<block_loop> blocks;
+    std::optional<few_loop> few;
+    Acc* rows = nullptr;
+    slot(arena memory, const cut& c, isize d, isize e, std::size_t& bytes) {
+      if (c.few) {
+        few.emplace(memory, d, e);
+        rows = memory.take<Acc>(few_loop::most_rows * (e + 2));
+      } else {
+        blocks.emplace(memory, c.rows, d, e);
+      }
+      bytes = memory.bytes();
+    }
+  };
+
+ public:
+  /// How a list is cut, and where its parts lie in memory.
+  softmax_run(arena& memory, const problem_list& list, int threads) : count_(list.count()) {
+    isize numbers = 0;
+    for (isize s = 0; s < count_; ++s) {
+      const sequence_problem p = list[s];
+      const cut c(p);
+      if (c.tasks() == 0) continue;
+      numbers += c.partial_size(p.kv.e);
+      std::size_t bytes = 0;
+      slot({}, c, p.kv.d, p.kv.e, bytes);
+      slot_bytes_ = bytes > slot_bytes_ ? bytes : slot_bytes_;
+    }
+    first_task_ = memory.take<isize>(count_ + 1);
+    first_number_ = memory.take<isize>(count_);
+    partials_ = memory.take<Acc>(numbers);
+    slots_ = memory.take<std::byte>(static_cast<isize>(slot_bytes_) * threads);
   }
 
-  static void prefill(const softmax_attention& m, exec_ref exec, const problem& p, arena scratch) {
-    const shape s = p.shape();
-    if (softmax_few_rows<Acc>::fits(s)) return softmax_few_rows<Acc>::run(m, exec, p, scratch);
-    const isize rows = s.group() * s.n, block = loop::superblock(rows, s.d, s.e), blocks = ceil_div(rows, block),
-                heads = s.B * s.G;
-    const double scale = m.scale_for(s);
-    const std::size_t piece = slot_bytes(s);
-    std::byte* base =
-        scratch.take<std::byte>(static_cast<isize>(piece) * exec.concurrency());  // slot t owns the t-th piece
-    exec.for_tasks(heads * blocks, [&](isize task, isize slot) {
-      // The last rows come first: under a causal mask they take longest, and no thread is left with them at the end.
-      const isize sb = blocks - 1 - task / heads, b = task % heads / s.G, g = task % s.G;
-      arena own(std::span<std::byte>(base + static_cast<std::size_t>(slot) * piece, piece));
-      loop run(own, rows, s.d, s.e);
-      run.begin({p.q, b, g * s.group(), sb * block, sb * block + block < rows ? sb * block + block : rows}, scale,
-                m.sinks);
-      if (s.m > 0) run.absorb(softmax_keys<Acc>(m, p, b, g));
-      run.finish(p.out, p.lse);
+  void run(const softmax_attention& m, exec_ref exec, const problem_list& list) {
+    isize split = 0;
+    first_task_[0] = 0;
+    for (isize s = 0, number = 0; s < count_; ++s) {
+      const sequence_problem p = list[s];
+      const cut c(p);
+      first_task_[s + 1] = first_task_[s] + c.tasks();
+      first_number_[s] = number;
+      number += c.partial_size(p.kv.e), split += c.tasks() > 0 && c.pieces > 1 ? 1 : 0;
+    }
+    exec.for_tasks(first_task_[count_], [&](isize task, isize which) {
+      const isize s = std::upper_bound(first_task_, first_task_ + count_ + 1, task) - first_task_ - 1;
+      one(m, list[s], s, task - first_task_[s], which);
+    });
+    if (split == 0) return;
+    exec.for_tasks(count_, [&](isize s, isize) {
+      const sequence_problem p = list[s];
+      const cut c(p);
+      if (c.tasks() == 0 || c.pieces == 1) return;
+      const isize all = c.heads * c.rows;
+      const softmax_partials<Acc> parts(partials_ + first_number_[s], all, c.pieces, p.kv.e);
+      for (isize row = 0; row < all; ++row) finish_row(m, p, parts, c.pieces, row, row);
     });
   }
+
+ private:
+  void one(const softmax_attention& m, const sequence_problem& p, isize s, isize task, isize which) noexcept {
+    const cut c(p);
+    // The last rows come first: under a causal mask they take longest, and no thread is left with them at the end.
+    const isize piece = task % c.pieces, g = task / c.pieces % c.heads,
+                block = c.blocks - 1 - task / c.pieces / c.heads, last = (block + 1) * c.block,
+                j0 = c.pieces == 1 ? 0 : piece * c.keys;
+    std::size_t bytes = 0;
+    slot own(arena(std::span<std::byte>(slots_ + static_cast<std::size_t>(which) * slot_bytes_, slot_bytes_)), c,
+             p.kv.d, p.kv.e, bytes);
+    problem_keys<Acc> keys(m, p, g);
+    keys.set.first = j0;
+    if (c.pieces > 1 && j0 + c.keys < keys.set.count) keys.set.count = j0 + c.keys;
+    const kernel::query_rows rows{p.q,
+                                  0,
+                                  g * p.group(),
+                                  block * c.block,
+                                  last < c.rows ? last : c.rows,
+                                  m.turn,
+                                  p.positions,
+                                  p.kv.tokens() - p.q.length};
+    const double scale = m.scale_for({1, p.q.heads, p.kv.heads, p.q.length, p.kv.length, p.kv.d, p.kv.e, p.q.type});
+    if (c.few)
+      few_rows(m, p, c, keys.set, rows, scale, partials_ + first_number_[s], piece, own);
+    else
+      superblock(m, p, c, keys.set, rows, scale, partials_ + first_number_[s], piece, *own.blocks);
+  }
+
+  static void few_rows(const softmax_attention& m, const sequence_problem& p, const cut& c,
+                       const kernel::key_set<Acc>& set, const kernel::query_rows& rows, double scale, Acc* numbers,
+                       isize piece, slot& own) noexcept {
+    constexpr Acc ln2 = static_cast<Acc>(0.69314718055994530942);
+    const bool alone = c.pieces == 1;
+    const softmax_partials<Acc> to(alone ? own.rows : numbers, alone ? c.rows : c.heads * c.rows, c.pieces, p.kv.e);
+    const isize row = rows.first_head * p.q.length, at = alone ? 0 : piece * to.all + row;
+    own.few->begin(rows, scale);
+    own.few->run(set, set.first, set.count, to.m + at, to.l + at, to.o + at * to.e);
+    for (isize r = 0; r < c.rows; ++r) to.m[at + r] *= ln2;
+    for (isize r = 0; alone && r < c.rows; ++r) finish_row(m, p, to, 1, r, row + r);
+  }
+
+  static void superblock(const softmax_attention& m, const sequence_problem& p, const cut& c,
+                         const kernel::key_set<Acc>& set, const kernel::query_rows& rows, double scale, Acc* numbers,
+                         isize piece, block_loop& loop) noexcept {
+    loop.begin(rows, scale, c.pieces == 1 ? m.sinks : nullptr);
+    if (set.count > set.first) loop.absorb(set);
+    if (c.pieces == 1) return loop.finish(p.out, p.lse);
+    // A normalised row with its log-sum-exp is a partial as well: (lse, 1, o).
+    const isize n = p.q.length, H = p.q.heads, e = p.kv.e, row = rows.first_head * n;
+    const softmax_partials<Acc> to(numbers, c.heads * c.rows, c.pieces, e);
+    const isize at = piece * to.all;
+    loop.finish({to.o + at * e, dtype_of<Acc>, 1, H, n, e, H * n * e, n * e, e},
+                {to.m + at, dtype_of<Acc>, 1, H, n, 1, H * n, n, 1});
+    for (isize r = at + row + rows.first; r < at + row + rows.last; ++r)
+      to.l[r] = to.m[r] == -std::numeric_limits<Acc>::infinity() ? Acc(0) : Acc(1);
+  }
+
+  isize count_;
+  std::size_t slot_bytes_ = 0;
+  isize *first_task_, *first_number_;
+  Acc* partials_;
+  std::byte* slots_;
 };
 
+template <class Acc>
+std::size_t softmax_workspace(const problem_list& list, int threads) {
+  arena measure;
+  softmax_run<Acc>(measure, list, threads);
+  return measure.bytes();
+}
+template <class Acc>
+void attend(const softmax_attention& m, exec_ref exec, const problem_list& list, arena scratch) {
+  softmax_run<Acc>(scratch, list, exec.concurrency()).run(m, exec, list);
+}
+
 }  // namespace detail
-
-inline std::size_t softmax_attention::workspace_size(const shape& s, int threads) const {
-  // A state's call is measured with the shape of the call: n rows, whatever the number of keys.
-  return s.type == dtype::f64 ? detail::softmax_run<double>::workspace_size(s, threads)
-                              : detail::softmax_run<float>::workspace_size(s, threads);
-}
-
-inline void softmax_attention::prefill(exec_ref exec, const problem& p, arena scratch) const {
-  if (p.q.type == dtype::f64)
-    detail::softmax_run<double>::prefill(*this, exec, p, scratch);
-  else
-    detail::softmax_run<float>::prefill(*this, exec, p, scratch);
-}
-
-inline void softmax_attention::prefill(exec_ref exec, const problem& p, state& s, arena scratch) const {
-  kv_cache::append(p, s);
-  problem all = p;
-  all.k = kv_cache::keys(s, s.tokens());
-  all.v = kv_cache::values(s, s.tokens());
-  prefill(exec, all, scratch);
-}
-
-inline double softmax_attention::macs(const shape& s) const {
-  double pairs = 0;  // visible pairs of one head, by tiles of the mask's own answers along the rows
-  mask_site at = site(s, 0);
-  for (isize i = 0; i < s.n; ++i) {
-    const range r = mask.keys(at, i, i + 1);
-    if (r.empty()) continue;
-    if (mask.tile(at, i, i + 1, r.first, r.last) == tile_kind::full)
-      pairs += static_cast<double>(r.last - r.first);
-    else
-      for (isize j = r.first; j < r.last; ++j) pairs += mask.visible(at, i, j) ? 1 : 0;
-  }
-  return static_cast<double>(s.B * s.H * (s.d + s.e)) * pairs;
-}
-
 }  // namespace FOVEA_ABI
 }  // namespace fovea

@@ -1,88 +1,84 @@
 // SPDX-License-Identifier: MIT
 #pragma once
-/// @file  softmax_attention with a few query rows for each KV head: split over the keys, then merge.
+/// @file  softmax_attention: how one problem is cut into tasks, and how the parts of its keys are joined again.
 ///
-/// The keys are cut by m alone (at most 16 pieces, none under 4096 keys), whatever the number of threads: the same bits for any.
+///   few rows    group * n <= 8: all rows of a KV head in one task, split over the keys (decoding)
+///   blocks      superblocks of query rows; where these give few tasks, split over the keys as well (a chunk against a long cache)
+///
+/// Contract   a problem is cut by its own sizes alone, so that bits depend neither on threads nor on what else is in the list. Parts are
+///            joined in the order of their keys.
 
 #include <fovea/core/partial.hpp>
 #include <fovea/kernel/decode.hpp>
-#include <fovea/softmax/keys.hpp>
+#include <fovea/softmax/problems.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
 namespace detail {
 
 template <class Acc>
-struct softmax_few_rows {
-  using loop = kernel::decode_rows<simd::native, Acc>;
+struct softmax_cut {
+  using few_loop = kernel::decode_rows<simd::native, Acc>;
+  using block_loop = kernel::online_softmax<simd::native, Acc>;
+  static constexpr isize most_pieces = 16, least_keys = 4096, enough_tasks = 32;
 
-  static bool fits(const shape& s) { return s.group() * s.n <= loop::most_rows; }
-  static isize piece(isize m) {
-    const isize keys = ceil_div(m, 16);
-    return keys < 4096 ? 4096 : ceil_div(keys, 64) * 64;
+  bool few = false;
+  isize heads = 0, rows = 0;             // KV heads; rows of each
+  isize block = 0, blocks = 0;           // rows of a task, tasks by rows
+  isize most = most_pieces;              // pieces that there may be
+  isize pieces = 1, keys = PTRDIFF_MAX;  // of each task by rows: parts of the keys, keys of a part
+
+  explicit softmax_cut(const sequence_problem& p) : heads(p.q.heads > 0 ? p.kv.heads : 0), rows(p.rows()) {
+    if (rows == 0 || heads == 0) return;
+    few = rows <= few_loop::most_rows;
+    block = few ? rows : block_loop::superblock(rows, p.kv.d, p.kv.e);
+    blocks = ceil_div(rows, block);
+    if (!few) most = heads * blocks < enough_tasks ? enough_tasks / (heads * blocks) : 1;
+    if (most > most_pieces) most = most_pieces;
+    const isize m = p.kv.length, share = ceil_div(ceil_div(m, most), 128) * 128;
+    keys = share < least_keys ? least_keys : share;
+    pieces = m > keys ? ceil_div(m, keys) : 1;
   }
-
-  struct layout {
-    Acc *m, *l, *o;
-    std::byte* slots;
-    std::size_t slot_bytes;
-    layout(arena& memory, const shape& s, int threads) {
-      const isize rows = s.group() * s.n, parts = s.B * s.G * 16;
-      m = memory.take<Acc>(parts * rows);
-      l = memory.take<Acc>(parts * rows);
-      o = memory.take<Acc>(parts * rows * s.e);
-      arena one;
-      loop(one, s.d, s.e);
-      slot_bytes = one.bytes();
-      slots = memory.take<std::byte>(static_cast<isize>(slot_bytes) * threads);
-    }
-  };
-
-  static void run(const softmax_attention& a, exec_ref exec, const problem& p, arena scratch) {
-    const shape s = p.shape();
-    const layout at(scratch, s, exec.concurrency());
-    const isize rows = s.group() * s.n, keys = piece(s.m), pieces = s.m > 0 ? ceil_div(s.m, keys) : 0,
-                heads = s.B * s.G;
-    const double scale = a.scale_for(s);
-    exec.for_tasks(heads * pieces, [&](isize task, isize slot) {
-      const isize b = task / pieces / s.G, g = task / pieces % s.G, j0 = task % pieces * keys;
-      arena own(std::span<std::byte>(at.slots + static_cast<std::size_t>(slot) * at.slot_bytes, at.slot_bytes));
-      loop run(own, s.d, s.e);
-      run.begin({p.q, b, g * s.group(), 0, rows}, scale);
-      run.run(softmax_keys<Acc>(a, p, b, g), j0, j0 + keys < s.m ? j0 + keys : s.m, at.m + task * rows,
-              at.l + task * rows, at.o + task * rows * s.e);
-    });
-    for (isize head = 0; head < heads; ++head)
-      for (isize r = 0; r < rows; ++r) finish(a, p, at, head, r, rows, pieces);
-  }
-
- private:
-  /// Joins the pieces of one row, in order, and writes it.
-  static void finish(const softmax_attention& a, const problem& p, const layout& at, isize head, isize r, isize rows,
-                     isize pieces) {
-    constexpr Acc ln2 = static_cast<Acc>(0.69314718055994530942);
-    const shape s = p.shape();
-    const isize b = head / s.G, h = head % s.G * s.group() + r / s.n, i = r % s.n;
-    Acc* o = at.o + (head * pieces * rows + r) * s.e;
-    partial<Acc> all{pieces > 0 ? at.m[head * pieces * rows + r] * ln2 : -std::numeric_limits<Acc>::infinity(),
-                     pieces > 0 ? at.l[head * pieces * rows + r] : Acc(0), o};
-    if (pieces == 0)
-      for (isize c = 0; c < s.e; ++c) o[c] = Acc(0);
-    for (isize x = 1; x < pieces; ++x) {
-      const isize from = (head * pieces + x) * rows + r;
-      merge(all, {at.m[from] * ln2, at.l[from], at.o + from * s.e}, s.e);
-    }
-    if (a.sinks != nullptr) {
-      const Acc sink = static_cast<Acc>(a.sinks[h]), top = all.m > sink ? all.m : sink, shrink = std::exp(all.m - top);
-      all.l = all.l * shrink + std::exp(sink - top);
-      for (isize c = 0; c < s.e; ++c) o[c] *= shrink;
-      all.m = top;
-    }
-    const Acc lse = normalise(all, s.e);
-    simd::store_row<simd::native, Acc>(p.out.type, o, s.e, p.out.row(b, h, i));
-    if (p.lse) *static_cast<Acc*>(p.lse.row(b, h, i)) = lse;
+  isize tasks() const { return heads * blocks * pieces; }  // 0: no row
+  /// Numbers that the parts of a split problem leave: (m, l, o) of each row of each piece. Few rows: whatever the number of keys.
+  isize partial_size(isize e) const {
+    const isize parts = few ? most : pieces;
+    return parts > 1 ? parts * heads * rows * (e + 2) : 0;
   }
 };
+
+/// (m, l, o) of the rows of one problem, piece by piece; m in nats. Row r of KV head g is row g * rows + r.
+template <class Acc>
+struct softmax_partials {
+  Acc *m, *l, *o;
+  isize all, e;  // rows of all heads
+
+  softmax_partials(Acc* memory, isize all_rows, isize pieces, isize width) : all(all_rows), e(width) {
+    m = memory, l = m + pieces * all, o = l + pieces * all;
+  }
+  partial<Acc> at(isize piece, isize row) const {
+    const isize x = piece * all + row;
+    return {m[x], l[x], o + x * e};
+  }
+};
+
+/// Joins the pieces of row `at`, in order, with the sink, and writes it: query i of head h is row h * n + i of the problem.
+template <class Acc>
+void finish_row(const softmax_attention& a, const sequence_problem& p, const softmax_partials<Acc>& parts, isize pieces,
+                isize at, isize row) noexcept {
+  const isize h = row / p.q.length, i = row % p.q.length, e = parts.e;
+  partial<Acc> all = parts.at(0, at);
+  for (isize x = 1; x < pieces; ++x) merge(all, parts.at(x, at), e);
+  if (a.sinks != nullptr) {
+    const Acc sink = static_cast<Acc>(a.sinks[h]), top = all.m > sink ? all.m : sink, shrink = std::exp(all.m - top);
+    all.l = all.l * shrink + std::exp(sink - top);
+    for (isize c = 0; c < e; ++c) all.o[c] *= shrink;
+    all.m = top;
+  }
+  const Acc lse = normalise(all, e);
+  simd::store_row<simd::native, Acc>(p.out.type, all.o, e, p.out.row(0, h, i));
+  if (p.lse) *static_cast<Acc*>(p.lse.row(0, h, i)) = lse;
+}
 
 }  // namespace detail
 }  // namespace FOVEA_ABI
