@@ -18,6 +18,7 @@
 #include <fovea/mask/tree.hpp>
 #include <fovea/position/rope_table.hpp>
 #include <fovea/position/rotate.hpp>
+#include <fovea/score/packed.hpp>
 #include <fovea/score/score.hpp>
 #include <fovea/softmax.hpp>
 #include <fovea/version.hpp>

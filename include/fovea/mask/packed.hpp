@@ -62,6 +62,13 @@ struct packed {
 
   /// The sequence that holds row i.
   FOVEA_HD isize sequence_of(isize i) const { return find(cu_q, i); }
+  /// The site of sequence s: what the inner policy is asked with.
+  FOVEA_HD mask_site site(const mask_site& at, isize s) const {
+    mask_site own = at;
+    own.b = s, own.B = sequences;
+    own.n = cu_q[s + 1] - cu_q[s], own.m = cu_k[s + 1] - cu_k[s];
+    return own;
+  }
 
  private:
   template <mask_policy Inner>
@@ -88,12 +95,12 @@ struct documents {
   void check(const mask_site& at) const {
     sequences.check(at);
     for (isize s = 0; s < sequences.sequences; ++s)
-      if constexpr (requires { inner.check(at); }) inner.check(site(at, s));
+      if constexpr (requires { inner.check(at); }) inner.check(sequences.site(at, s));
   }
   FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const {
     if (!sequences.visible(at, i, j)) return false;
     const isize s = sequences.sequence_of(i);
-    return inner.visible(site(at, s), i - sequences.cu_q[s], j - sequences.cu_k[s]);
+    return inner.visible(sequences.site(at, s), i - sequences.cu_q[s], j - sequences.cu_k[s]);
   }
   FOVEA_HD range keys(const mask_site& at, isize i0, isize i1) const {
     const isize s = sequences.sequence_of(i0), t = sequences.sequence_of(i1 - 1);
@@ -101,8 +108,9 @@ struct documents {
     for (isize r = s; r <= t; ++r) {
       const range rows = meet({i0, i1}, of(sequences.cu_q, r)), own = of(sequences.cu_k, r);
       if (rows.empty() || own.empty()) continue;
-      const range seen = meet(inner.keys(site(at, r), rows.first - sequences.cu_q[r], rows.last - sequences.cu_q[r]),
-                              {0, own.last - own.first});
+      const range seen =
+          meet(inner.keys(sequences.site(at, r), rows.first - sequences.cu_q[r], rows.last - sequences.cu_q[r]),
+               {0, own.last - own.first});
       if (seen.empty()) continue;
       if (all.first > own.first + seen.first) all.first = own.first + seen.first;
       if (all.last < own.first + seen.last) all.last = own.first + seen.last;
@@ -116,8 +124,9 @@ struct documents {
     for (isize r = sequences.sequence_of(i0); r <= sequences.sequence_of(i1 - 1); ++r) {
       const range rows = meet({i0, i1}, of(sequences.cu_q, r)), keys = meet({j0, j1}, of(sequences.cu_k, r));
       if (rows.empty() || keys.empty()) continue;
-      const tile_kind kind = inner.tile(site(at, r), rows.first - sequences.cu_q[r], rows.last - sequences.cu_q[r],
-                                        keys.first - sequences.cu_k[r], keys.last - sequences.cu_k[r]);
+      const tile_kind kind =
+          inner.tile(sequences.site(at, r), rows.first - sequences.cu_q[r], rows.last - sequences.cu_q[r],
+                     keys.first - sequences.cu_k[r], keys.last - sequences.cu_k[r]);
       any = any || kind != tile_kind::empty, all = all && kind == tile_kind::full;
     }
     return all ? tile_kind::full : any ? tile_kind::partial : tile_kind::empty;
@@ -130,7 +139,7 @@ struct documents {
       const range rows = meet({i0, i0 + count}, of(sequences.cu_q, r)), keys = meet({j0, j1}, of(sequences.cu_k, r));
       for (isize j = keys.first; j < keys.last && !rows.empty(); j += most) {
         const isize last = j + most < keys.last ? j + most : keys.last, q = sequences.cu_q[r], k = sequences.cu_k[r];
-        detail::mask_lanes(inner, site(at, r), rows.first - q, rows.last - rows.first, j - k, last - k, bits);
+        detail::mask_lanes(inner, sequences.site(at, r), rows.first - q, rows.last - rows.first, j - k, last - k, bits);
         for (isize x = j; x < last; ++x) out[x - j0] |= bits[x - j] << (rows.first - i0);
       }
     }
@@ -139,14 +148,6 @@ struct documents {
       const range seen = meet(sequences.queries(at, j), {i0, i0 + count});
       out[j - j0] &= seen.empty() ? 0 : (~std::uint64_t{0} >> (64 - (seen.last - seen.first))) << (seen.first - i0);
     }
-  }
-
-  /// The site of sequence s: what the inner policy is asked with.
-  FOVEA_HD mask_site site(const mask_site& at, isize s) const {
-    mask_site own = at;
-    own.b = s, own.B = sequences.sequences;
-    own.n = sequences.cu_q[s + 1] - sequences.cu_q[s], own.m = sequences.cu_k[s + 1] - sequences.cu_k[s];
-    return own;
   }
 
  private:

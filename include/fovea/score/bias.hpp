@@ -82,6 +82,11 @@ struct additive_bias {
     const float* from = table + slot(at, i0, j0);
     alignas(64) Acc turned[V::size * detail::bias_columns];
     if (count == 1 && stride == 1) {  // keys along the lanes
+      if constexpr (std::is_same_v<Acc, float>)
+        if (key_stride == 1)
+          return detail::each_register(j1 - j0, tile, [&](V x, isize y) FOVEA_INLINE_LAMBDA {
+            return simd::fma(simd::load_n<V>(from + y, j1 - j0 - y), V(detail::nats_to_log2<Acc>), x);
+          });
       for (isize y = 0; y < j1 - j0; y += V::size) {
         const isize keys = j1 - j0 - y < V::size ? j1 - j0 - y : V::size;
         detail::bias_block(from + y * key_stride, key_stride, 0, keys, 1, turned);

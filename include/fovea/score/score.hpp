@@ -90,6 +90,11 @@ struct chain {
   FOVEA_HD T operator()(const mask_site& at, isize i, isize j, T s) const {
     return static_cast<T>(b(at, i, j, static_cast<T>(a(at, i, j, s))));
   }
+  template <class Acc>
+  void lanes(const mask_site& at, isize i0, isize count, isize j0, isize j1, Acc* tile, isize stride) const {
+    detail::score_lanes<A, Acc>(a, at, i0, count, j0, j1, tile, stride);
+    detail::score_lanes<B, Acc>(b, at, i0, count, j0, j1, tile, stride);
+  }
   static constexpr bool unit_slope = detail::unit_sloped<A>() && detail::unit_sloped<B>();
   template <class T>
     requires(detail::sloped<A>&& detail::sloped<B>)
