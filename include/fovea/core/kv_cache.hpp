@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: MIT
 #pragma once
-/// @file  A contiguous KV cache inside a `state`: [B, G, capacity, d] keys, then [B, G, capacity, e] values, in the storage type.
+/// @file  A contiguous KV cache inside a `state`, in the storage type: one block of core/kv_layout.hpp with B G heads.
 
 #include <cstring>
 
+#include <fovea/core/kv_layout.hpp>
 #include <fovea/core/state.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
 namespace kv_cache {
 
-inline std::size_t bytes(const shape& s) {
-  return static_cast<std::size_t>(s.B * s.G * s.m * (s.d + s.e)) * size_of(s.type);
-}
+inline kv_layout layout(const shape& s) { return {{.heads = s.B * s.G, .d = s.d, .e = s.e, .type = s.type}, s.m}; }
+inline std::size_t bytes(const shape& s) { return layout(s).bytes(); }
 
 /// The first `tokens` keys (values) as views into the state.
 inline tensor_mut keys(const state& s, isize tokens) {
@@ -21,8 +21,8 @@ inline tensor_mut keys(const state& s, isize tokens) {
 }
 inline tensor_mut values(const state& s, isize tokens) {
   const shape& z = s.sizes();
-  auto* first = s.as<std::byte>() + static_cast<std::size_t>(z.B * z.G * z.m * z.d) * size_of(z.type);
-  return {first, z.type, z.B, z.G, tokens, z.e, z.G * z.m * z.e, z.m * z.e, z.e};
+  return {
+      layout(z).value(s.as<std::byte>(), 0, 0).data, z.type, z.B, z.G, tokens, z.e, z.G * z.m * z.e, z.m * z.e, z.e};
 }
 
 inline void check_room(const problem& p, const state& s) {

@@ -4,7 +4,7 @@
 ///
 ///   s_ij = modify(scale q_i . k_j),   p_ij = e^(s_ij - max_j s_ij) where visible,   o_i = sum_j p_ij v_j / (sum_j p_ij + e^(sink - max))
 ///
-/// Contract   a row that sees nothing gives zeros and LSE = -inf. Slow on purpose.
+/// With a rope q_i and k_j are turned first, in double. Contract   a row that sees nothing gives zeros and LSE = -inf. Slow on purpose.
 
 #include <cmath>
 #include <limits>
@@ -16,14 +16,31 @@ namespace fovea {
 inline namespace FOVEA_ABI {
 namespace reference {
 
+/// Head h of item b, row by row in double, each turned to its position where there is a rope.
+template <class Position>
+std::vector<double> rows_of_head(const tensor_ref& t, isize b, isize h, const rope* turn, Position&& position) {
+  std::vector<double> rows(static_cast<std::size_t>(t.length * t.width));
+  for (isize i = 0; i < t.length; ++i) {
+    double* row = rows.data() + i * t.width;
+    for (isize c = 0; c < t.width; ++c) row[c] = t.get(b, h, i, c);
+    if (turn != nullptr) rotate(*turn, position(i), row);
+  }
+  return rows;
+}
+
 inline void prefill(const softmax_attention& m, const problem& p) {
   const shape s = p.shape();
   const double scale = m.scale_for(s), none = -std::numeric_limits<double>::infinity();
   std::vector<double> score(static_cast<std::size_t>(s.m));
+  const auto position = [&](isize b, isize j) {
+    return p.positions != nullptr && j >= s.m - s.n ? p.positions[b * s.n + j - (s.m - s.n)] : j;
+  };
   for (isize b = 0; b < s.B; ++b)
-    for (isize h = 0; h < s.H; ++h)
+    for (isize h = 0; h < s.H; ++h) {
+      const isize g = h / s.group();
+      const auto q = rows_of_head(p.q, b, h, m.turn, [&](isize i) { return position(b, s.m - s.n + i); });
+      const auto k = rows_of_head(p.k, b, g, m.turn, [&](isize j) { return position(b, j); });
       for (isize i = 0; i < s.n; ++i) {
-        const isize g = h / s.group();
         mask_site at = m.site(s, b);
         at.h = h;
         double top = m.sinks != nullptr ? static_cast<double>(m.sinks[h]) : none;
@@ -32,7 +49,8 @@ inline void prefill(const softmax_attention& m, const problem& p) {
           x = none;
           if (!m.mask.visible(at, i, j)) continue;
           double dot = 0;
-          for (isize c = 0; c < s.d; ++c) dot += p.q.get(b, h, i, c) * p.k.get(b, g, j, c);
+          const double *x_q = q.data() + i * s.d, *x_k = k.data() + j * s.d;
+          for (isize c = 0; c < s.d; ++c) dot += x_q[c] * x_k[c];
           x = m.score(at, i, j, scale * dot);
           if (!(x <= top)) top = x;
         }
@@ -48,6 +66,7 @@ inline void prefill(const softmax_attention& m, const problem& p) {
         for (isize c = 0; c < s.e; ++c) p.out.set(b, h, i, c, sum == 0 ? 0.0 : o[static_cast<std::size_t>(c)] / sum);
         if (p.lse) p.lse.set(b, h, i, 0, sum == 0 ? none : shift + std::log(sum));
       }
+    }
 }
 
 }  // namespace reference
