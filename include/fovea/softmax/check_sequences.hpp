@@ -114,7 +114,7 @@ struct sequence_call {
       require(x.heads == heads, "sequence ", s, " has ", x.heads, " KV heads and sequence 0 has ", heads,
               "; they must be equal");
       check_sequence(m, s, x, q, out, options.lse, n);
-      m.check_values({count(), q.heads, heads, n, x.tokens(), x.d, x.e, q.type});
+      m.check_items({count(), q.heads, heads, n, x.tokens(), x.d, x.e, q.type}, s, s + 1);
       if (m.turn != nullptr && n > 0) check_turn(*m.turn, x.d, problem_of(s).positions, n, x.tokens() - n, n);
     }
   }

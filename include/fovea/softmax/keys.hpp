@@ -10,18 +10,18 @@
 namespace fovea {
 inline namespace FOVEA_ABI {
 
-inline void softmax_attention::check_values(const shape& s) const {
+inline void softmax_attention::check_items(const shape& s, isize first, isize last) const {
   if (scale) {
     require_finite("scale", *scale);
     require(*scale > 0, "scale is ", *scale, "; it must be positive");
   }
-  const mask_site at = site(s, 0);
+  const mask_site at = site(s, first);
   require(sinks == nullptr || sink_count == 0 || sink_count == at.H, "sinks holds ", sink_count,
           " logits; wanted one for each of ", at.H, " heads");
   for (isize h = 0; sinks != nullptr && h < at.H; ++h)
     require(sinks[h] < std::numeric_limits<float>::infinity(), "sinks[", h, "] is ", sinks[h],
             "; it must be a number below infinity");
-  mask.check(at);
+  for (isize b = first; b < last; ++b) mask.check(site(s, b));
   score.check(at);
 }
 

@@ -42,7 +42,8 @@ struct softmax_attention {
   double scale_for(const shape& s) const { return scale ? *scale : 1.0 / std::sqrt(static_cast<double>(s.d)); }
   mask_site site(const shape& s, isize b) const { return {b, 0, s.n, s.m, s.H, s.G, s.B}; }
 
-  void check_values(const shape& s) const;
+  void check_values(const shape& s) const { check_items(s, 0, s.B); }
+  void check_items(const shape& s, isize first, isize last) const;  ///< as far as items [first, last) are concerned
   void check(const problem& p) const;
   void check(const problem& p, const state& s) const;
   std::size_t workspace_size(const shape& s, int threads) const;
