@@ -32,7 +32,7 @@ class decode_rows {
       : d_(d), e_(e), q_ld_(static_cast<isize>(round_up(static_cast<std::size_t>(d), static_cast<std::size_t>(W)))) {
     q_ = memory.take<Acc>(most_rows * q_ld_);
     s_ = memory.take<Acc>(most_rows * s_ld);
-    row_ = memory.take<Acc>(e);
+    row_ = memory.take<Acc>(d > e ? d : e);
     k_rows_ = memory.take<std::byte>(keys * d * static_cast<isize>(sizeof(Acc)));
     v_rows_ = memory.take<std::byte>(keys * e * static_cast<isize>(sizeof(Acc)));
     k_scales_ = memory.take<float>(keys * ceil_div(d, scale_group));
@@ -44,11 +44,14 @@ class decode_rows {
     rows_ = rows;
     count_ = rows.last - rows.first;
     const Acc factor = static_cast<Acc>(scale * 1.4426950408889634074);
-    for (isize r = 0; r < count_; ++r) {
-      Acc* to = q_ + r * q_ld_;
-      const Acc* q = load_query<Arch, Acc>(rows, head(r), query(r), d_, to);
-      for (isize c = 0; c < d_; ++c) to[c] = q[c] * factor;
-    }
+    for_groups([&](auto R, isize first) {
+      for (isize z = 0; z < R; ++z) {
+        const Acc* q = load_query<Arch, Acc>(rows, head(first + z), query(first + z), d_, row_);
+        Acc* to = q_ + first * q_ld_ + z * W;  // [q_ld / W][R][W]
+        for (isize c = 0; c < q_ld_; c += W)
+          for (isize x = 0; x < W; ++x) to[c * R + x] = c + x < d_ ? q[c + x] * factor : Acc(0);
+      }
+    });
   }
 
   /// (m, l, o) of the rows over keys [j0, j1) of the set; m, l [rows], o [rows][e] are overwritten.
@@ -65,6 +68,17 @@ class decode_rows {
   }
 
  private:
+  /// f(constant<R>, r) for rows r ... r + R - 1 that share the reads: by fours, then two, then one.
+  template <class F>
+  void for_groups(F&& f) const {
+    isize r = 0;
+    if constexpr (W >= 4)
+      for (; r + 4 <= count_; r += 4) f(tile::constant<4>{}, r);
+    if constexpr (W >= 2)
+      for (; r + 2 <= count_; r += 2) f(tile::constant<2>{}, r);
+    for (; r < count_; ++r) f(tile::constant<1>{}, r);
+  }
+
   isize head(isize r) const noexcept { return rows_.first_head + (rows_.first + r) / rows_.q.length; }
   isize query(isize r) const noexcept { return (rows_.first + r) % rows_.q.length; }
   mask_site site(const key_set<Acc>& set, isize r) const noexcept {
@@ -145,70 +159,86 @@ class decode_rows {
     find<S>(set.k, j0, count, d_, k_rows_, k_scales_, k);
     find<S>(set.v, j0, count, e_, v_rows_, v_scales_, v);
     const isize k_groups = scaled ? set.k.scale_row : 0, v_groups = scaled ? set.v.scale_row : 0;
+    // What fits the L2 cache is there already.
+    const bool far = set.count * (set.k.row_bytes + set.v.row_bytes) > (1 << 20);
     // While this block's keys are scored its values are on their way, and with the values the next block's keys.
     for (isize x = 0; x < k.count; ++x) {
-      const S* const ahead = x < v.count ? v.list[x].rows : nullptr;
+      const S* const ahead = far && x < v.count ? v.list[x].rows : nullptr;
       const isize ld = x < v.count ? v.list[x].ld : 0;
-      isize r = 0;
-      if constexpr (W >= 4)
-        for (; r + 4 <= count_; r += 4) scores<4>(k.list[x], k_groups, r, r == 0 ? ahead : nullptr, ld);
-      if constexpr (W >= 2)
-        for (; r + 2 <= count_; r += 2) scores<2>(k.list[x], k_groups, r, r == 0 ? ahead : nullptr, ld);
-      for (; r < count_; ++r) scores<1>(k.list[x], k_groups, r, r == 0 ? ahead : nullptr, ld);
+      for_groups([&](auto R, isize r) { scores<R>(k.list[x], k_groups, r, r == 0 ? ahead : nullptr, ld); });
     }
     Acc alpha[most_rows];
     for (isize r = 0; r < count_; ++r) soften(set, j0, count, r, seen[r], k, v, m[r], l[r], alpha[r]);
     if (!all) return masked_values(set.v, j0, count, seen, alpha, o);
     for (isize x = 0; x < v.count; ++x) {
-      const bool more = j0 + count < set.count && x < k.count;
+      const bool more = far && j0 + count < set.count && x < k.count;
       const isize next = j0 + count + (more ? k.list[x].first : 0);
       const S* const ahead = more && next < set.count ? reinterpret_cast<const S*>(set.k.at(next).data) : nullptr;
       const isize ld = more ? set.k.row_bytes / static_cast<isize>(sizeof(S)) : 0;
-      isize r = 0;
-      for (; r + 4 <= count_; r += 4) values<4>(v.list[x], v_groups, alpha, r, o, r == 0 ? ahead : nullptr, ld);
-      for (; r + 2 <= count_; r += 2) values<2>(v.list[x], v_groups, alpha, r, o, r == 0 ? ahead : nullptr, ld);
-      for (; r < count_; ++r) values<1>(v.list[x], v_groups, alpha, r, o, r == 0 ? ahead : nullptr, ld);
-      for (r = 0; r < count_; ++r) alpha[r] = Acc(1);
+      for_groups([&](auto R, isize r) { values<R>(v.list[x], v_groups, alpha, r, o, r == 0 ? ahead : nullptr, ld); });
+      for (isize r = 0; r < count_; ++r) alpha[r] = Acc(1);
     }
   }
 
   /// s_[r + y][x] = q[r + y] . K[x] for R rows: W accumulators are W / R keys times R rows, reduced together.
-  /// int8 rows with one scale (groups = 1) stay unscaled here; with a scale for each group the products are scaled.
+  /// Elements [c, c + W) of a row; int8 rows with one scale (groups = 1) stay unscaled, those with a scale for each group do not.
+  template <class S>
+  FOVEA_INLINE P part(const S* row, const float* scales, isize groups, isize c) const noexcept {
+    P t = c + W <= d_ ? simd::load_as<P>(row + c) : simd::load_as_n<P>(row + c, d_ - c);
+    if constexpr (std::is_same_v<S, std::int8_t>)
+      if (groups > 1) t = t * P(static_cast<Acc>(scales[c / scale_group]));
+    return t;
+  }
+
+  /// s_[r + z][x] = q[r + z] . K[x] for R rows: W accumulators are W / R keys times R rows, reduced together.
   template <int R, class S>
   FOVEA_NOINLINE void scores(const piece<S>& from, isize groups, isize r, const S* ahead, isize ahead_ld) noexcept {
     constexpr int per = static_cast<int>(W) / R;
-    const Acc* q = q_ + r * q_ld_;
+    const Acc* const q = q_ + r * q_ld_;
+    const isize whole = d_ / W * W;
     for (isize x = 0; x < from.count; x += per) {
       P acc[W];
       const isize last =
           from.count - 1 - x;  // rows behind the end are replaced by the last one; nobody reads their scores
-      tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA {
-        const isize at = x + (y < last ? y : last);
-        const S* row = from.rows + at * from.ld;
-        const float* scale = groups > 1 ? from.scales + at * groups : nullptr;
-        P sum[R];
-        tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA { sum[z] = P(Acc(0)); });
-        isize c = 0;
-        for (; c + W <= d_; c += W) {
-          P t = simd::load_as<P>(row + c);
-          if constexpr (std::is_same_v<S, std::int8_t>)
-            if (groups > 1) t = t * P(static_cast<Acc>(scale[c / scale_group]));
-          tile::unroll<R>([&](auto z)
-                              FOVEA_INLINE_LAMBDA { sum[z] = simd::fma(t, P::load(q + z * q_ld_ + c), sum[z]); });
-        }
-        if (c < d_) {
-          P t = simd::load_as_n<P>(row + c, d_ - c);
-          if constexpr (std::is_same_v<S, std::int8_t>)
-            if (groups > 1) t = t * P(static_cast<Acc>(scale[c / scale_group]));
-          tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
-            sum[z] = simd::fma(t, simd::load_n<P>(q + z * q_ld_ + c, d_ - c), sum[z]);
-          });
-        }
-        tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
-          simd::keep_order(sum[z]);
-          acc[z * per + y] = sum[z];
+      const auto at = [&](isize y) FOVEA_INLINE_LAMBDA { return x + (y < last ? y : last); };
+      if constexpr (R == 1) {
+        // One row after the other, in address order: the hardware prefetcher follows, and the reads are what takes the time.
+        tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA {
+          const S* row = from.rows + at(y) * from.ld;
+          const float* scales = groups > 1 ? from.scales + at(y) * groups : nullptr;
+          P sum(Acc(0)), other(Acc(0));
+          isize c = 0;
+          for (; c + 4 * W <= whole; c += 4 * W)
+            tile::unroll<4>([&](auto u) FOVEA_INLINE_LAMBDA {
+              P& to = u % 2 == 0 ? sum : other;
+              to = simd::fma(part(row, scales, groups, c + u * W), P::load(q + c + u * W), to);
+            });
+          for (; c < d_; c += W) sum = simd::fma(part(row, scales, groups, c), P::load(q + c), sum);
+          acc[y] = sum + other;
+          simd::keep_order(acc[y]);
         });
-      });
+      } else {
+        // The rows are on their way to L2 since the last block: registers come first, W / R keys at a time.
+        const S* row[per];
+        const float* scales[per];
+        tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA {
+          row[y] = from.rows + at(y) * from.ld;
+          scales[y] = groups > 1 ? from.scales + at(y) * groups : nullptr;
+          tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA { acc[z * per + y] = P(Acc(0)); });
+        });
+        const auto step = [&](isize c) FOVEA_INLINE_LAMBDA {
+          P k[per];
+          tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA { k[y] = part(row[y], scales[y], groups, c); });
+          tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
+            const P y = P::load(q + c * R + z * W);
+            tile::unroll<per>([&](auto u)
+                                  FOVEA_INLINE_LAMBDA { acc[z * per + u] = simd::fma(k[u], y, acc[z * per + u]); });
+          });
+        };
+        isize c = 0;
+        for (; c < whole; c += W) step(c);
+        if (c < d_) step(c);
+      }
       if (ahead != nullptr)
         for (isize y = 0; y < per; ++y) simd::prefetch(ahead + (x + y) * ahead_ld, e_ * static_cast<isize>(sizeof(S)));
       alignas(64) Acc lanes[W];
