@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-/// @file  The laws of softmax_attention: each mask, the score modifications, sinks.
+/// @file  The laws of softmax_attention: each mask, the score modifications, sinks, each way to keep a state, RoPE.
 
+#include <fovea/position/rope_table.hpp>
 #include <fovea/softmax.hpp>
 #include <fovea/softmax/reference.hpp>
 
@@ -60,7 +61,77 @@ struct tables : softmax_base {
   }
 };
 
-using law_cases = std::tuple<full, causal_case, windowed, modified, two_sided_case, tables>;
+/// StreamingLLM: a state of first keys and a ring, of fewer tokens than most of the laws' shapes.
+struct streaming : softmax_base {
+  static constexpr const char* name = "softmax, window of 9 after 3 first keys, ring of calls up to 7";
+  static constexpr laws::promise promises{.causal = true, .lse = true, .streams = true};
+  float slopes[16] = {0.5F, 0.25F, 0.125F, 0.0625F, 0.3F, 0.2F, 0.1F, 0.05F, 0.01F};
+  softmax_attention make(const shape&) {
+    return {.mask = window{.width = 9, .first = 3},
+            .score = alibi{slopes},
+            .store = {.kind = state_store::form::ring, .chunk = 7}};
+  }
+};
+/// States in another type than the calls. The numbers are such that the type holds them exactly, so that one twin serves all calls.
+template <dtype Type, scale_per Scale>
+struct stored_as : softmax_base {
+  static constexpr laws::promise promises{.causal = true, .lse = true, .streams = true};
+  static constexpr bool ring = Scale == scale_per::group;
+  softmax_attention make(const shape&) {
+    softmax_attention m{.mask = window{.width = 40, .first = 2}};
+    m.store = {.kind = ring ? state_store::form::ring : state_store::form::contiguous,
+               .type = Type,
+               .scale = Scale,
+               .chunk = 16};
+    return m;
+  }
+  bool accepts(const shape& s) const { return s.type != dtype::f64; }
+  void adjust(test::random&, laws::inputs& x) const {
+    for (test::tensor* t : {&x.k, &x.v})
+      for (isize b = 0; b < t->batch(); ++b)
+        for (isize g = 0; g < t->heads(); ++g)
+          for (isize j = 0; j < t->length(); ++j)
+            for (isize c = 0; c < t->width(); ++c) {
+              const double step = std::nearbyint(t->get(b, g, j, c) * 24);  // |x| <= 6: at most 144
+              const double code = c % 32 == 0 ? 127 : std::fmin(std::fmax(step, -127.0), 127.0);
+              t->set(b, g, j, c, code / 32);
+            }
+  }
+};
+struct int8_rows : stored_as<dtype::i8, scale_per::row> {
+  static constexpr const char* name = "softmax, state in int8, a scale a row";
+};
+struct int8_groups : stored_as<dtype::i8, scale_per::group> {
+  static constexpr const char* name = "softmax, ring state in int8, a scale for 32 elements";
+};
+struct bf16_state : stored_as<dtype::bf16, scale_per::row> {
+  static constexpr const char* name = "softmax, state in bf16";
+};
+/// q and k are turned in the call; in a state the keys are kept turned.
+template <bool Ring>
+struct turned : softmax_base {
+  static constexpr const char* name = Ring ? "softmax, RoPE, ring" : "softmax, RoPE";
+  static constexpr laws::promise promises{.causal = true, .lse = true, .streams = true};
+  std::optional<rope_table> table;
+  rope turn;
+  softmax_attention make(const shape& s) {
+    table.emplace(rope_options{.width = s.d / 4 * 2 + 2,
+                               .positions = 200,
+                               .pair = Ring ? rope::pairing::gptj : rope::pairing::neox,
+                               .f64 = true});
+    turn = *table;
+    softmax_attention m{.mask = causal{}, .turn = &turn};
+    if (Ring) m.mask = window{.width = 21, .first = 1}, m.store = {.kind = state_store::form::ring, .chunk = 10};
+    return m;
+  }
+  /// 16-bit keys are rounded once more after they were turned: tests/cache.
+  bool accepts(const shape& s) const {
+    return s.n <= s.m && s.d >= 2 && (s.type == dtype::f32 || s.type == dtype::f64);
+  }
+};
+
+using law_cases = std::tuple<streaming, int8_rows, int8_groups, bf16_state, turned<false>, turned<true>, full,
+                             causal_case, windowed, modified, two_sided_case, tables>;
 
 }  // namespace
 
