@@ -198,6 +198,11 @@ class decode_rows {
     const isize whole = d_ / W * W;
     for (isize x = 0; x < from.count; x += per) {
       P acc[W];
+      // One line at a time, between products: a burst would fill the core's few line buffers and stop it.
+      const auto ask = [&](isize y, isize c) FOVEA_INLINE_LAMBDA {
+        if (ahead != nullptr && c * static_cast<isize>(sizeof(S)) % 64 == 0)
+          simd::prefetch(ahead + (x + y) * ahead_ld + c, 64);
+      };
       const isize last =
           from.count - 1 - x;  // rows behind the end are replaced by the last one; nobody reads their scores
       const auto at = [&](isize y) FOVEA_INLINE_LAMBDA { return x + (y < last ? y : last); };
@@ -212,6 +217,7 @@ class decode_rows {
             tile::unroll<4>([&](auto u) FOVEA_INLINE_LAMBDA {
               P& to = u % 2 == 0 ? sum : other;
               to = simd::fma(part(row, scales, groups, c + u * W), P::load(q + c + u * W), to);
+              ask(y, c + u * W);
             });
           for (; c < d_; c += W) sum = simd::fma(part(row, scales, groups, c), P::load(q + c), sum);
           acc[y] = sum + other;
@@ -234,13 +240,14 @@ class decode_rows {
             tile::unroll<per>([&](auto u)
                                   FOVEA_INLINE_LAMBDA { acc[z * per + u] = simd::fma(k[u], y, acc[z * per + u]); });
           });
+          tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA { ask(y, c); });
         };
         isize c = 0;
         for (; c < whole; c += W) step(c);
         if (c < d_) step(c);
       }
-      if (ahead != nullptr)
-        for (isize y = 0; y < per; ++y) simd::prefetch(ahead + (x + y) * ahead_ld, e_ * static_cast<isize>(sizeof(S)));
+      for (isize y = 0; ahead != nullptr && d_ < e_ && y < per; ++y)
+        simd::prefetch(ahead + (x + y) * ahead_ld + d_, (e_ - d_) * static_cast<isize>(sizeof(S)));
       alignas(64) Acc lanes[W];
       simd::sum_each(acc).store(lanes);
       for (isize z = 0; z < R; ++z)
@@ -264,11 +271,9 @@ class decode_rows {
       simd::select(static_cast<simd::lane_bits>(seen >> x), P::load(s + x), P(none)).store(s + x);
     P top(none);
     for (isize x = 0; x < keys; x += W) top = simd::max(top, P::load(s + x));
-    const Acc block_top = simd::reduce_max(top), next = m > block_top ? m : block_top;
+    const Acc block_top = simd::highest(top), next = m > block_top ? m : block_top;
     const Acc shift = next > static_cast<Acc>(-3e38) ? next : Acc(0);
-    Acc a[W];
-    simd::exp2(P(m - shift)).store(a);
-    alpha = a[0];
+    alpha = simd::first(simd::exp2(P(m - shift)));
     m = next;
     P sum(Acc(0));
     for (isize x = 0; x < keys; x += W) {
@@ -291,11 +296,9 @@ class decode_rows {
               isize ahead_ld) noexcept {
     constexpr int most = R == 1 ? 8 : 4;
     isize c = 0;
-    for (; c + most * W <= e_; c += most * W, ahead = nullptr)
-      value_columns<R, most>(from, groups, c, alpha, r, o + c, ahead, ahead_ld);
-    for (; c + 4 * W <= e_; c += 4 * W, ahead = nullptr)
-      value_columns<R, 4>(from, groups, c, alpha, r, o + c, ahead, ahead_ld);
-    for (; c + W <= e_; c += W, ahead = nullptr) value_columns<R, 1>(from, groups, c, alpha, r, o + c, ahead, ahead_ld);
+    for (; c + most * W <= e_; c += most * W) value_columns<R, most>(from, groups, c, alpha, r, o + c, ahead, ahead_ld);
+    for (; c + 4 * W <= e_; c += 4 * W) value_columns<R, 4>(from, groups, c, alpha, r, o + c, ahead, ahead_ld);
+    for (; c + W <= e_; c += W) value_columns<R, 1>(from, groups, c, alpha, r, o + c, ahead, ahead_ld);
     if (c < e_) value_edge<R>(from, groups, c, alpha, r, o + c, e_ - c);
   }
 
@@ -310,7 +313,7 @@ class decode_rows {
     const Acc* p = s_ + r * s_ld + from.first;
     const S* v = from.rows + c;
     for (isize x = 0; x < from.count; ++x, v += from.ld) {
-      if (ahead != nullptr) simd::prefetch(ahead + x * ahead_ld, d_ * static_cast<isize>(sizeof(S)));
+      if (ahead != nullptr && c < d_) simd::prefetch(ahead + x * ahead_ld + c, N * W * static_cast<isize>(sizeof(S)));
       tile::unroll<N>([&](auto z) FOVEA_INLINE_LAMBDA {
         P t = simd::load_as<P>(v + z * W);
         if constexpr (std::is_same_v<S, std::int8_t>)

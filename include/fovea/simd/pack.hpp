@@ -302,6 +302,27 @@ FOVEA_INLINE T reduce_add(pack<T, A> x) {
     return lanes[0];
   }
 }
+template <class T, class A>
+FOVEA_INLINE T first(pack<T, A> x) {
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<pack<T, A>, pack<float, avx512>>) return _mm512_cvtss_f32(x.v);
+#endif
+  T lanes[pack<T, A>::size];
+  x.store(lanes);
+  return lanes[0];
+}
+/// The largest lane that is a number (where lanes are NaN: one of the numbers, or NaN).
+template <class T, class A>
+FOVEA_INLINE T highest(pack<T, A> x) {
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<pack<T, A>, pack<float, avx512>>) return _mm512_reduce_max_ps(x.v);
+#endif
+  T lanes[pack<T, A>::size];
+  x.store(lanes);
+  for (isize step = pack<T, A>::size / 2; step > 0; step /= 2)
+    for (isize l = 0; l < step; ++l) lanes[l] = lanes[l] > lanes[l + step] ? lanes[l] : lanes[l + step];
+  return lanes[0];
+}
 /// The largest lane; NaN if any lane is NaN.
 template <class T, class A>
 FOVEA_INLINE T reduce_max(pack<T, A> x) {
