@@ -153,6 +153,7 @@ class online_softmax {
     for (isize j0 = hull.first / T::keys * T::keys; j0 < hull.last; j0 += T::keys) {
       const isize j1 = j0 + T::keys < hull.last ? j0 + T::keys : hull.last;
       block rows{j0, j1, nullptr, nullptr, 0, 0};
+      if (used_ == 1 && vectors(0) <= few) look_ahead(set, j0, j1);
       for (isize t = 0; t < used_; ++t) absorb_tile(set, t, rows);
     }
   }
@@ -185,6 +186,22 @@ class online_softmax {
   }
 
  private:
+  /// With few rows of queries the block's values, then the next block's keys, are asked for before they are needed.
+  void look_ahead(const key_set<Acc>& set, isize j0, isize j1) noexcept {
+    v_ahead_ = k_ahead_ = {};
+    if (set.count * (set.k.row_bytes + set.v.row_bytes) <= (1 << 20)) return;  // in the L2 cache
+    const auto find = [](const row_source& from, isize first, isize last, isize width) {
+      detail::rows_ahead<Acc> x;
+      if (first >= last || from.type != dtype_of<Acc>) return x;
+      const stretch s = from.at(first);
+      x.rows = reinterpret_cast<const Acc*>(s.data), x.stride = from.row_bytes / static_cast<isize>(sizeof(Acc));
+      x.width = width, x.count = s.count < last - first ? s.count : last - first;
+      return x;
+    };
+    v_ahead_ = find(set.v, j0, j1, e_);
+    k_ahead_ = find(set.k, j1, j1 + T::keys < set.count ? j1 + T::keys : set.count, d_);
+  }
+
   struct block {  // keys [j0, j1) of a set, converted when the first tile needs them
     isize j0, j1;
     const Acc *k, *v;
@@ -264,7 +281,9 @@ class online_softmax {
       panels = modified_scores(set, t, x, first, last, kind == tile_kind::partial, top, list);
       if (panels == 0) return;
     }
-    if (vectors(t) <= few)
+    if (vectors(t) == 1)
+      join<1>(list, panels, t, x, top, alpha);
+    else if (vectors(t) <= few)
       join<few>(list, panels, t, x, top, alpha);
     else
       join<T::NR>(list, panels, t, x, top, alpha);
@@ -280,7 +299,7 @@ class online_softmax {
       const isize count = columns.size(g);
       tile::with_constant<T::MR>(count, [&](auto m) {
         detail::value_panels<Arch, Acc, m, NV>(list, panels, x.v + c, x.v_stride, s_, lanes_, alpha,
-                                               ot_ + (t * e_ + c) * T::rows);
+                                               ot_ + (t * e_ + c) * T::rows, g, k_ahead_);
       });
       c += count;
     }
@@ -338,7 +357,7 @@ class online_softmax {
     tile::with_constant<T::NR>(v1 - v0, [&](auto vectors) {
       const auto run = [&](auto m, isize k, isize panels) FOVEA_INLINE_LAMBDA {
         detail::score_panels<Arch, Acc, m, vectors>(panels, d_, x.k + k * x.k_stride, x.k_stride, qt, T::rows,
-                                                    s_ + k * T::rows + v0 * T::W, top + v0 * T::W);
+                                                    s_ + k * T::rows + v0 * T::W, top + v0 * T::W, v_ahead_);
       };
       const isize large = split.extra, small = split.groups - split.extra;  // panels of small + 1 keys, then of small
       if (large > 0) tile::with_constant<T::MR>(split.small + 1, [&](auto m) { run(m, first, large); });
@@ -372,6 +391,7 @@ class online_softmax {
   }
 
   isize d_, e_, tiles_, used_ = 0;
+  detail::rows_ahead<Acc> k_ahead_, v_ahead_;
   query_rows rows_;
   isize wide_;
   Acc *qt_, *ot_, *m_, *l_, *s_, *k_, *v_;

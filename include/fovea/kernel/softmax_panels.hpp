@@ -41,10 +41,22 @@ struct panel {
   bool masked;
 };
 
+/// Rows that are asked for while others are worked on: where reading them would take longer than the work. Null: nothing.
+template <class Acc>
+struct rows_ahead {
+  const Acc* rows = nullptr;
+  isize stride = 0, width = 0, count = 0;
+  static constexpr isize line = 64 / static_cast<isize>(sizeof(Acc));
+  /// Line `x` (of 64 bytes) of row k.
+  FOVEA_INLINE void ask(isize k, isize x) const {
+    if (k < count && x * line < width) simd::prefetch(rows + k * stride + x * line, 64);
+  }
+};
+
 /// S = K Q^T for `panels` panels of M keys and NV vectors of queries; folds the maximum into `top` [NV vectors].
 template <class Arch, class Acc, int M, int NV>
 FOVEA_NOINLINE void score_panels(isize panels, isize d, const Acc* k, isize k_stride, const Acc* qt, isize ld, Acc* s,
-                                 Acc* top) noexcept {
+                                 Acc* top, const rows_ahead<Acc>& ahead = {}) noexcept {
   using P = simd::pack<Acc, Arch>;
   P most[NV];
   isize row[M];  // kept in registers: left alone, compilers work the addresses out again at every step
@@ -59,13 +71,22 @@ FOVEA_NOINLINE void score_panels(isize panels, isize d, const Acc* k, isize k_st
       tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { acc[i][v] = P(Acc(0)); });
     });
     const Acc *a = k, *b = qt;
-    for (isize c = 0; c < d; ++c, ++a, b += ld) {
-      P q[NV];
-      tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { q[v] = P::load(b + v * P::size); });
-      tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
-        const P x(a[row[i]]);
-        tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { acc[i][v] = simd::fma(x, q[v], acc[i][v]); });
-      });
+    // Few rows of queries: reading the keys and values may take longer than the products.
+    const bool few = NV < softmax_tile<Arch, Acc>::NR && ahead.rows != nullptr;
+    for (isize c = 0; c < d;) {
+      isize last = d;
+      if (few) {
+        for (isize i = 0; i < M; ++i) ahead.ask(n * M + i, c / ahead.line);
+        last = d - c < ahead.line ? d : c + ahead.line;
+      }
+      for (; c < last; ++c, ++a, b += ld) {
+        P q[NV];
+        tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { q[v] = P::load(b + v * P::size); });
+        tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
+          const P x(a[row[i]]);
+          tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { acc[i][v] = simd::fma(x, q[v], acc[i][v]); });
+        });
+      }
     }
     tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
       tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA {
@@ -80,7 +101,8 @@ FOVEA_NOINLINE void score_panels(isize panels, isize d, const Acc* k, isize k_st
 /// O^T[columns] = O^T * alpha + V^T P over the panels of a block; NV of the tile's vectors are in use.
 template <class Arch, class Acc, int M, int NV>
 FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, isize v_stride, const Acc* p,
-                                 const std::uint64_t* lanes, const Acc* alpha, Acc* o) noexcept {
+                                 const std::uint64_t* lanes, const Acc* alpha, Acc* o, isize group = 0,
+                                 const rows_ahead<Acc>& ahead = {}) noexcept {
   using P = simd::pack<Acc, Arch>;
   constexpr isize ld = softmax_tile<Arch, Acc>::rows;
   constexpr std::uint64_t whole = ~std::uint64_t{0} >> (64 - P::size);
@@ -92,7 +114,13 @@ FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, 
   for (isize n = 0; n < panels; ++n) {
     const isize first = list[n].first, count = list[n].count;
     if (!list[n].masked) {
-      tile::accumulate<Arch, Acc, M, NV>(count, v + first * v_stride, 1, v_stride, p + first * ld, ld, acc);
+      const bool few = NV < softmax_tile<Arch, Acc>::NR && ahead.rows != nullptr;
+      for (isize k = first, step = 0; k < first + count; k += step) {
+        const isize left = first + count - k;
+        step = few && left > 8 ? 8 : left;
+        for (isize y = k; few && y < k + step; ++y) ahead.ask(y, group);
+        tile::accumulate<Arch, Acc, M, NV>(step, v + k * v_stride, 1, v_stride, p + k * ld, ld, acc);
+      }
       continue;
     }
     tile::unroll<NV>([&](auto from) FOVEA_INLINE_LAMBDA {
