@@ -15,6 +15,7 @@
 ///              void load_state(state&, const arrays&) const;   arrays store_state(const state&) const     (S0, z0 in; S, z out)
 /// Cost       one virtual call per prefill or step.
 
+#include <fovea/core/backward.hpp>
 #include <fovea/core/configuration.hpp>
 #include <fovea/core/mechanism.hpp>
 
@@ -44,6 +45,7 @@ class any_attention {
 
   bool streaming() const { return get().streaming(); }
   bool mergeable() const { return get().mergeable(); }
+  bool differentiable() const { return get().differentiable(); }
   bool has_lse() const { return get().has_lse(); }
   bool trained() const { return get().trained(); }
   bool loads_state() const { return get().loads_state(); }
@@ -55,6 +57,12 @@ class any_attention {
 
   std::size_t state_workspace_size(const shape& s, int threads) const { return get().state_workspace_size(s, threads); }
   bool takes_positions() const { return get().takes_positions(); }
+  void check(const backward_problem& p) const { get().check(p); }
+  std::size_t workspace_size_backward(const shape& s, int threads) const {
+    return get().workspace_size_backward(s, threads);
+  }
+  void backward(exec_ref exec, const backward_problem& p, arena scratch) const { get().backward(exec, p, scratch); }
+
   state make_state(const shape& s) const { return get().make_state(s); }
   std::uint64_t tag() const { return get().tag(); }
   void check(const problem& p, const state& s) const { get().check(p, s); }
@@ -80,6 +88,7 @@ class any_attention {
     virtual const char* name() const = 0;
     virtual bool streaming() const = 0;
     virtual bool mergeable() const = 0;
+    virtual bool differentiable() const = 0;
     virtual bool has_lse() const = 0;
     virtual bool trained() const = 0;
     virtual bool loads_state() const = 0;
@@ -89,6 +98,9 @@ class any_attention {
     virtual void prefill(exec_ref, const problem&, arena) const = 0;
     virtual std::size_t state_workspace_size(const shape&, int) const = 0;
     virtual bool takes_positions() const = 0;
+    virtual void check(const backward_problem&) const = 0;
+    virtual std::size_t workspace_size_backward(const shape&, int) const = 0;
+    virtual void backward(exec_ref, const backward_problem&, arena) const = 0;
     virtual state make_state(const shape&) const = 0;
     virtual std::uint64_t tag() const = 0;
     virtual void check(const problem&, const state&) const = 0;
@@ -109,6 +121,7 @@ class any_attention {
 
     static constexpr bool streams = streaming_mechanism<M>;
     static constexpr bool merges = mergeable_mechanism<M>;
+    static constexpr bool differentiates = differentiable_mechanism<M>;
     static constexpr bool loads = requires(const M& m, state& s, const arrays& a) { m.load_state(s, a); };
     static constexpr bool stores = requires(const M& m, const state& s) {
       { m.store_state(s) } -> std::same_as<arrays>;
@@ -136,6 +149,7 @@ class any_attention {
       else
         return merges && streaming();
     }
+    bool differentiable() const override { return differentiates; }
     bool loads_state() const override { return loads; }
     bool stores_state() const override { return stores; }
     bool has_lse() const override {
@@ -158,6 +172,25 @@ class any_attention {
     void check(const problem& p) const override { held.check(p); }
     std::size_t workspace_size(const shape& s, int threads) const override { return held.workspace_size(s, threads); }
     void prefill(exec_ref exec, const problem& p, arena scratch) const override { held.prefill(exec, p, scratch); }
+
+    void check(const backward_problem& p) const override {
+      if constexpr (differentiates)
+        held.check(p);
+      else
+        lacks("backward pass: no gradients");
+    }
+    std::size_t workspace_size_backward(const shape& s, int threads) const override {
+      if constexpr (differentiates)
+        return held.workspace_size_backward(s, threads);
+      else
+        lacks("backward pass: no gradients");
+    }
+    void backward(exec_ref exec, const backward_problem& p, arena scratch) const override {
+      if constexpr (differentiates)
+        held.backward(exec, p, scratch);
+      else
+        lacks("backward pass: no gradients");
+    }
 
     state make_state(const shape& s) const override {
       if constexpr (streams)
@@ -238,7 +271,7 @@ class any_attention {
   std::shared_ptr<const std::set<std::string>> inputs_ = std::make_shared<const std::set<std::string>>();
 };
 
-static_assert(mergeable_mechanism<any_attention>);
+static_assert(mergeable_mechanism<any_attention> && differentiable_mechanism<any_attention>);
 
 }  // namespace FOVEA_ABI
 }  // namespace fovea

@@ -33,7 +33,7 @@ struct backward_problem {
       return tensor_mut(const_cast<void*>(t.data), t.type, t.batch, t.heads, t.length, t.width, t.batch_stride,
                         t.head_stride, t.row_stride);
     };
-    return {q, k, v, written(out), written(lse), {}};
+    return {q, k, v, written(out), written(lse), {}, {}};
   }
 };
 

@@ -230,6 +230,7 @@ struct softmax_backward_run {
 inline void softmax_attention::check(const backward_problem& p) const {
   detail::check_backward(p);
   check_values(p.shape());
+  require(turn == nullptr, "turn is set; backward takes q and k as they come turned, and gives the gradients of those");
   require(
       score.has_slope(),
       "the score of this softmax_attention has no member `slope`, d(new) / d(old); backward needs one in each policy");
