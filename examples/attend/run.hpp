@@ -9,6 +9,7 @@
 #include <vector>
 
 #include <fovea/any_attention.hpp>
+#include <fovea/softmax/stores.hpp>
 
 namespace attend {
 
@@ -23,7 +24,10 @@ struct question {
   array q, k, v;
   bool batched = true;  ///< false: q, k, v came as [H, n, d]
   arrays others;        ///< weights; what comes with each call moves to `call`
-  arrays call;          ///< g, beta, b, w, S0, z0
+  arrays call;          ///< g, beta, b, w, S0, z0, positions
+  array table,
+      lengths;  ///< paged keys and values: k [pages, G, page, d], v [pages, G, page, e], pages of each item, its tokens
+  bool paged() const { return table.size() > 0; }
 };
 
 inline fovea::dtype storage_of(const char* name, const array& a) {
@@ -51,6 +55,40 @@ inline fovea::tensor_mut view_to(array& a) {
   return {a.mutable_data(), r.type, r.batch, r.heads, r.length, r.width, r.batch_stride, r.head_stride, r.row_stride};
 }
 
+/// k_pages, v_pages, table [B, pages] and lengths [B] in place of k and v.
+inline question take_pages(question ask, arrays tensors) {
+  const auto take = [&](const char* name, isize rank) {
+    const auto at = tensors.find(name);
+    require(at != tensors.end(), "tensor ", name, " is missing; paged calls have k_pages, v_pages, table and lengths");
+    array a = at->second;
+    require(a.rank() == rank, name, " is ", a.describe(), "; wanted ",
+            rank == 4   ? "[pages, G, page, width]"
+            : rank == 2 ? "[B, pages of an item]"
+                        : "[B]");
+    tensors.erase(at);
+    return a;
+  };
+  require(!tensors.contains("k") && !tensors.contains("v"), "k or v was given besides pages; wanted one of them");
+  ask.k = take("k_pages", 4), ask.v = take("v_pages", 4), ask.table = take("table", 2),
+  ask.lengths = take("lengths", 1);
+  const isize B = ask.q.rank() == 4 ? ask.q.dim(0) : 1, pages = ask.k.dim(0), page = ask.k.dim(2);
+  require(ask.table.size() > 0 && ask.table.dim(0) == B && ask.lengths.size() == B, "table is ", ask.table.describe(),
+          " and lengths ", ask.lengths.describe(), "; wanted a row and a number for each of ", B, " items");
+  require(ask.v.dim(0) == pages && ask.v.dim(1) == ask.k.dim(1) && ask.v.dim(2) == page && page >= 1, "k_pages is ",
+          ask.k.describe(), " and v_pages ", ask.v.describe(), "; wanted the same pages, heads and tokens");
+  for (isize b = 0; b < B; ++b) {
+    const double tokens = ask.lengths.at(b);
+    require(tokens >= 0 && tokens <= static_cast<double>(ask.table.dim(1) * page), "lengths[", b, "] is ", tokens,
+            "; the table has room for ", ask.table.dim(1) * page);
+    for (isize x = 0; static_cast<double>(x * page) < tokens; ++x)
+      require(ask.table.at(b * ask.table.dim(1) + x) >= 0 &&
+                  ask.table.at(b * ask.table.dim(1) + x) < static_cast<double>(pages),
+              "table[", b, ", ", x, "] is ", ask.table.at(b * ask.table.dim(1) + x), "; there are ", pages, " pages");
+  }
+  ask.others = std::move(tensors);
+  return ask;
+}
+
 inline question take_inputs(arrays tensors) {
   question ask;
   require(!tensors.contains("do"), "tensor do asks for gradients; this version computes none");
@@ -63,17 +101,30 @@ inline question take_inputs(arrays tensors) {
     tensors.erase(at);
     return a;
   };
-  ask.q = take("q"), ask.k = take("k"), ask.v = take("v");
+  ask.q = take("q");
   ask.batched = ask.q.rank() == 4;
+  if (tensors.contains("k_pages") || tensors.contains("v_pages")) return take_pages(std::move(ask), std::move(tensors));
+  ask.k = take("k"), ask.v = take("v");
   require(ask.k.rank() == ask.q.rank() && ask.v.rank() == ask.q.rank(), "q, k, v have ", ask.q.rank(), ", ",
           ask.k.rank(), ", ", ask.v.rank(), " dimensions; wanted the same number");
   ask.others = std::move(tensors);
   return ask;
 }
 
+/// rope_width and rope_positions that the tensors tell, where RoPE is asked for without them.
+inline fovea::configuration with_sizes(fovea::configuration config, const question& ask) {
+  if (!config.values.contains("rope_theta")) return config;
+  double positions = static_cast<double>(ask.paged() ? ask.table.dim(1) * ask.k.dim(2) : ask.k.dim(-2));
+  if (const auto given = ask.others.find("positions"); given != ask.others.end())
+    for (isize i = 0; i < given->second.size(); ++i) positions = std::max(positions, given->second.at(i) + 1);
+  config.values.emplace("rope_width", static_cast<double>(ask.q.dim(-1)));
+  config.values.emplace("rope_positions", std::max(positions, 1.0));
+  return config;
+}
+
 /// The mechanism; what it takes with each call moves from `others` to `call`.
 inline fovea::any_attention make(const fovea::configuration& config, question& ask) {
-  auto mechanism = fovea::any_attention::make(config, ask.others);
+  auto mechanism = fovea::any_attention::make(with_sizes(config, ask), ask.others);
   for (const std::string& name : mechanism.call_inputs())
     if (auto node = ask.others.extract(name)) ask.call.insert(std::move(node));
   return mechanism;
@@ -89,6 +140,25 @@ inline fovea::gates gates_of(const question& ask) {
 inline fovea::gates slice(const fovea::gates& g, isize first, isize count) {
   const auto cut = [&](const fovea::tensor_ref& t) { return t ? t.slice(first, count) : t; };
   return {cut(g.log_decay), cut(g.beta), cut(g.erase), cut(g.write)};
+}
+
+/// The tensor positions, [B, n] or [n], as [B, n] numbers for tokens [first, first + count); empty if there is none.
+inline std::vector<std::int32_t> positions_of(const question& ask, isize first, isize count) {
+  std::vector<std::int32_t> out;
+  const auto at = ask.call.find("positions");
+  if (at == ask.call.end()) return out;
+  const array& p = at->second;
+  const isize B = ask.q.rank() == 4 ? ask.q.dim(0) : 1, n = ask.q.dim(-2);
+  require(p.rank() >= 1 && p.rank() <= 2 && !fovea::is_float(p.type()) && p.dim(-1) == n &&
+              (p.rank() == 1 || p.dim(0) == B),
+          "positions is ", p.describe(), "; wanted whole numbers, [", B, ", ", n, "] or [", n, "]");
+  for (isize b = 0; b < B; ++b)
+    for (isize i = first; i < first + count; ++i) {
+      const double x = p.at((p.rank() == 1 ? 0 : b * n) + i);
+      require(x >= 0 && x < 2147483648.0, "positions holds ", x, "; wanted 0 to 2^31");
+      out.push_back(static_cast<std::int32_t>(x));
+    }
+  return out;
 }
 
 /// o, and lse where the mechanism has one, for `rows` queries. f64 goes with f64; all other storage gives f32.
@@ -153,15 +223,40 @@ inline void put_state(const fovea::any_attention& a, const fovea::state& s, cons
     out.emplace(name, ask.batched ? x : x.reshaped({x.dims().begin() + 1, x.dims().end()}));
 }
 
+/// One call over paged keys and values.
+template <class Exec>
+arrays prefill_pages(const Exec& exec, const fovea::any_attention& a, const question& ask) {
+  const auto* m = a.as<fovea::softmax_attention>();
+  require(m != nullptr, "k_pages was given; pages are offered by softmax, and this is ", a.name());
+  const fovea::tensor_ref q = view_of("q", ask.q), k = view_of("k_pages", ask.k), v = view_of("v_pages", ask.v);
+  require(k.type == v.type, "k_pages is ", ask.k.describe(), " and v_pages ", ask.v.describe(), "; wanted one type");
+  const fovea::kv_shape sizes{.heads = k.heads, .d = k.width, .e = v.width, .type = k.type};
+  const isize page = k.length, row = ask.table.dim(1);
+  std::vector<std::int32_t> table;
+  for (isize x = 0; x < ask.table.size(); ++x) table.push_back(static_cast<std::int32_t>(ask.table.at(x)));
+  std::vector<fovea::kv_sequence> kv;
+  for (isize b = 0; b < q.batch; ++b)
+    kv.push_back(fovea::paged_sequence(sizes, fovea::row_memory::heads_first(k.data, sizes, page, k.width),
+                                       fovea::row_memory::heads_first(v.data, sizes, page, v.width), page,
+                                       {table.data() + b * row, static_cast<std::size_t>(row)},
+                                       static_cast<isize>(ask.lengths.at(b))));
+  const std::vector<std::int32_t> positions = positions_of(ask, 0, q.length);
+  answer y(a, ask, q.length);
+  fovea::prefill(exec, *m, q, kv, y.out(), {.lse = y.out_lse(), .positions = positions});
+  return y.take(ask, q.length);
+}
+
 /// One call over all tokens. S0 and z0, and the outputs S and z, need a state: then q and k are the same tokens.
 template <class Exec>
 arrays prefill(const Exec& exec, const fovea::any_attention& a, const question& ask) {
+  if (ask.paged()) return prefill_pages(exec, a, ask);
   const fovea::tensor_ref q = view_of("q", ask.q), k = view_of("k", ask.k), v = view_of("v", ask.v);
   const fovea::gates gates = gates_of(ask);
   const bool initial = ask.call.contains("S0") || ask.call.contains("z0");
   require(!initial || a.streaming(), "S0 or z0 was given; this ", a.name(), " has no state (it is not causal)");
   answer y(a, ask, q.length);
-  if (!initial) fovea::prefill(exec, a, q, k, v, y.out(), {y.out_lse(), gates});
+  const std::vector<std::int32_t> positions = positions_of(ask, 0, q.length);
+  if (!initial) fovea::prefill(exec, a, q, k, v, y.out(), {y.out_lse(), gates, {}, positions});
   arrays state;
   if (initial || (a.streaming() && a.stores_state() && q.length == k.length)) {
     answer with_state(a, ask, q.length);
@@ -228,6 +323,7 @@ inline void check_decode(const fovea::any_attention& a, const question& ask, isi
   const isize n = ask.q.dim(-2), m = ask.k.dim(-2);
   if (!a.streaming()) (void)a.make_state(shape_of(ask, m));  // the mechanism's own sentence, where it has one
   const std::string asked = "--decode " + std::to_string(first) + ": ";
+  require(!ask.paged(), asked, "pages hold all tokens already");
   require(a.streaming(), asked, "this ", a.name(), " keeps no state to decode with; wanted causal settings");
   require(first <= m, asked, "there are ", m, " tokens");
   require(n <= m, asked, "q has ", n, " tokens and k has ", m, "; wanted no more queries than keys");
@@ -245,6 +341,7 @@ arrays decode(const Exec& exec, const fovea::any_attention& a, question ask, isi
                            gates_of(ask)});
   }
   const fovea::gates gates = gates_of(ask);
+  require(n == m || !ask.call.contains("positions"), "--decode with positions takes as many queries as keys");
   fovea::state s = begin(a, ask, m);
   if (n < m) ask.q = pad_queries(ask.q, m);
   const fovea::tensor_ref q = view_of("q", ask.q), k = view_of("k", ask.k), v = view_of("v", ask.v);
@@ -252,8 +349,9 @@ arrays decode(const Exec& exec, const fovea::any_attention& a, question ask, isi
   const fovea::tensor_mut out = y.out(), lse = y.out_lse();
   const auto part = [&](isize at, isize count) {
     const auto rows = cut(a, ask, at - (m - n), count, at + count);
+    const std::vector<std::int32_t> positions = positions_of(ask, at, count);
     fovea::prefill(exec, rows, q.slice(at, count), k.slice(at, count), v.slice(at, count), out.slice(at, count), s,
-                   {lse ? lse.slice(at, count) : lse, slice(gates, at, count)});
+                   {lse ? lse.slice(at, count) : lse, slice(gates, at, count), {}, positions});
   };
   if (first > 0) part(0, first);
   for (isize t = first; t < m; ++t) part(t, 1);

@@ -32,6 +32,7 @@ def normal(*shape, dtype=np.float32):
 Q, K, V = normal(1, 4, 6, 8), normal(1, 2, 6, 8), normal(1, 2, 6, 5)
 GOOD = {"q": Q, "k": K, "v": V}
 CAUSAL = {"mechanism": "softmax", "causal": True}
+PAGED = {"q": Q, "k_pages": normal(2, 2, 6, 8), "v_pages": normal(2, 2, 6, 5), "table": np.array([[1, 0]], np.int32), "lengths": np.array([9], np.int32)}
 
 
 def raw(header, data=b"", length=None):
@@ -73,7 +74,11 @@ CASES = {
     "sinks do not fit": (GOOD | {"sinks": normal(3)}, CAUSAL, [], ["sinks holds 3"]),
     # of later versions
     "gradients": (GOOD | {"do": normal(1, 4, 6, 5)}, CAUSAL, [], ["tensor do", "gradients"]),
-    "paged": (GOOD | {"k_pages": K, "table": np.zeros((1, 1), np.int32)}, CAUSAL, [], ['"k_pages"', "not supported"]),
+    "pages besides keys": (GOOD | {"k_pages": K, "table": np.zeros((1, 1), np.int32)}, CAUSAL, [], ["k or v was given besides pages"]),
+    "pages without a table": ({"q": Q, "k_pages": K, "v_pages": V}, CAUSAL, [], ["tensor table is missing"]),
+    "a page that is not there": (PAGED | {"table": np.array([[0, 2]], np.int32)}, CAUSAL, [], ["table[0, 1] is 2", "2 pages"]),
+    "more tokens than pages": (PAGED | {"lengths": np.array([13], np.int32)}, CAUSAL, [], ["lengths[0] is 13", "room for 12"]),
+    "pages for linear": (PAGED, {"mechanism": "linear"}, [], ["offered by softmax"]),
     "precision": (GOOD, CAUSAL | {"precision": "int8"}, [], ["config.json", "precision", '"int8"']),
     "skip": (GOOD, CAUSAL | {"skip": 0.01}, [], ["config.json", '"skip"', "not supported"]),
     "tensor that nobody knows": (GOOD | {"weights": V}, CAUSAL, [], ["in.safetensors", '"weights"', "not supported"]),
@@ -89,6 +94,25 @@ CASES = {
     "number is infinite": (GOOD, '{"mechanism": "softmax", "scale": 1e999}', [], ["config.json", "overflow"]),
     "negative scale": (GOOD, CAUSAL | {"scale": -1}, [], ["config.json", "scale is -1"]),
     "window 0": (GOOD, CAUSAL | {"window": 0}, [], ["window is 0"]),
+    "chunk 0": (GOOD, CAUSAL | {"chunk": 0}, [], ["chunk is 0"]),
+    "chunk without causal": (GOOD, {"mechanism": "softmax", "chunk": 4}, [], ["chunk was given", "causal"]),
+    "prefix with a window": (GOOD, CAUSAL | {"prefix": 2, "window": 4}, [], ["prefix was given"]),
+    "align and offset": (GOOD, CAUSAL | {"align": "top_left", "offset": 2}, [], ["wanted one of them"]),
+    "lengths beyond the keys": (GOOD | {"lengths": np.array([7], np.int32)}, CAUSAL, [], ["key_lengths[0] is 7"]),
+    "a parent that comes later": (GOOD | {"parents": np.array([-1, 2, 0, 1, 1, 1], np.int32)}, CAUSAL, [], ["parents[1] is 2"]),
+    "a tree of another size": (GOOD | {"parents": np.array([-1, 0], np.int32)}, CAUSAL, [], ["2 draft tokens", "n = 6"]),
+    "t5 and slopes": (GOOD | {"t5": normal(32, 4), "slopes": normal(4)}, CAUSAL, [], ["slopes and t5"]),
+    "t5 of other heads": (GOOD | {"t5": normal(32, 3)}, CAUSAL, [], ["3 heads"]),
+    "relative without a middle": (GOOD | {"relative": normal(4, 9)}, CAUSAL, [], ["relative_left"]),
+    "odd rope_width": (GOOD, CAUSAL | {"rope_theta": 10000, "rope_width": 7}, [], ["rope width is 7"]),
+    "wide rope_width": (GOOD, CAUSAL | {"rope_theta": 10000, "rope_width": 10}, [], ["rope width is 10", "d = 8"]),
+    "rope without theta": (GOOD, CAUSAL | {"rope_scaling": "yarn"}, [], ["go with rope_theta"]),
+    "unknown rope_scaling": (GOOD, CAUSAL | {"rope_theta": 10000, "rope_scaling": "long"}, [], ['rope_scaling is "long"', '"llama3"']),
+    "yarn without original": (GOOD, CAUSAL | {"rope_theta": 10000, "rope_scaling": "yarn", "rope_factor": 2}, [], ["rope original is 0"]),
+    "positions without rope": (GOOD | {"positions": np.arange(6, dtype=np.int32)}, CAUSAL, [], ["turns nothing"]),
+    "positions of another length": (GOOD | {"positions": np.arange(5, dtype=np.int32)}, CAUSAL | {"rope_theta": 10000}, [], ["positions is [5]"]),
+    "too few rope_positions": (GOOD, CAUSAL | {"rope_theta": 10000, "rope_positions": 3}, [], ["table of 3 positions"]),
+    "a ring without a window": (GOOD, CAUSAL | {"store": "ring"}, ["--decode", "2"], ["ring", "window"]),
     "window 2.5": (GOOD, CAUSAL | {"window": 2.5}, [], ["window is 2.5", "whole number"]),
     "causal is a text": (GOOD, {"mechanism": "softmax", "causal": "yes"}, [], ['causal is "yes"', "true or false"]),
     "unknown choice": (GOOD, CAUSAL | {"align": "left"}, [], ['align is "left"', '"top_left"']),
