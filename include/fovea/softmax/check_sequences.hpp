@@ -78,6 +78,7 @@ struct sequence_call {
   std::span<const kv_sequence> kv;
   tensor_mut out;
   sequence_options options;
+  isize part_first = 0, part_rows = 0, part_tokens = 0;  ///< first_row, all_rows, all_tokens of sequence_problem
 
   isize count() const { return static_cast<isize>(kv.size()); }
   bool packed() const { return !options.cu_q.empty(); }
@@ -91,6 +92,7 @@ struct sequence_call {
     if (out) p.out = out.part(b, 0, q.heads).slice(first, n);
     if (options.lse) p.lse = options.lse.part(b, 0, q.heads).slice(first, n);
     p.kv = kv[static_cast<std::size_t>(s)], p.b = s, p.B = count();
+    p.first_row = part_first, p.all_rows = part_rows, p.all_tokens = part_tokens;
     if (!options.positions.empty()) p.positions = options.positions.data() + (packed() ? first : s * n);
     return p;
   }

@@ -19,10 +19,13 @@ struct sequence_problem {
   kv_sequence kv;
   isize b = 0, B = 1;                       ///< the place in the batch, for masks and scores
   const std::int32_t* positions = nullptr;  ///< of the rows, for rope; null: the last n tokens
+  /// Where a call is cut into several: rows [first_row, first_row + n) of all_rows, the last of all_tokens. 0: it is not.
+  isize first_row = 0, all_rows = 0, all_tokens = 0;
 
   isize group() const { return kv.heads > 0 ? q.heads / kv.heads : 0; }
   isize rows() const { return group() * q.length; }
   mask_site site() const { return {b, 0, q.length, kv.tokens(), q.heads, kv.heads, B}; }
+  bool part() const { return all_rows > q.length; }
 };
 
 /// problem s of `count` is made when it is asked for: no memory for the list.
@@ -45,7 +48,13 @@ class problem_list {
 /// Rows [0, kept) are tokens [0, kept), row j >= kept is token j + dropped.
 struct token_numbers {
   isize kept = 0, dropped = 0;
+  isize first_row = 0, all_rows = 0, all_tokens = 0;  // as in sequence_problem
 
+  /// The site that the caller's mask and score know: that of the whole call.
+  mask_site whole(mask_site at) const {
+    if (all_rows > 0) at.n = all_rows, at.m = all_tokens;
+    return at;
+  }
   isize row(isize token) const {
     const isize behind = token - dropped;
     return token < kept ? token : behind < kept ? kept : behind;
@@ -65,23 +74,24 @@ struct mask_of_rows {
   token_numbers at_row;
 
   bool visible(const mask_site& at, isize i, isize j) const {
-    return mask->visible(at, i, j < at_row.kept ? j : j + at_row.dropped);
+    return mask->visible(at_row.whole(at), i + at_row.first_row, j < at_row.kept ? j : j + at_row.dropped);
   }
   range keys(const mask_site& at, isize i0, isize i1) const {
-    const range r = mask->keys(at, i0, i1);
+    const range r = mask->keys(at_row.whole(at), i0 + at_row.first_row, i1 + at_row.first_row);
     return r.empty() ? r : range{at_row.row(r.first), at_row.row(r.last - 1) + 1};
   }
   tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
     bool any = false, all = true;
     at_row.stretches(j0, j1, [&](isize first, isize last, isize token) {
-      const tile_kind kind = mask->tile(at, i0, i1, token, token + last - first);
+      const isize i = at_row.first_row;
+      const tile_kind kind = mask->tile(at_row.whole(at), i0 + i, i1 + i, token, token + last - first);
       any = any || kind != tile_kind::empty, all = all && kind == tile_kind::full;
     });
     return !any ? tile_kind::empty : all ? tile_kind::full : tile_kind::partial;
   }
   void lanes(const mask_site& at, isize i0, isize count, isize j0, isize j1, std::uint64_t* out) const {
     at_row.stretches(j0, j1, [&](isize first, isize last, isize token) {
-      mask->lanes(at, i0, count, token, token + last - first, out + (first - j0));
+      mask->lanes(at_row.whole(at), i0 + at_row.first_row, count, token, token + last - first, out + (first - j0));
     });
   }
 };
@@ -93,12 +103,14 @@ struct score_of_rows {
 
   template <class T>
   T operator()(const mask_site& at, isize i, isize j, T s) const {
-    return static_cast<T>((*score)(at, i, j < at_row.kept ? j : j + at_row.dropped, static_cast<double>(s)));
+    return static_cast<T>((*score)(at_row.whole(at), i + at_row.first_row, j < at_row.kept ? j : j + at_row.dropped,
+                                   static_cast<double>(s)));
   }
   template <class Acc>
   void lanes(const mask_site& at, isize i0, isize count, isize j0, isize j1, Acc* tile, isize stride) const {
     at_row.stretches(j0, j1, [&](isize first, isize last, isize token) {
-      score->apply<Acc>(at, i0, count, token, token + last - first, tile + (first - j0) * stride, stride);
+      score->apply<Acc>(at_row.whole(at), i0 + at_row.first_row, count, token, token + last - first,
+                        tile + (first - j0) * stride, stride);
     });
   }
 };
@@ -111,8 +123,9 @@ class problem_keys {
     set.k = p.kv.keys(g), set.v = p.kv.values(g), set.count = p.kv.length, set.site = p.site();
     set.visible = m.mask.is_none() ? nullptr : &m.mask;
     set.modify = m.score ? &m.score : nullptr;
-    if (p.kv.dropped == 0) return;
-    const token_numbers numbers{p.kv.kept, p.kv.dropped};
+    if (p.kv.dropped == 0 && !p.part()) return;
+    token_numbers numbers{p.kv.kept, p.kv.dropped, 0, 0, 0};
+    if (p.part()) numbers.first_row = p.first_row, numbers.all_rows = p.all_rows, numbers.all_tokens = p.all_tokens;
     if (set.visible != nullptr) seen_ = mask_of_rows{set.visible, numbers}, set.visible = &seen_;
     if (set.modify != nullptr) changed_ = score_of_rows{set.modify, numbers}, set.modify = &changed_;
   }

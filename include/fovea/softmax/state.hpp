@@ -98,7 +98,7 @@ template <class Acc>
 void attend_state(const softmax_attention& m, exec_ref exec, const problem& p, state& s, arena scratch) {
   const state_rows rows(m, s.sizes());
   double* own = scratch.take<double>(exec.concurrency() * (p.k.width > p.v.width ? p.k.width : p.v.width));
-  const isize n = p.q.length, chunk = rows.ring() ? m.store.chunk : n;
+  const isize n = p.q.length, chunk = rows.ring() ? m.store.chunk : n, before = s.tokens();
   for (isize first = 0; first < n; first += chunk) {
     const isize count = chunk < n - first ? chunk : n - first;
     rows.append(m, exec, p, first, count, s, own);
@@ -111,6 +111,7 @@ void attend_state(const softmax_attention& m, exec_ref exec, const problem& p, s
                                sequence_problem x = item_of(part, b);
                                x.kv = rows.sequence(s, b);
                                if (p.positions != nullptr) x.positions = p.positions + b * n + first;
+                               x.first_row = first, x.all_rows = n, x.all_tokens = before + n;
                                return x;
                              }),
                 scratch);

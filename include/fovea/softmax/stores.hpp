@@ -81,7 +81,7 @@ template <class S>
 void prefill(exec_ref exec, const softmax_attention& m, const tensor_ref& q, const tensor_ref& k, const tensor_ref& v,
              const tensor_mut& out, S&& store, const sequence_options& options = {}) {
   const key_positions all{m.turn, store.tokens(), options.positions.empty() ? nullptr : options.positions.data()};
-  const isize n = q.length, chunk = store.most_at_once();
+  const isize n = q.length, chunk = store.most_at_once(), before = store.tokens();
   detail::check_append_and_attend(m, q, k, v, out, options, store.view(), store.tokens());
   store.check_append(k, v, all);
   if (n == 0) return;
@@ -90,7 +90,7 @@ void prefill(exec_ref exec, const softmax_attention& m, const tensor_ref& q, con
     if (o.lse) o.lse = o.lse.slice(first, count);
     if (all.positions != nullptr)
       o.positions = o.positions.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count));
-    return detail::sequence_call{q.slice(first, count), kv, out.slice(first, count), o};
+    return detail::sequence_call{q.slice(first, count), kv, out.slice(first, count), o, first, n, before + n};
   };
   kv_sequence most = store.view();
   most.length += n;
