@@ -135,7 +135,6 @@ struct sequence_call {
       detail::attend<float>(m, exec, list, scratch);
   }
 
- private:
   void check_rows_of_q() const {
     if (!packed()) {
       require(q.batch == count(), "q has a batch of ", q.batch, " and ", count(),
