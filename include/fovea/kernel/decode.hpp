@@ -181,17 +181,25 @@ class decode_rows {
   }
 
   /// s_[r + y][x] = q[r + y] . K[x] for R rows: W accumulators are W / R keys times R rows, reduced together.
-  /// Elements [c, c + W) of a row; int8 rows with one scale (groups = 1) stay unscaled, those with a scale for each group do not.
+  /// int8 rows with a scale for each group are scaled as they are read; those with one scale in their scores and weights.
   template <class S>
-  FOVEA_INLINE P part(const S* row, const float* scales, isize groups, isize c) const noexcept {
-    P t = c + W <= d_ ? simd::load_as<P>(row + c) : simd::load_as_n<P>(row + c, d_ - c);
-    if constexpr (std::is_same_v<S, std::int8_t>)
-      if (groups > 1) t = t * P(static_cast<Acc>(scales[c / scale_group]));
-    return t;
+  static constexpr bool is_i8 = std::is_same_v<S, std::int8_t>;
+  template <bool Grouped>
+  FOVEA_INLINE static P scaled(P x, [[maybe_unused]] const float* scales, [[maybe_unused]] isize c) noexcept {
+    if constexpr (Grouped)
+      return x * P(static_cast<Acc>(scales[c / scale_group]));
+    else
+      return x;
   }
 
   /// s_[r + z][x] = q[r + z] . K[x] for R rows: W accumulators are W / R keys times R rows, reduced together.
   template <int R, class S>
+  void scores(const piece<S>& from, isize groups, isize r, const S* ahead, isize ahead_ld) noexcept {
+    if constexpr (is_i8<S>)
+      if (groups > 1) return scores<R, true>(from, groups, r, ahead, ahead_ld);
+    scores<R, false>(from, groups, r, ahead, ahead_ld);
+  }
+  template <int R, bool Grouped, class S>
   FOVEA_NOINLINE void scores(const piece<S>& from, isize groups, isize r, const S* ahead, isize ahead_ld) noexcept {
     constexpr int per = static_cast<int>(W) / R;
     const Acc* const q = q_ + r * q_ld_;
@@ -210,16 +218,20 @@ class decode_rows {
         // One row after the other, in address order: the hardware prefetcher follows, and the reads are what takes the time.
         tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA {
           const S* row = from.rows + at(y) * from.ld;
-          const float* scales = groups > 1 ? from.scales + at(y) * groups : nullptr;
+          const float* scales = Grouped ? from.scales + at(y) * groups : nullptr;
           P sum(Acc(0)), other(Acc(0));
           isize c = 0;
           for (; c + 4 * W <= whole; c += 4 * W)
             tile::unroll<4>([&](auto u) FOVEA_INLINE_LAMBDA {
               P& to = u % 2 == 0 ? sum : other;
-              to = simd::fma(part(row, scales, groups, c + u * W), P::load(q + c + u * W), to);
+              to = simd::fma(scaled<Grouped>(simd::load_as<P>(row + c + u * W), scales, c + u * W),
+                             P::load(q + c + u * W), to);
               ask(y, c + u * W);
             });
-          for (; c < d_; c += W) sum = simd::fma(part(row, scales, groups, c), P::load(q + c), sum);
+          for (; c < whole; c += W)
+            sum = simd::fma(scaled<Grouped>(simd::load_as<P>(row + c), scales, c), P::load(q + c), sum);
+          if (c < d_)
+            sum = simd::fma(scaled<Grouped>(simd::load_as_n<P>(row + c, d_ - c), scales, c), P::load(q + c), sum);
           acc[y] = sum + other;
           simd::keep_order(acc[y]);
         });
@@ -229,12 +241,15 @@ class decode_rows {
         const float* scales[per];
         tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA {
           row[y] = from.rows + at(y) * from.ld;
-          scales[y] = groups > 1 ? from.scales + at(y) * groups : nullptr;
+          scales[y] = Grouped ? from.scales + at(y) * groups : nullptr;
           tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA { acc[z * per + y] = P(Acc(0)); });
         });
-        const auto step = [&](isize c) FOVEA_INLINE_LAMBDA {
+        const auto step = [&](isize c, auto edge) FOVEA_INLINE_LAMBDA {
           P k[per];
-          tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA { k[y] = part(row[y], scales[y], groups, c); });
+          tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA {
+            k[y] = scaled<Grouped>(edge ? simd::load_as_n<P>(row[y] + c, d_ - c) : simd::load_as<P>(row[y] + c),
+                                   scales[y], c);
+          });
           tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
             const P y = P::load(q + c * R + z * W);
             tile::unroll<per>([&](auto u)
@@ -243,8 +258,8 @@ class decode_rows {
           tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA { ask(y, c); });
         };
         isize c = 0;
-        for (; c < whole; c += W) step(c);
-        if (c < d_) step(c);
+        for (; c < whole; c += W) step(c, std::false_type{});
+        if (c < d_) step(c, std::true_type{});
       }
       for (isize y = 0; ahead != nullptr && d_ < e_ && y < per; ++y)
         simd::prefetch(ahead + (x + y) * ahead_ld + d_, (e_ - d_) * static_cast<isize>(sizeof(S)));
@@ -294,15 +309,23 @@ class decode_rows {
   template <int R, class S>
   void values(const piece<S>& from, isize groups, const Acc* alpha, isize r, Acc* o, const S* ahead,
               isize ahead_ld) noexcept {
+    if constexpr (is_i8<S>)
+      if (groups > 1) return values<R, true>(from, groups, alpha, r, o, ahead, ahead_ld);
+    values<R, false>(from, groups, alpha, r, o, ahead, ahead_ld);
+  }
+  template <int R, bool Grouped, class S>
+  void values(const piece<S>& from, isize groups, const Acc* alpha, isize r, Acc* o, const S* ahead,
+              isize ahead_ld) noexcept {
     constexpr int most = R == 1 ? 8 : 4;
     isize c = 0;
-    for (; c + most * W <= e_; c += most * W) value_columns<R, most>(from, groups, c, alpha, r, o + c, ahead, ahead_ld);
-    for (; c + 4 * W <= e_; c += 4 * W) value_columns<R, 4>(from, groups, c, alpha, r, o + c, ahead, ahead_ld);
-    for (; c + W <= e_; c += W) value_columns<R, 1>(from, groups, c, alpha, r, o + c, ahead, ahead_ld);
-    if (c < e_) value_edge<R>(from, groups, c, alpha, r, o + c, e_ - c);
+    for (; c + most * W <= e_; c += most * W)
+      value_columns<R, most, Grouped>(from, groups, c, alpha, r, o + c, ahead, ahead_ld);
+    for (; c + 4 * W <= e_; c += 4 * W) value_columns<R, 4, Grouped>(from, groups, c, alpha, r, o + c, ahead, ahead_ld);
+    for (; c + W <= e_; c += W) value_columns<R, 1, Grouped>(from, groups, c, alpha, r, o + c, ahead, ahead_ld);
+    if (c < e_) value_edge<R, Grouped>(from, groups, c, alpha, r, o + c, e_ - c);
   }
 
-  template <int R, int N, class S>
+  template <int R, int N, bool Grouped, class S>
   FOVEA_NOINLINE void value_columns(const piece<S>& from, isize groups, isize c, const Acc* alpha, isize r, Acc* o,
                                     const S* ahead, isize ahead_ld) noexcept {
     P acc[R][N];
@@ -315,9 +338,7 @@ class decode_rows {
     for (isize x = 0; x < from.count; ++x, v += from.ld) {
       if (ahead != nullptr && c < d_) simd::prefetch(ahead + x * ahead_ld + c, N * W * static_cast<isize>(sizeof(S)));
       tile::unroll<N>([&](auto z) FOVEA_INLINE_LAMBDA {
-        P t = simd::load_as<P>(v + z * W);
-        if constexpr (std::is_same_v<S, std::int8_t>)
-          if (groups > 1) t = t * P(static_cast<Acc>(from.scales[x * groups + (c + z * W) / scale_group]));
+        const P t = scaled<Grouped>(simd::load_as<P>(v + z * W), from.scales + x * groups, c + z * W);
         tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA { acc[y][z] = simd::fma(P(p[y * s_ld + x]), t, acc[y][z]); });
       });
     }
@@ -326,7 +347,7 @@ class decode_rows {
     });
   }
 
-  template <int R, class S>
+  template <int R, bool Grouped, class S>
   FOVEA_NOINLINE void value_edge(const piece<S>& from, isize groups, isize c, const Acc* alpha, isize r, Acc* o,
                                  isize columns) noexcept {
     P acc[R];
@@ -334,9 +355,8 @@ class decode_rows {
                         FOVEA_INLINE_LAMBDA { acc[y] = simd::load_n<P>(o + (r + y) * e_, columns) * P(alpha[r + y]); });
     const Acc* p = s_ + r * s_ld + from.first;
     for (isize x = 0; x < from.count; ++x) {
-      P t = simd::load_as_n<P>(from.rows + x * from.ld + c, columns);
-      if constexpr (std::is_same_v<S, std::int8_t>)
-        if (groups > 1) t = t * P(static_cast<Acc>(from.scales[x * groups + c / scale_group]));
+      const P t =
+          scaled<Grouped>(simd::load_as_n<P>(from.rows + x * from.ld + c, columns), from.scales + x * groups, c);
       tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA { acc[y] = simd::fma(P(p[y * s_ld + x]), t, acc[y]); });
     }
     tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA { simd::store_n(o + (r + y) * e_, acc[y], columns); });
