@@ -12,6 +12,7 @@
 /// Reference  softmax/reference.hpp.       Source  Vaswani et al., Attention Is All You Need (2017).
 
 #include <fovea/softmax/backward.hpp>
+#include <fovea/softmax/key_mass.hpp>
 #include <fovea/softmax/mechanism.hpp>
 #include <fovea/softmax/prefill.hpp>
 #include <fovea/softmax/state.hpp>

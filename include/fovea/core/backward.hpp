@@ -15,6 +15,14 @@
 namespace fovea {
 inline namespace FOVEA_ABI {
 
+namespace detail {
+/// What a prefill wrote and a later call reads, as the argument that it was.
+inline tensor_mut as_output(const tensor_ref& t) {
+  return {const_cast<void*>(t.data), t.type, t.batch, t.heads, t.length, t.width, t.batch_stride, t.head_stride,
+          t.row_stride};
+}
+}  // namespace detail
+
 /// Where the gradients go; null: not wanted.
 struct gradients {
   tensor_mut dq = {}, dk = {}, dv = {};
@@ -28,13 +36,7 @@ struct backward_problem {
   gradients to;
   fovea::shape shape() const { return {q.batch, q.heads, v.heads, q.length, k.length, q.width, v.width, q.type}; }
   /// The prefill that this belongs to; nothing is written through its outputs.
-  problem forward() const {
-    const auto written = [](const tensor_ref& t) {
-      return tensor_mut(const_cast<void*>(t.data), t.type, t.batch, t.heads, t.length, t.width, t.batch_stride,
-                        t.head_stride, t.row_stride);
-    };
-    return {q, k, v, written(out), written(lse), {}, {}};
-  }
+  problem forward() const { return {q, k, v, detail::as_output(out), detail::as_output(lse), {}, {}}; }
 };
 
 ///   check(p)                                 throws if the problem, or the mechanism's own values, are not acceptable

@@ -86,8 +86,8 @@ class query_tiles {
     fill(j0, own.first, 0), fill(own.last, j1, 0);
     if (kind == tile_kind::full) {
       fill(own.first, own.last, all);
-      runs[0] = {static_cast<std::int16_t>(own.first - j0), static_cast<std::int16_t>(own.last - own.first), 0, T::NR,
-                 false};
+      runs[0] = {static_cast<std::int16_t>(own.first - j0), static_cast<std::int16_t>(own.last - own.first), 0,
+                 vectors_of(all), false};
       return 1;
     }
     return cut(own.first - j0, own.last - j0, lanes, all, set.modify == nullptr, runs);
@@ -123,6 +123,10 @@ class query_tiles {
     return tile_kind::partial;
   }
 
+  /// Vectors up to the last one that has a bit.
+  static std::int8_t vectors_of(std::uint64_t bits) noexcept {
+    return static_cast<std::int8_t>((63 - std::countl_zero(bits)) / static_cast<int>(W) + 1);
+  }
   /// Runs of keys with the same kind of bits. `by_vector`: leave out the vectors of which no lane sees a key.
   static isize cut(isize first, isize last, const std::uint64_t* lanes, std::uint64_t all, bool by_vector,
                    key_run* runs) noexcept {
@@ -131,8 +135,7 @@ class query_tiles {
       const std::uint64_t bits = lanes[k];
       if (bits == 0) continue;
       const bool masked = bits != all, part = by_vector && masked;
-      const int low = part ? std::countr_zero(bits) / static_cast<int>(W) : 0,
-                high = part ? (63 - std::countl_zero(bits)) / static_cast<int>(W) + 1 : T::NR;
+      const int low = part ? std::countr_zero(bits) / static_cast<int>(W) : 0, high = vectors_of(part ? bits : all);
       const key_run next{static_cast<std::int16_t>(k), 1, static_cast<std::int8_t>(low),
                          static_cast<std::int8_t>(high - low), masked};
       key_run* back = runs + count - 1;
@@ -173,15 +176,19 @@ class turned_rows {
     rows_ = memory.take<Acc>(W * padded_);
   }
 
-  /// `shift` [rows]: rows where it is infinite count as zeros. Columns are multiplied by `factor`.
-  void load(const tiles& at, const tensor_ref& from, Acc factor, const Acc* shift) noexcept {
+  /// `shift` [rows]: rows where it is infinite count as zeros. Columns are multiplied by `factor`. Queries are
+  /// turned to their positions, if the superblock says so.
+  void load(const tiles& at, const tensor_ref& from, Acc factor, const Acc* shift, bool queries) noexcept {
     for (isize r = 0; r < at.used() * R; r += W) {
       const Acc* row[W];
       for (isize l = 0; l < W; ++l) {
         Acc* to = rows_ + l * padded_;
         const bool real = shift[r + l] != std::numeric_limits<Acc>::infinity();
-        if (real)
-          simd::load_row<Arch, Acc>(from.type, from.row(at.rows().b, at.head(r + l), at.row(r + l)), width_, to);
+        if (real) {
+          const isize i = at.row(r + l);
+          simd::load_row<Arch, Acc>(from.type, from.row(at.rows().b, at.head(r + l), i), width_, to);
+          if (queries && at.rows().turn != nullptr) rotate(*at.rows().turn, at.rows().position(i), to);
+        }
         for (isize c = real ? width_ : 0; c < padded_; ++c) to[c] = Acc(0);
         row[l] = to;
         isize first = 0;

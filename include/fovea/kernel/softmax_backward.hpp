@@ -149,8 +149,8 @@ class softmax_backward {
   void load() noexcept {
     loaded_ = true;
     load_shift(at_, lse_from_, shift_);
-    q_.load(at_, at_.rows().q, static_cast<Acc>(scale_ * 1.4426950408889634074), shift_);
-    do_.load(at_, do_from_, Acc(1), shift_);
+    q_.load(at_, at_.rows().q, static_cast<Acc>(scale_ * 1.4426950408889634074), shift_, true);
+    do_.load(at_, do_from_, Acc(1), shift_, false);
     for (isize r = 0; r < at_.used() * R; ++r) {
       delta_[r] = Acc(0);
       if (shift_[r] == std::numeric_limits<Acc>::infinity()) continue;
