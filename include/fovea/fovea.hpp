@@ -21,4 +21,5 @@
 #include <fovea/score/packed.hpp>
 #include <fovea/score/score.hpp>
 #include <fovea/softmax.hpp>
+#include <fovea/softmax/cascade.hpp>
 #include <fovea/version.hpp>

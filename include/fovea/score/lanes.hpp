@@ -35,6 +35,14 @@ concept wide_score = requires(const P& p, const mask_site& at, score_pack<Acc> x
   { p.wide(at, x, x, x) } -> std::same_as<score_pack<Acc>>;
 };
 
+template <class P>
+constexpr bool positionless_score() {
+  if constexpr (requires { P::positionless; })
+    return P::positionless;
+  else
+    return false;
+}
+
 /// first, first + 1, ...
 template <class Acc>
 FOVEA_INLINE score_pack<Acc> ascending(isize first) {

@@ -4,7 +4,8 @@
 ///
 /// A score policy is a trivially copyable struct with
 ///   T operator()(site, i, j, T s)   the new logit of row i and key j, s = scale * q.k in nats; T is float or double
-/// and optionally a form that takes registers (`wide`) or whole tiles (`lanes`): score/lanes.hpp.
+/// and optionally a form that takes registers (`wide`) or whole tiles (`lanes`): score/lanes.hpp; and
+///   static constexpr bool positionless   the new logit depends on the old one alone, not on site, row or key
 /// Policies apply in the order of `chain`. Kernels ask once per tile through a function pointer; without one nothing is paid.
 ///
 ///   softcap   cap tanh(s / cap)                                    alibi           s - slopes[h] (p - j), p the row's position
@@ -31,6 +32,7 @@ concept score_policy = std::is_trivially_copyable_v<P> && requires(const P& p, c
 /// cap * tanh(s / cap)
 struct softcap {
   double cap = 0;
+  static constexpr bool positionless = true;
   void check(const mask_site&) const {
     require(cap > 0 && std::isfinite(cap), "softcap is ", cap, "; it must be positive and finite");
   }
@@ -95,6 +97,7 @@ struct chain {
     detail::score_lanes<A, Acc>(a, at, i0, count, j0, j1, tile, stride);
     detail::score_lanes<B, Acc>(b, at, i0, count, j0, j1, tile, stride);
   }
+  static constexpr bool positionless = detail::positionless_score<A>() && detail::positionless_score<B>();
   static constexpr bool unit_slope = detail::unit_sloped<A>() && detail::unit_sloped<B>();
   template <class T>
     requires(detail::sloped<A>&& detail::sloped<B>)
@@ -139,13 +142,14 @@ void score_tile_of(const void* policy, const mask_site& at, isize i0, isize coun
   score_lanes(*static_cast<const P*>(policy), at, i0, count, j0, j1, tile, stride);
 }
 struct score_table {
+  bool positionless;
   score_tile<float> f32;
   score_tile<double> f64;
   void (*check)(const void*, const mask_site&);
   double (*one)(const void*, const mask_site&, isize, isize, double);
 };
 template <score_policy P>
-inline constexpr score_table score_table_of{score_tile_of<P, float>, score_tile_of<P, double>,
+inline constexpr score_table score_table_of{positionless_score<P>(), score_tile_of<P, float>, score_tile_of<P, double>,
                                             [](const void* p, const mask_site& at) {
                                               if constexpr (requires { static_cast<const P*>(p)->check(at); })
                                                 static_cast<const P*>(p)->check(at);
@@ -169,6 +173,7 @@ class score {
     ::new (static_cast<void*>(storage_)) P(p);
   }
   explicit operator bool() const { return table_ != nullptr; }
+  bool positionless() const { return table_ == nullptr || table_->positionless; }
   void check(const mask_site& at) const {
     if (table_ != nullptr) table_->check(storage_, at);
   }

@@ -19,13 +19,13 @@ struct sequence_problem {
   kv_sequence kv;
   isize b = 0, B = 1;                       ///< the place in the batch, for masks and scores
   const std::int32_t* positions = nullptr;  ///< of the rows, for rope; null: the last n tokens
-  /// Where a call is cut into several: rows [first_row, first_row + n) of all_rows, the last of all_tokens. 0: it is not.
+  /// Where a call is cut into several: rows [first_row, first_row + n) of all_rows, the last of all_tokens, on some of the keys. 0: it is not.
   isize first_row = 0, all_rows = 0, all_tokens = 0;
 
   isize group() const { return kv.heads > 0 ? q.heads / kv.heads : 0; }
   isize rows() const { return group() * q.length; }
   mask_site site() const { return {b, 0, q.length, kv.tokens(), q.heads, kv.heads, B}; }
-  bool part() const { return all_rows > q.length; }
+  bool part() const { return all_rows > 0 && (all_rows != q.length || all_tokens != kv.tokens()); }
 };
 
 /// problem s of `count` is made when it is asked for: no memory for the list.
