@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include <fovea/mask/tree.hpp>
 #include <fovea/softmax.hpp>
 #include <fovea/softmax/reference.hpp>
 
@@ -18,7 +19,8 @@ struct setting {
   softmax_attention m;
   std::vector<std::uint8_t> table;
   std::vector<float> bias, sinks, slopes;
-  std::vector<std::int32_t> cu_q, cu_k;
+  std::vector<std::int32_t> cu_q, cu_k, lengths;
+  draft_tree drafts;
 };
 
 std::vector<std::int32_t> cuts(test::random& r, isize sequences, isize total) {
@@ -36,7 +38,7 @@ mask random_mask(test::random& r, const shape& s, setting& x) {
     return x.table.data();
   };
   const alignment_of_rows align = r.coin() ? bottom_right : r.coin() ? top_left : at_offset(r.integer(-20, 60));
-  switch (r.integer(0, 7)) {
+  switch (r.integer(0, 12)) {
     case 0: return no_mask{};
     case 1: return causal{align};
     case 2: return window{r.integer(1, 90), r.coin() ? r.integer(0, 20) : 0, align};
@@ -51,6 +53,21 @@ mask random_mask(test::random& r, const shape& s, setting& x) {
     case 6:
       x.cu_q = cuts(r, 4, s.n), x.cu_k = cuts(r, 4, s.m);
       return packed{x.cu_q.data(), x.cu_k.data(), 4, r.coin()};
+    case 7: return prefix_lm{r.integer(0, s.m), nullptr, align};
+    case 8: return chunked_local{r.integer(1, 90), align};
+    case 9:
+      x.cu_q = cuts(r, 3, s.n), x.cu_k = cuts(r, 3, s.m);
+      return documents{packed{x.cu_q.data(), x.cu_k.data(), 3}, window{r.integer(1, 60), r.integer(0, 3), align}};
+    case 10: {
+      if (s.n > s.m) return causal{};
+      std::vector<std::int32_t> parents;
+      for (isize i = 0; i < s.n; ++i) parents.push_back(static_cast<std::int32_t>(r.integer(-1, i - 1)));
+      x.drafts = draft_tree(parents.data(), s.n);
+      return tree{&x.drafts};
+    }
+    case 11:
+      for (isize b = 0; b < s.B; ++b) x.lengths.push_back(static_cast<std::int32_t>(r.integer(0, s.m)));
+      return both{key_lengths{x.lengths.data()}, two_sided{r.integer(0, 90), r.integer(0, 90), align}};
     default: return both{causal{}, boolean_mask{table(s.n, s.m), 0, 0, s.m}};
   }
 }
@@ -62,9 +79,13 @@ void random_scores(test::random& r, const shape& s, setting& x) {
   };
   if (r.coin(0.3)) fill(x.sinks, s.H, 2.0), x.m.sinks = x.sinks.data();
   if (r.coin(0.3)) x.m.scale = r.uniform(0.05, 0.4);
-  const isize which = r.integer(0, 5);
+  const isize which = r.integer(0, 7);
   if (which == 0) x.m.score = softcap{r.uniform(1.0, 20.0)};
   if (which == 1) fill(x.slopes, s.H, 0.1), x.m.score = alibi{x.slopes.data()};
+  if (which == 3) fill(x.bias, s.H * 41, 1.0), x.m.score = relative_bias{x.bias.data(), 30, 10, s.H};
+  if (which == 4)
+    fill(x.slopes, s.H, 0.1),
+        x.m.score = chain{softcap{r.uniform(1.0, 20.0)}, alibi{x.slopes.data(), s.H, at_offset(r.integer(0, 90))}};
   if (which == 2) {
     fill(x.bias, s.n * s.m, 1.0);
     for (float& y : x.bias)
@@ -111,7 +132,7 @@ shape random_shape(test::random& r) {
 
 TEST_CASE("softmax: random problems agree with the twin") {
   const threads two(2);
-  for (std::uint64_t seed = 1; seed <= 120; ++seed) {
+  for (std::uint64_t seed = 1; seed <= 160; ++seed) {
     test::random r(seed);
     const shape s = random_shape(r);
     setting x;
