@@ -122,6 +122,7 @@ TEST_CASE("rows: the first rows of a ring keep their token numbers in masks and 
       std::vector<std::uint8_t> seen(300);
       for (auto& x : seen) x = r.coin(0.8);
       attends({.mask = both{w, boolean_mask{seen.data(), 0, 0, 0}}}, store.view(), m, n, r);
+      attends({.mask = chunked_local{40}}, store.view(), m, n, r);
     }
 }
 
