@@ -12,6 +12,7 @@
 /// Cost       2 (d + e) flops for each visible (row, key); scratch independent of n and m; no allocation, no threads.
 /// Reference  softmax/reference.hpp.       Source  Milakov & Gimelshein, online normalizer calculation for softmax (2018).
 
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -276,7 +277,7 @@ class online_softmax {
     isize panels = 1;
     if (kind == tile_kind::full && set.modify == nullptr && set.bias == nullptr) {
       scores(t, x, first, last, 0, vectors(t), top);
-      list[0] = {static_cast<std::int16_t>(first), static_cast<std::int16_t>(last - first), 0, false};
+      list[0] = {static_cast<std::int16_t>(first), static_cast<std::int16_t>(last - first)};
     } else {
       panels = modified_scores(set, t, x, first, last, kind == tile_kind::partial, top, list);
       if (panels == 0) return;
@@ -333,21 +334,27 @@ class online_softmax {
     return runs;
   }
 
-  /// Key y joins the last run, if that ends before y and has the same vectors; else it begins a run of its own.
+  /// Key y joins the last run, if that ends before y and is seen alike; else it begins a run of its own.
   void extend(detail::panel* list, isize& runs, isize y, std::uint64_t every) const noexcept {
-    const std::uint64_t bits = lanes_[y];
+    const std::uint64_t bits = lanes_[y], hidden = every & ~bits;
     if (bits == 0) return;
-    isize v0 = 0;
-    while ((bits >> (v0 * T::W) & whole) == 0) ++v0;
-    const std::uint64_t behind = v0 + 1 < T::NR ? ~std::uint64_t{0} << ((v0 + 1) * T::W) : 0;
-    const bool ragged = (~bits & every & behind) != 0;  // a later vector is not whole
-    const bool masked = bits != every;
-    const auto first = static_cast<std::int8_t>(!masked ? 0 : ragged ? -1 : v0);
-    if (runs > 0 && list[runs - 1].first + list[runs - 1].count == y && list[runs - 1].from == first &&
-        list[runs - 1].masked == masked)
+    detail::seen kind = detail::seen::whole;
+    isize edge = 0;
+    if (hidden != 0) {
+      // Lanes without a row count as seen or not, as it suits.
+      const auto first = static_cast<isize>(std::countr_zero(bits)) / T::W,
+                 last = static_cast<isize>(63 - std::countl_zero(bits)) / T::W;
+      const std::uint64_t behind = first + 1 < T::NR ? ~std::uint64_t{0} << ((first + 1) * T::W) : 0,
+                          before = last > 0 ? ~std::uint64_t{0} >> (64 - last * T::W) : 0;
+      const bool rising = (hidden & behind) == 0, falling = (hidden & before) == 0;
+      kind = rising ? detail::seen::rising : falling ? detail::seen::falling : detail::seen::ragged;
+      edge = rising ? first : falling ? last : 0;
+    }
+    if (runs > 0 && list[runs - 1].first + list[runs - 1].count == y &&
+        list[runs - 1].same(kind, static_cast<int>(edge)))
       ++list[runs - 1].count;
     else
-      list[runs++] = {static_cast<std::int16_t>(y), 1, first, masked};
+      list[runs++] = {static_cast<std::int16_t>(y), 1, kind, static_cast<std::int8_t>(edge)};
   }
 
   /// Scores of keys [first, last) of the block and vectors [v0, v1) of the tile into s_, their maximum folded into `top`.

@@ -33,12 +33,22 @@ struct softmax_tile {
   static_assert(rows <= 64);
 };
 
-/// A run of keys inside a block: [first, first + count) of the block. Masked runs are of two kinds: vector `from` of the tile may
-/// be partly seen, those before it are not seen and those behind it are whole; or, from = -1, anything.
+/// What the vectors of a tile see of a run of keys.
+enum class seen : std::uint8_t {
+  whole,    ///< everything
+  rising,   ///< nothing before vector `edge`, part of it, everything behind (the causal diagonal)
+  falling,  ///< everything before vector `edge`, part of it, nothing behind (the far side of a window)
+  ragged    ///< anything
+};
+
+/// A run of keys inside a block: [first, first + count) of the block.
 struct panel {
   std::int16_t first, count;
-  std::int8_t from;
-  bool masked;
+  seen kind = seen::whole;
+  std::int8_t edge = 0;
+  bool same(seen k, int e) const { return kind == k && edge == e; }
+  /// No row of vector x sees a key of the run.
+  bool leaves_out(int x) const { return (kind == seen::rising && x < edge) || (kind == seen::falling && x > edge); }
 };
 
 /// Rows that are asked for while others are worked on: where reading them would take longer than the work. Null: nothing.
@@ -98,6 +108,24 @@ FOVEA_NOINLINE void score_panels(isize panels, isize d, const Acc* k, isize k_st
   tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { most[v].store(top + v * P::size); });
 }
 
+/// acc += V^T P over a run of keys: vector Edge by lanes, vectors [Plain0, Plain1) whole.
+template <class Arch, class Acc, int M, int NV, int Edge, int Plain0, int Plain1>
+FOVEA_INLINE void edge_values(isize first, isize count, const Acc* v, isize v_stride, const Acc* p,
+                              const std::uint64_t* lanes, simd::pack<Acc, Arch> (&acc)[M][NV]) noexcept {
+  using P = simd::pack<Acc, Arch>;
+  for (isize k = first; k < first + count; ++k) {
+    const Acc *value = v + k * v_stride, *weight = p + k * softmax_tile<Arch, Acc>::rows;
+    const auto live = static_cast<simd::lane_bits>(lanes[k] >> (Edge * P::size));
+    tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
+      const P y(value[i]);
+      acc[i][Edge] = simd::fma_where(live, P::load(weight + Edge * P::size), y, acc[i][Edge]);
+      tile::unroll<Plain1 - Plain0>([&](auto x) FOVEA_INLINE_LAMBDA {
+        acc[i][Plain0 + x] = simd::fma(y, P::load(weight + (Plain0 + x) * P::size), acc[i][Plain0 + x]);
+      });
+    });
+  }
+}
+
 /// O^T[columns] = O^T * alpha + V^T P over the panels of a block; NV of the tile's vectors are in use.
 template <class Arch, class Acc, int M, int NV>
 FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, isize v_stride, const Acc* p,
@@ -113,7 +141,7 @@ FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, 
   });
   for (isize n = 0; n < panels; ++n) {
     const isize first = list[n].first, count = list[n].count;
-    if (!list[n].masked) {
+    if (list[n].kind == seen::whole) {
       const bool few = NV < softmax_tile<Arch, Acc>::NR && ahead.rows != nullptr;
       for (isize k = first, step = 0; k < first + count; k += step) {
         const isize left = first + count - k;
@@ -123,22 +151,13 @@ FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, 
       }
       continue;
     }
-    tile::unroll<NV>([&](auto from) FOVEA_INLINE_LAMBDA {
-      if (list[n].from != from) return;
-      for (isize k = first; k < first + count; ++k) {
-        const Acc *value = v + k * v_stride, *weight = p + k * ld;
-        const auto live = static_cast<simd::lane_bits>(lanes[k] >> (from * P::size));
-        tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
-          const P y(value[i]);
-          acc[i][from] = simd::fma_where(live, P::load(weight + from * P::size), y, acc[i][from]);
-          tile::unroll<NV - from - 1>([&](auto x) FOVEA_INLINE_LAMBDA {
-            constexpr int at = from + 1 + x;
-            acc[i][at] = simd::fma(y, P::load(weight + at * P::size), acc[i][at]);
-          });
-        });
-      }
+    tile::unroll<NV>([&](auto edge) FOVEA_INLINE_LAMBDA {
+      if (list[n].same(seen::rising, edge))
+        edge_values<Arch, Acc, M, NV, edge, edge + 1, NV>(first, count, v, v_stride, p, lanes, acc);
+      else if (list[n].same(seen::falling, edge))
+        edge_values<Arch, Acc, M, NV, edge, 0, edge>(first, count, v, v_stride, p, lanes, acc);
     });
-    if (list[n].from >= 0) continue;
+    if (list[n].kind != seen::ragged) continue;
     for (isize k = first; k < first + count; ++k) {
       const Acc* value = v + k * v_stride;
       tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
@@ -189,7 +208,7 @@ FOVEA_NOINLINE void exponentials(const panel* list, isize panels, Acc* s, const 
     a.store(alpha + x * P::size);
     P sum = P::load(l + x * P::size) * a, other(Acc(0));
     for (isize n = 0; n < panels; ++n) {
-      if (x < list[n].from) continue;  // not seen: nobody reads it
+      if (list[n].leaves_out(x)) continue;  // nobody reads it
       Acc* at = s + list[n].first * ld + x * P::size;
       isize k = list[n].count;
       for (; k >= 4; k -= 4, at += 4 * ld) {
