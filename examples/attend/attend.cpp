@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 /// @file  attend IN.safetensors CONFIG.json OUT.safetensors [--threads N] [--decode P]
 ///
-/// Applies one configured mechanism to the tensors q, k, v of a file and writes o, and where they exist lse, S, z: the way to
-/// check fovea against another framework. Keys and tensors: docs/attend.md.
+/// Applies one configured mechanism to the tensors q, k, v of a file and writes o, and where they exist lse, S, z (with a tensor
+/// `do`, gradients): the way to check fovea against another framework. Keys and tensors: docs/attend.md.
 ///
 /// Errors   one line on stderr, exit code 2, and no output file.
 
@@ -17,7 +17,7 @@
 #include <fovea/interop/safetensors.hpp>
 #include <fovea/version.hpp>
 
-#include "attend/run.hpp"
+#include "attend/gradients.hpp"
 
 namespace {
 
@@ -43,8 +43,13 @@ void run(const arguments& a) {
   attend::question ask = naming(a.input, [&] { return attend::take_inputs(std::move(in.tensors)); });
   const auto mechanism = naming(a.config + ", " + a.input, [&] { return attend::make(config, ask); });
   const fovea::threads pool(a.threads);
+  const bool differentiate = ask.dout.has_value();
   const fovea::arrays out = naming(a.input, [&] {
-    return a.decode < 0 ? attend::prefill(pool, mechanism, ask) : attend::decode(pool, mechanism, ask, a.decode);
+    if (differentiate) attend::check_gradients(mechanism, ask, a.decode >= 0);
+    fovea::arrays all =
+        a.decode < 0 ? attend::prefill(pool, mechanism, ask) : attend::decode(pool, mechanism, ask, a.decode);
+    if (differentiate) all.merge(attend::gradients(pool, mechanism, ask, all));
+    return all;
   });
   fovea::write_safetensors(a.output, out, {{"mechanism", mechanism.name()}, {"fovea", FOVEA_VERSION_STRING}});
 }

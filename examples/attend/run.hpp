@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -22,9 +23,10 @@ using fovea::require;
 /// The inputs of one call, apart from the mechanism's own weights.
 struct question {
   array q, k, v;
-  bool batched = true;  ///< false: q, k, v came as [H, n, d]
-  arrays others;        ///< weights; what comes with each call moves to `call`
-  arrays call;          ///< g, beta, b, w, S0, z0, positions
+  bool batched = true;        ///< false: q, k, v came as [H, n, d]
+  arrays others;              ///< weights; what comes with each call moves to `call`
+  arrays call;                ///< g, beta, b, w, S0, z0, positions
+  std::optional<array> dout;  ///< do, which asks for gradients
   array table,
       lengths;  ///< paged keys and values: k [pages, G, page, d], v [pages, G, page, e], pages of each item, its tokens
   bool paged() const { return table.size() > 0; }
@@ -91,7 +93,7 @@ inline question take_pages(question ask, arrays tensors) {
 
 inline question take_inputs(arrays tensors) {
   question ask;
-  require(!tensors.contains("do"), "tensor do asks for gradients; this version computes none");
+  if (auto node = tensors.extract("do")) ask.dout = node.mapped();
   const auto take = [&](const char* name) {
     const auto at = tensors.find(name);
     require(at != tensors.end(), "tensor ", name, " is missing; wanted q, k and v");
