@@ -20,7 +20,7 @@ template <class Acc>
 struct softmax_cut {
   using few_loop = kernel::decode_rows<simd::native, Acc>;
   using block_loop = kernel::online_softmax<simd::native, Acc>;
-  static constexpr isize most_pieces = 16, least_keys = 4096, enough_tasks = 32;
+  static constexpr isize most_pieces = 16, least_keys = 4096, enough_tasks = 8;
 
   bool few = false;
   isize heads = 0, rows = 0;             // KV heads; rows of each
