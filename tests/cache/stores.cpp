@@ -47,6 +47,7 @@ TEST_CASE("contiguous_store: random lives agree with the model") {
     const kv_shape s = random_kv_shape(r);
     const turning t(r, s);
     std::vector<life<contiguous_store>> all;
+    all.reserve(64);  // forks are added while one is in hand
     all.push_back({contiguous_store(s, r.integer(10, 120)), {s, {}, {}}});
     CAPTURE(seed, s.heads, s.d, s.e, fovea::name_of(s.type));
     for (int turn = 0; turn < 25; ++turn) {
@@ -85,6 +86,7 @@ TEST_CASE("ring_store: random lives agree with a store of all tokens") {
     const turning t(r, s);
     const ring_size size{r.integer(1, 20), r.coin() ? r.integer(0, 6) : 0, r.integer(1, 12)};
     std::vector<life<ring_store>> all;
+    all.reserve(64);
     all.push_back({ring_store(s, size), {s, {}, {}}});
     const std::size_t bytes = all[0].store.bytes();
     const softmax_attention a{.mask = window{size.window, size.first}};
@@ -156,6 +158,7 @@ TEST_CASE("paged_pool: random lives of sequences that share pages agree with the
       model m;
     };
     std::vector<sequence> all(1);
+    all.reserve(64);
     all[0].m.s = s;
     CAPTURE(seed, s.heads, s.d, s.e, fovea::name_of(s.type), page, pool.pages());
     const auto agree = [&] {
