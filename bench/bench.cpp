@@ -8,6 +8,7 @@
 
 #include <memory>
 
+#include "backward.hpp"
 #include "cases.hpp"
 #include "exact.hpp"
 #include "measure.hpp"
@@ -86,6 +87,7 @@ int main(int argc, char** argv) {
     })->Unit(benchmark::kMicrosecond);
   }
   bench::register_exact();
+  bench::register_backward();
   benchmark::AddCustomContext("fovea_arch", fovea::simd::name_of_arch<fovea::simd::native>);
   benchmark::AddCustomContext("cpu", machine::cpu_name());
   // Names stay as they are above: a minimum time set on the cases would be added to each.
