@@ -35,8 +35,9 @@ class decode_rows {
     row_ = memory.take<Acc>(d > e ? d : e);
     k_rows_ = memory.take<std::byte>(keys * d * static_cast<isize>(sizeof(Acc)));
     v_rows_ = memory.take<std::byte>(keys * e * static_cast<isize>(sizeof(Acc)));
-    k_scales_ = memory.take<float>(keys * ceil_div(d, scale_group));
-    v_scales_ = memory.take<float>(keys * ceil_div(e, scale_group));
+    const isize groups = ceil_div(d > e ? d : e, scale_group);  // values that lie in keys have the scales of those
+    k_scales_ = memory.take<float>(keys * groups);
+    v_scales_ = memory.take<float>(keys * groups);
   }
 
   /// Loads the rows, times scale * log2(e).
