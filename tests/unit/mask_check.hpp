@@ -96,4 +96,18 @@ inline std::vector<std::int32_t> cuts(random& r, isize sequences, isize total) {
   return c;
 }
 
+/// parents[i] < i, or -1.
+inline std::vector<std::int32_t> random_tree(random& r, isize n) {
+  std::vector<std::int32_t> parents;
+  for (isize i = 0; i < n; ++i)
+    parents.push_back(static_cast<std::int32_t>(r.coin(0.15) ? -1 : r.integer(r.coin() ? -1 : i / 2 - 1, i - 1)));
+  return parents;
+}
+
+inline std::vector<float> numbers(random& r, isize count) {
+  std::vector<float> x(static_cast<std::size_t>(count));
+  for (float& y : x) y = static_cast<float>(3 * r.normal());
+  return x;
+}
+
 }  // namespace test

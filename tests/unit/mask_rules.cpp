@@ -1,13 +1,10 @@
 // SPDX-License-Identifier: MIT
 /// @file  Prefix-LM, chunks, key lengths, rules inside packed sequences, draft trees, functions, any number of masks: against their
-///        definitions and for consistency of every answer; and what a kernel leaves out under them.
+///        definitions and for consistency of every answer.
 
 #include <fovea/mask/function.hpp>
 #include <fovea/mask/tree.hpp>
-#include <fovea/softmax.hpp>
-#include <fovea/softmax/reference.hpp>
 
-#include "support/tensors.hpp"
 #include "unit/mask_check.hpp"
 
 namespace {
@@ -17,15 +14,9 @@ using test::any_alignment;
 using test::at_random_sites;
 using test::coins;
 using test::cuts;
+using test::random_tree;
 using test::tiles;
 
-/// parents[i] < i, or -1.
-std::vector<std::int32_t> random_tree(test::random& r, isize n) {
-  std::vector<std::int32_t> parents;
-  for (isize i = 0; i < n; ++i)
-    parents.push_back(static_cast<std::int32_t>(r.coin(0.15) ? -1 : r.integer(r.coin() ? -1 : i / 2 - 1, i - 1)));
-  return parents;
-}
 bool is_ancestor(const std::vector<std::int32_t>& parents, isize of, isize k) {
   for (isize a = of; a >= 0; a = parents[static_cast<std::size_t>(a)])
     if (a == k) return true;
@@ -225,107 +216,4 @@ TEST_CASE("mask: the rules that do not fit are refused with a sentence") {
   const mask_blocks known(all, {0, 0, 4, 6, 2, 1, 2});
   CHECK_SAYS(refused(mask_blocks_of{&known, all}), "mask_blocks was made for");
   CHECK_SAYS(refused(mask_blocks_of{nullptr, all}), "no blocks");
-}
-
-namespace {
-
-/// Masks of 1024 rows and keys that show little, and the tables that they point to.
-struct sparse_masks {
-  static constexpr isize n = 1024;
-  std::vector<std::int32_t> cu{0, 300, 301, 700, 1024}, parents;
-  std::vector<std::uint8_t> blocks, bits;
-  draft_tree drafts;
-  mask_blocks known;
-  std::vector<std::pair<const char*, mask>> all;
-
-  sparse_masks() : blocks(16 * 16, 0), bits(static_cast<std::size_t>(n * n), 0) {
-    test::random r(5);
-    parents = random_tree(r, n), drafts = draft_tree(parents.data(), n);
-    for (std::size_t i = 0; i < 16; ++i) blocks[i * 16 + (i * 5) % 16] = 1;
-    for (isize i = 0; i < n; ++i)
-      for (isize j = 0; j < 40; ++j) bits[static_cast<std::size_t>(i * n + (i / 64 * 64 + j) % n)] = 1;
-    const mask_function diagonal{[](const mask_site&, isize i, isize j) { return i / 100 == j / 100; }};
-    known = mask_blocks(diagonal, {0, 0, n, n});
-    const packed sequences{cu.data(), cu.data(), 4};
-    all = {{"window", window{.width = 64}},
-           {"window, sinks", window{.width = 64, .first = 4}},
-           {"two sided", two_sided{30, 30}},
-           {"prefix", prefix_lm{100}},
-           {"chunks", chunked_local{128}},
-           {"packed", packed{cu.data(), cu.data(), 4, true}},
-           {"documents", documents{sequences, window{.width = 50}}},
-           {"blocks", block_mask{blocks.data(), 64, 64, 0, 0, 16}},
-           {"table", boolean_mask{bits.data(), 0, 0, n}},
-           {"both", both{causal{}, two_sided{64, 0}}},
-           {"function", diagonal},
-           {"known blocks", mask_blocks_of{&known, diagonal}},
-           {"tree", tree{&drafts}}};
-  }
-};
-
-}  // namespace
-
-TEST_CASE("mask: softmax computes what a mask shows, and about no more") {
-  const sparse_masks masks;
-  const isize n = sparse_masks::n;
-  test::random r(6);
-  const test::tensor q = test::normal(r, dtype::f32, 1, 1, n, 8), k = test::normal(r, dtype::f32, 1, 1, n, 8),
-                     v = test::normal(r, dtype::f32, 1, 1, n, 8);
-  isize asked = 0;  // pairs that reach the score modification: those of panels that are not wholly masked
-  const auto counter = [count = &asked](const mask_site&, isize, isize, auto x) {
-    ++*count;
-    return x;
-  };
-  for (const auto& [name, m] : masks.all) {
-    CAPTURE(name);
-    const softmax_attention a{.mask = m, .score = counter};
-    test::tensor out = test::unwritten(dtype::f32, 1, 1, n, 8);
-    asked = 0;
-    prefill(serial, a, q, k, v, out);
-    isize shown = 0;
-    for (isize i = 0; i < n; ++i)
-      for (isize j = 0; j < n; ++j) shown += m.visible(a.site({1, 1, 1, n, n, 8, 8}, 0), i, j);
-    CHECK(asked >= shown);
-    // Panels of keys by a tile of rows are computed whole: a rim of up to one tile. A tree's ancestors lie scattered.
-    if (std::string(name) != "tree") CHECK(asked - shown <= 40 * n);
-  }
-}
-
-TEST_CASE("mask: NaN in a key reaches only the rows that see it, in prefill and in decoding") {
-  const sparse_masks masks;
-  const isize n = sparse_masks::n;
-  test::random r(7);
-  const test::tensor q = test::normal(r, dtype::f32, 1, 1, n, 8), clean = test::normal(r, dtype::f32, 1, 1, n, 8);
-  std::vector<bool> bad(static_cast<std::size_t>(n));
-  test::tensor dirty = clean;
-  for (isize j = 0; j < n; ++j) {
-    bad[static_cast<std::size_t>(j)] = r.coin(0.02) || j / 64 == 9;  // scattered, and a whole block
-    for (isize c = 0; c < 8 && bad[static_cast<std::size_t>(j)]; ++c) dirty.set(0, 0, j, c, std::nan(""));
-  }
-  for (const auto& [name, m] : masks.all) {
-    const softmax_attention a{.mask = m};
-    test::tensor want = test::unwritten(dtype::f32, 1, 1, n, 8), got = test::unwritten(dtype::f32, 1, 1, n, 8);
-    prefill(serial, a, q, clean, clean, want);
-    prefill(serial, a, q, dirty, dirty, got);
-    isize wrong = 0;
-    for (isize i = 0; i < n; ++i) {
-      bool reached = false;
-      for (isize j = 0; j < n; ++j)
-        reached = reached || (bad[static_cast<std::size_t>(j)] && m.visible(a.site({1, 1, 1, n, n, 8, 8}, 0), i, j));
-      for (isize c = 0; c < 8; ++c)
-        wrong += reached ? !std::isnan(got.get(0, 0, i, c)) : got.get(0, 0, i, c) != want.get(0, 0, i, c);
-    }
-    CAPTURE(name);
-    CHECK(wrong == 0);
-  }
-  const std::int32_t length[] = {333};
-  for (const mask& m : {mask(window{.width = 64, .first = 4}), mask(chunked_local{100}), mask(key_lengths{length})}) {
-    const test::tensor one = test::rows_of(q, n - 1, 1);
-    test::tensor want = test::unwritten(dtype::f32, 1, 1, 1, 8), got = want, hidden = clean;
-    for (isize j = 0; j < n; ++j)
-      for (isize c = 0; c < 8 && !m.visible({0, 0, 1, n}, 0, j); ++c) hidden.set(0, 0, j, c, std::nan(""));
-    prefill(serial, softmax_attention{.mask = m}, one, clean, clean, want);
-    prefill(serial, softmax_attention{.mask = m}, one, hidden, hidden, got);
-    CHECK_SAME_BITS(want, got);
-  }
 }

@@ -5,16 +5,14 @@
 
 #include <fovea/score/packed.hpp>
 #include <fovea/score/score.hpp>
-#include <fovea/softmax.hpp>
-#include <fovea/softmax/reference.hpp>
 
-#include "support/tensors.hpp"
 #include "unit/mask_check.hpp"
 
 namespace {
 
 using namespace fovea;
 using test::any_alignment;
+using test::numbers;
 
 /// Applies a policy to tiles of random scores as kernels do, in both orientations, and compares with one element at a time in double.
 template <class Acc, class Policy>
@@ -61,12 +59,6 @@ void at_random_sites(Make&& make, double c = 8) {
     forms_agree<float>(policy, at, r, c);
     forms_agree<double>(policy, at, r, c);
   }
-}
-
-std::vector<float> numbers(test::random& r, isize count) {
-  std::vector<float> x(static_cast<std::size_t>(count));
-  for (float& y : x) y = static_cast<float>(3 * r.normal());
-  return x;
 }
 
 }  // namespace
@@ -211,38 +203,6 @@ TEST_CASE("score: T5's buckets are those of the published code, and the table ho
   }
   const std::vector<float> turned{1, 2, 3, 4, 5, 6, 7, 8};  // [2 heads][4 buckets]
   CHECK(t5_distances(turned.data(), 2, 4, 8, false, true).front() == 4.0F);
-}
-
-TEST_CASE("score: softmax with each policy agrees with the twin") {
-  std::vector<float> slopes(4), weights, table, bias;
-  test::random r(11);
-  for (const auto type : {dtype::f32, dtype::f64}) {
-    for (const isize n : {1, 70}) {
-      const shape s{1, 4, 2, n, 150, 24, 24, type};
-      slopes = {0.5F, 0.25F, 0.125F, 0.0625F}, weights = numbers(r, 32 * 4), bias = numbers(r, s.n * s.m);
-      table = t5_distances(weights.data(), 4, 32, 64, true);
-      const std::pair<const char*, score> cases[] = {
-          {"softcap", softcap{5}},
-          {"alibi", alibi{slopes.data(), 4}},
-          {"bias", additive_bias{bias.data(), 0, 0, s.m}},
-          {"t5", relative_bias{table.data(), 64, 64, 4}},
-          {"softcap, bias, t5",
-           chain{chain{softcap{5}, additive_bias{bias.data(), 0, 0, s.m}}, relative_bias{table.data(), 64, 64, 4}}},
-          {"a function", [](const mask_site& at, isize i, isize j, auto x) {
-             return x + static_cast<decltype(x)>(at.h == 1 ? (i + j) % 3 : 0);
-           }}};
-      const test::tensor q = test::normal(r, type, 1, 4, s.n, s.d), k = test::normal(r, type, 1, 2, s.m, s.d),
-                         v = test::normal(r, type, 1, 2, s.m, s.e);
-      for (const auto& [name, modify] : cases) {
-        const softmax_attention a{.mask = causal{}, .score = modify};
-        test::tensor want = test::unwritten(dtype::f64, 1, 4, s.n, s.e), got = test::unwritten(type, 1, 4, s.n, s.e);
-        reference::prefill(a, {q, k, v, want, {}, {}});
-        prefill(serial, a, q, k, v, got);
-        CAPTURE(name, n, fovea::name_of(type));
-        CHECK_CLOSE(got.values(), want.values(), {.c = 128, .acc = type, .stored = type});
-      }
-    }
-  }
 }
 
 TEST_CASE("score: what does not fit is refused with a sentence") {
