@@ -269,6 +269,17 @@ TEST_CASE("values that lie in the keys: one row serves both") {
     prefill(serial, {.mask = causal{}}, q, {&x, 1}, a);
     prefill(serial, {.mask = causal{}}, q, {&y, 1}, b);
     CHECK_SAME_BITS(a, b);
+    paged_pool pool(s, 3, 20);
+    page_table pages;
+    pool.append(pages, k, v);
+    for (const isize n : {1, 3}) {  // one query, and a tile of them, over short pages
+      const tensor rows = test::normal(r, dtype::f32, 1, 2, n, 72);
+      tensor in_pages = test::unwritten(dtype::f32, 1, 2, n, 64), in_one = test::unwritten(dtype::f32, 1, 2, n, 64);
+      const kv_sequence p = pool.view(pages);
+      prefill(serial, {.mask = causal{}}, rows, {&p, 1}, in_pages);
+      prefill(serial, {.mask = causal{}}, rows, {&x, 1}, in_one);
+      CHECK_CLOSE(in_pages.values(), in_one.values(), {.c = 32});
+    }
     one = contiguous_store::restore(one.save());
     const kv_sequence z = one.view();
     prefill(serial, {.mask = causal{}}, q, {&z, 1}, b);

@@ -17,17 +17,19 @@ struct sequence_options {
 namespace detail {
 
 /// Rows of one source, as far as a call can see them.
-inline void check_rows(const char* name, isize s, const row_source& r, isize width, isize length, dtype q) {
+inline void check_rows(const char* name, isize s, const row_source& r, isize width, isize wider, isize length,
+                       dtype q) {
   require((r.type == dtype::f64) == (q == dtype::f64), "sequence ", s, ": ", name, " is ", name_of(r.type),
           " and q is ", name_of(q), "; f64 goes with f64 only");
   if (length == 0) return;
   require(r.data != nullptr, "sequence ", s, ": ", name, " is null; wanted ", length, " rows");
   require(length == 1 || r.row_bytes >= width * static_cast<isize>(size_of(r.type)), "sequence ", s, ": rows of ", name,
           " are ", r.row_bytes, " bytes apart; ", width, " elements of ", name_of(r.type), " do not fit");
-  require(
-      r.type != dtype::i8 || (r.scales != nullptr && (r.scale_row == 1 || r.scale_row >= ceil_div(width, scale_group))),
-      "sequence ", s, ": ", name, " is i8 with ", r.scales == nullptr ? 0 : r.scale_row,
-      " scales a row; wanted 1, or one for each ", scale_group, " of ", width, " elements");
+  const bool scaled = r.scales != nullptr && (r.scale_row == 1 || (r.scale_row >= ceil_div(width, scale_group) &&
+                                                                   r.scale_row <= ceil_div(wider, scale_group)));
+  require(r.type != dtype::i8 || scaled, "sequence ", s, ": ", name, " is i8 with ",
+          r.scales == nullptr ? 0 : r.scale_row, " scales a row; wanted 1, or one for each ", scale_group, " of ",
+          width, " elements");
   require(r.ring == 0 || (r.ring > 0 && r.start >= 0 && r.fixed >= 0 && length <= r.fixed + r.ring), "sequence ", s,
           ": ", name, " has ", length, " rows in a ring of ", r.ring, " behind ", r.fixed);
   if (r.table == nullptr) return;
@@ -61,7 +63,8 @@ inline void check_sequence(const softmax_attention& m, isize s, const kv_sequenc
           "; they must not be negative, and the rows kept must be there");
   require(kv.k.type == kv.v.type, "sequence ", s, ": keys are ", name_of(kv.k.type), " and values ", name_of(kv.v.type),
           "; they must be of one type");
-  check_rows("k", s, kv.k, kv.d, kv.length, q.type), check_rows("v", s, kv.v, kv.e, kv.length, q.type);
+  const isize wider = kv.d > kv.e ? kv.d : kv.e;  // values that lie in keys have the scales of those
+  check_rows("k", s, kv.k, kv.d, kv.d, kv.length, q.type), check_rows("v", s, kv.v, kv.e, wider, kv.length, q.type);
   check_rows_apart("out", out, kv.k, kv.heads, kv.k_head_bytes, kv.length);
   check_rows_apart("out", out, kv.v, kv.heads, kv.v_head_bytes, kv.length);
   if (lse) check_rows_apart("lse", lse, kv.k, kv.heads, kv.k_head_bytes, kv.length);
@@ -152,6 +155,21 @@ struct sequence_call {
             "; wanted 0 to the ", q.length, " rows of q");
   }
 };
+
+/// A call that appends to a ring part by part: what a part pushes out must lie behind what its first row sees.
+inline void check_ring_parts(const softmax_attention& m, const kv_sequence& held, isize n, isize most_at_once) {
+  const kept_keys seen = m.mask.kept();
+  if (held.k.ring == 0 || !seen.bounded()) return;
+  for (isize first = 0, count = 0; first < n; first += count) {
+    count = most_at_once < n - first ? most_at_once : n - first;
+    const isize before = held.tokens() + first, low = before + count - held.k.ring, old = held.kept + held.dropped,
+                oldest = low > old ? low : old;
+    require(oldest <= held.kept || (seen.first <= held.kept && before - seen.window + 1 >= oldest),
+            "the ring store keeps the first ", held.kept, " tokens and the last ", held.k.ring,
+            "; the mask sees the first ", seen.first, " and ", seen.window, " others from each of ", count,
+            " new tokens (make the ring with the window and the first keys of the mask)");
+  }
+}
 
 /// What prefill and step with a store refuse; the store itself speaks of k and v.
 inline void check_append_and_attend(const softmax_attention& m, const tensor_ref& q, const tensor_ref& k,
