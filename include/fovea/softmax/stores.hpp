@@ -83,6 +83,7 @@ void prefill(exec_ref exec, const softmax_attention& m, const tensor_ref& q, con
   const key_positions all{m.turn, store.tokens(), options.positions.empty() ? nullptr : options.positions.data()};
   const isize n = q.length, chunk = store.most_at_once(), before = store.tokens();
   detail::check_append_and_attend(m, q, k, v, out, options, store.view(), store.tokens());
+  detail::check_ring_parts(m, store.view(), n, chunk);
   store.check_append(k, v, all);
   if (n == 0) return;
   const auto part = [&](isize first, isize count, std::span<const kv_sequence> kv) {
