@@ -5,8 +5,8 @@
     run_features.py ATTEND [--trials N] [--seed S] [--verbose]
 
 Every trial draws one rule of each kind, or none: what rows see, what is added to scores, where rows stand, RoPE, sequences, pages. It runs
-in f64 (bound 1e-9 of the largest value) and in f32 (2e-5), and by steps where a state can express it. A failing trial is printed as
-its seed and configuration. Exit code 1 if anything failed.
+in f64 (bound 1e-9 of the largest value) and in f32 (2e-5), over pages, and by steps where a state can express it; gradients are compared
+with central differences of the formulas. A failing trial is printed as its seed and configuration. Exit code 1 if anything failed.
 """
 import argparse
 import json
@@ -249,6 +249,23 @@ def differs(got, want, bound):
     return None
 
 
+def gradient_differs(r, c, t, wide, ask):
+    """Derivatives along a random direction of each input, from the formulas by central differences, against the gradients."""
+    out = wanted(c, t, wide["q"], wide["k"], wide["v"])[0]
+    weight = r.standard_normal(out.shape)
+    loss = lambda inputs: (wanted(c, {**t, **{k: x for k, x in inputs.items() if k not in "qkv"}}, inputs["q"], inputs["k"], inputs["v"])[0] * weight).sum()
+    got = ask({**wide, "do": weight})
+    names = ["q", "k", "v", *(x for x in ("bias", "sinks") if x in t)]
+    inputs = {**wide, **{x: t[x].astype(np.float64) for x in names[3:]}}
+    for name in names:
+        way, h = r.standard_normal(inputs[name].shape), 1e-5
+        slope = (loss({**inputs, name: inputs[name] + h * way}) - loss({**inputs, name: inputs[name] - h * way})) / (2 * h)
+        found = (got["d" + name].astype(np.float64) * way).sum()
+        if not abs(found - slope) <= 1e-5 * (1 + np.abs(got["d" + name].astype(np.float64) * way).sum()):
+            return f"d{name} along a direction: {found}, wanted {slope}"
+    return None
+
+
 def trial(seed, attend_program, counts):
     r = np.random.default_rng(seed)
     c, t, q, k, v = draw(r)
@@ -259,6 +276,11 @@ def trial(seed, attend_program, counts):
     problem = differs(ask(dict(wide)), want, 1e-9) or differs(ask({"q": q, "k": k, "v": v}), want, 2e-5)
     if problem:
         return c, t, problem
+    if "rope_theta" not in c and not ("bias" in t and {"t5", "relative"} & set(t)):  # of q and k that come turned, of one table
+        problem = gradient_differs(r, c, t, wide, ask)
+        if problem:
+            return c, t, "gradients: " + problem
+        counts["gradients"] += 1
     if not set(t) & {"cu_q", "lengths"} and "rope_theta" not in c:
         page = int(r.integers(1, 20))
         k_pages, v_pages, table = pages_of(r, k, v, page)
@@ -282,7 +304,7 @@ def main():
     p.add_argument("attend"), p.add_argument("--trials", type=int, default=300), p.add_argument("--seed", type=int, default=0)
     p.add_argument("--verbose", action="store_true")
     a = p.parse_args()
-    failed, counts = 0, {"trials": 0, "paged": 0, "steps": 0, "ring": 0}
+    failed, counts = 0, {"trials": 0, "gradients": 0, "paged": 0, "steps": 0, "ring": 0}
     for seed in range(a.seed, a.seed + a.trials):
         try:
             bad = trial(seed, a.attend, counts)
