@@ -68,9 +68,7 @@ class softmax_backward {
     scale_ = scale, want_ = want, loaded_ = false;
   }
 
-  void begin_piece() noexcept {
-    for (isize x = 0; want_.dq && x < at_.used() * R * d_; ++x) sums_[0][x] = Acc(0);
-  }
+  void begin_piece() noexcept { filled_[0] = false; }
   /// Keys [j0, j1) of a set; dk, dv: accumulator rows of key j0.
   void absorb(const key_set<Acc>& set, isize j0, isize j1, Acc* dk, Acc* dv) noexcept {
     for (isize j = j0; j < j1; j += keys) {
@@ -83,14 +81,18 @@ class softmax_backward {
   void end_piece(isize x) noexcept {
     if (!want_.dq) return;
     int level = 1;
-    for (; (x & 1) != 0; x >>= 1, ++level)
+    for (; (x & 1) != 0; x >>= 1, ++level) {
+      if (!filled_[0] && !filled_[level]) continue;  // zeros both
+      fill(0), fill(level);
       for (isize y = 0; y < at_.used() * R * d_; ++y) sums_[0][y] = sums_[level][y] + sums_[0][y];
+    }
     open_ = level;
   }
   /// After end_piece, where another piece follows.
   void keep_piece() noexcept {
     Acc* const sum = sums_[0];
     sums_[0] = sums_[open_], sums_[open_] = sum;
+    filled_[open_] = filled_[0];
   }
 
   /// dq = factor * dQ for the superblock's rows.
@@ -98,6 +100,7 @@ class softmax_backward {
     const bool direct = dq.type == dtype_of<Acc>;
     Acc factors[W];
     for (Acc& f : factors) f = factor;
+    fill(0);
     for (isize t = 0; t < at_.used(); ++t)
       for (isize lane = 0; lane < at_.count(t); lane += W) {
         const isize first = t * R + lane, left = at_.count(t) - lane;
@@ -133,6 +136,12 @@ class softmax_backward {
     const Acc *k, *v;
     isize k_stride, v_stride;
   };
+
+  /// A sum that nothing was added to yet becomes zeros.
+  void fill(int level) noexcept {
+    for (isize y = 0; !filled_[level] && y < at_.used() * R * d_; ++y) sums_[level][y] = Acc(0);
+    filled_[level] = true;
+  }
 
   Acc* row_of(const tensor_mut& t, isize r) const noexcept {
     return static_cast<Acc*>(t.row(at_.rows().b, at_.head(r), at_.row(r)));
@@ -178,7 +187,9 @@ class softmax_backward {
       seen = {runs_[0].first < seen.first ? runs_[0].first : seen.first,
               last.first + last.count > seen.last ? last.first + last.count : seen.last};
       scores<false>(set, t, t - t0, x, runs);
-      if (want_.dq) add_dq(t, t - t0, x, runs);
+      if (!want_.dq) continue;
+      fill(0);
+      add_dq(t, t - t0, x, runs);
     }
     if (!seen.empty()) add_keys(t0, t1 - t0, seen, dk, dv);
   }
@@ -271,7 +282,8 @@ class softmax_backward {
   bool loaded_ = false;
   int open_ = 1;
   Acc *shift_, *delta_, *p_, *ds_, *old_, *k_, *v_, *pair_, *turned_;
-  Acc* sums_[5] = {};  // the piece at work, then sums of 1, 2, 4, 8 pieces
+  Acc* sums_[5] = {};  // of dQ: the piece at work, then sums of 1, 2, 4, 8 pieces
+  bool filled_[5] = {};
   std::uint64_t* lanes_;
   key_run* runs_;
   detail::row_run* row_runs_;
