@@ -70,11 +70,8 @@ struct additive_bias {
   FOVEA_HD isize slot(const mask_site& at, isize i, isize j) const {
     return at.b * batch_stride + at.h * head_stride + i * row_stride + j * key_stride;
   }
-  table_axis axis(const mask_site&) const {
-    return head_stride != 0  ? table_axis::heads
-           : row_stride != 0 ? table_axis::rows
-           : key_stride != 0 ? table_axis::keys
-                             : table_axis::none;
+  table_axis axis(const mask_site& at) const {
+    return detail::axis_of_strides(at, batch_stride, head_stride, row_stride, key_stride);
   }
   template <class Acc>
   void lanes(const mask_site& at, isize i0, isize count, isize j0, isize j1, Acc* tile, isize stride) const {
