@@ -217,7 +217,7 @@ class decode_rows {
       const auto at = [&](isize y) FOVEA_INLINE_LAMBDA { return x + (y < last ? y : last); };
       if constexpr (R == 1) {
         // One row after the other, in address order: the hardware prefetcher follows, and the reads are what takes the time.
-        tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA {
+        for (isize y = 0; y < per; ++y) {
           const S* row = from.rows + at(y) * from.ld;
           const float* scales = Grouped ? from.scales + at(y) * groups : nullptr;
           P sum(Acc(0)), other(Acc(0));
@@ -234,8 +234,7 @@ class decode_rows {
           if (c < d_)
             sum = simd::fma(scaled<Grouped>(simd::load_as_n<P>(row + c, d_ - c), scales, c), P::load(q + c), sum);
           acc[y] = sum + other;
-          simd::keep_order(acc[y]);
-        });
+        }
       } else {
         // The rows are on their way to L2 since the last block: registers come first, W / R keys at a time.
         const S* row[per];

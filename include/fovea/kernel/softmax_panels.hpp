@@ -151,13 +151,14 @@ FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, 
       }
       continue;
     }
-    tile::unroll<NV>([&](auto edge) FOVEA_INLINE_LAMBDA {
+    constexpr bool full = NV == softmax_tile<Arch, Acc>::NR;  // fewer vectors are rare: the general loop serves them
+    tile::unroll<full ? NV : 0>([&](auto edge) FOVEA_INLINE_LAMBDA {
       if (list[n].same(seen::rising, edge))
         edge_values<Arch, Acc, M, NV, edge, edge + 1, NV>(first, count, v, v_stride, p, lanes, acc);
       else if (list[n].same(seen::falling, edge))
         edge_values<Arch, Acc, M, NV, edge, 0, edge>(first, count, v, v_stride, p, lanes, acc);
     });
-    if (list[n].kind != seen::ragged) continue;
+    if (full && list[n].kind != seen::ragged) continue;
     for (isize k = first; k < first + count; ++k) {
       const Acc* value = v + k * v_stride;
       tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
