@@ -218,6 +218,30 @@ TEST_CASE("backward: the same bits for any number of threads, any batch, and any
                                     : some.dv));
     }
   }
+  {  // a table whose rows share elements
+    test::random r(seed);
+    const shape s{1, 2, 2, 300, 200, 8, 8, dtype::f32};
+    std::vector<float> line;
+    fill(r, line, s.n + s.m - 1, 1.0);
+    const softmax_attention m{.score = additive_bias{line.data() + s.m - 1, 0, 0, 1, -1}};
+    run y(r, s);
+    y.forward(m);
+    std::vector<float> one(line.size(), std::nanf("")), many(line.size(), std::nanf(""));
+    gradients to;
+    to.dbias = one.data() + s.m - 1;
+    fovea::backward(serial, m, y.q, y.k, y.v, y.out, y.lse, y.dout, to);
+    to.dbias = many.data() + s.m - 1;
+    fovea::backward(three, m, y.q, y.k, y.v, y.out, y.lse, y.dout, to);
+    CHECK(one == many);
+    const std::vector<double> ds = reference::backward(m, y.q, y.k, y.v, y.dout).ds;
+    std::vector<double> want(line.size(), 0.0);
+    std::size_t at = 0;
+    for (isize h = 0; h < s.H; ++h)
+      for (isize i = 0; i < s.n; ++i)
+        for (isize j = 0; j < s.m; ++j) want[static_cast<std::size_t>(s.m - 1 + i - j)] += ds[at++];
+    const std::vector<isize> dims{static_cast<isize>(line.size())};
+    CHECK_CLOSE({dims, {one.begin(), one.end()}}, {dims, want}, {.c = 256, .scale = 1});
+  }
   // An item alone and in a batch of four.
   test::random r(seed);
   const shape s{4, 2, 2, 150, 2100, 24, 24, dtype::f32};
