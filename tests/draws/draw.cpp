@@ -323,6 +323,13 @@ int rarity(const draw& d) {
          one(d.score == score_form::functor_without_slope || !d.per_row || !d.per_key);
 }
 
+/// There is a row or a key that the library turns.
+bool turns_rows(const draw& d) {
+  for (const lengths& c : d.calls)
+    if (most(c.n) > 0 || (sequences(d) && d.store != store_form::engine && most(c.m) > 0)) return true;
+  return false;
+}
+
 }  // namespace
 
 /// The rarest of a few, so that rare things meet.
@@ -341,7 +348,7 @@ std::string refused(const draw& d) {
   if (d.fault != fault::none && d.fault != fault::ring) return "a fault on purpose";
   if (in_order(d) && !causal(d)) return "the mask is not causal";
   if (d.form == call_form::state && d.store == store_form::ring && !bounded(d)) return "a ring for an unbounded mask";
-  if (d.rope != rope_form::none && d.turned > d.d) return "rope is wider than a row";
+  if (d.rope != rope_form::none && d.turned > d.d && turns_rows(d)) return "rope is wider than a row";
   if (d.backward && d.rope != rope_form::none) return "backward takes rows that are turned";
   if (d.backward && d.score == score_form::functor_without_slope) return "backward without a slope";
   if (d.dbias && d.score != score_form::bias && d.score != score_form::cap_bias && d.score != score_form::relative &&
