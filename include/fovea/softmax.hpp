@@ -16,5 +16,5 @@
 #include <fovea/softmax/mechanism.hpp>
 #include <fovea/softmax/prefill.hpp>
 #include <fovea/softmax/state.hpp>
-#include <fovea/softmax/stores.hpp>
 #include <fovea/softmax/step.hpp>
+#include <fovea/softmax/stores.hpp>

@@ -18,7 +18,14 @@ inline namespace FOVEA_ABI {
 namespace detail {
 /// What a prefill wrote and a later call reads, as the argument that it was.
 inline tensor_mut as_output(const tensor_ref& t) {
-  return {const_cast<void*>(t.data), t.type, t.batch, t.heads, t.length, t.width, t.batch_stride, t.head_stride,
+  return {const_cast<void*>(t.data),
+          t.type,
+          t.batch,
+          t.heads,
+          t.length,
+          t.width,
+          t.batch_stride,
+          t.head_stride,
           t.row_stride};
 }
 }  // namespace detail
