@@ -210,19 +210,28 @@ FOVEA_NOINLINE void exponentials(const panel* list, isize panels, Acc* s, const 
     P sum = P::load(l + x * P::size) * a, other(Acc(0));
     for (isize n = 0; n < panels; ++n) {
       if (list[n].leaves_out(x)) continue;  // nobody reads it
-      Acc* at = s + list[n].first * ld + x * P::size;
-      isize k = list[n].count;
-      for (; k >= 4; k -= 4, at += 4 * ld) {
+      // Even keys of the block go to one sum and odd keys to the other, so that how a run is cut, which other rows of the tile may
+      // have decided, does not change the order of a row's additions.
+      isize k = list[n].first;
+      const isize last = k + list[n].count;
+      Acc* at = s + k * ld + x * P::size;
+      const auto one = [&](P& to) FOVEA_INLINE_LAMBDA {
+        const P p = simd::exp2(P::load(at) - shift);
+        p.store(at);
+        to = to + p;
+        ++k, at += ld;
+      };
+      if (k % 2 != 0) one(other);
+      for (; k + 4 <= last; k += 4, at += 4 * ld) {
         P p[4];
         tile::unroll<4>([&](auto y) FOVEA_INLINE_LAMBDA { p[y] = simd::exp2(P::load(at + y * ld) - shift); });
         tile::unroll<4>([&](auto y) FOVEA_INLINE_LAMBDA { p[y].store(at + y * ld); });
         sum = sum + p[0], other = other + p[1];
         sum = sum + p[2], other = other + p[3];
       }
-      for (; k > 0; --k, at += ld) {
-        const P p = simd::exp2(P::load(at) - shift);
-        p.store(at);
-        sum = sum + p;
+      for (; k < last;) {
+        one(sum);
+        if (k < last) one(other);
       }
     }
     (sum + other).store(l + x * P::size);
