@@ -229,7 +229,7 @@ FOVEA_NOINLINE void exponentials(const panel* list, isize panels, Acc* s, const 
         sum = sum + p[0], other = other + p[1];
         sum = sum + p[2], other = other + p[3];
       }
-      for (; k < last;) {
+      while (k < last) {
         one(sum);
         if (k < last) one(other);
       }
