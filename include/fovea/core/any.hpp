@@ -57,6 +57,7 @@ class any_attention {
 
   std::size_t state_workspace_size(const shape& s, int threads) const { return get().state_workspace_size(s, threads); }
   bool takes_positions() const { return get().takes_positions(); }
+  bool takes_skipped() const { return get().takes_skipped(); }
   void check(const backward_problem& p) const { get().check(p); }
   std::size_t workspace_size_backward(const shape& s, int threads) const {
     return get().workspace_size_backward(s, threads);
@@ -98,6 +99,7 @@ class any_attention {
     virtual void prefill(exec_ref, const problem&, arena) const = 0;
     virtual std::size_t state_workspace_size(const shape&, int) const = 0;
     virtual bool takes_positions() const = 0;
+    virtual bool takes_skipped() const = 0;
     virtual void check(const backward_problem&) const = 0;
     virtual std::size_t workspace_size_backward(const shape&, int) const = 0;
     virtual void backward(exec_ref, const backward_problem&, arena) const = 0;
@@ -132,6 +134,7 @@ class any_attention {
       return detail::state_workspace(held, s, threads);
     }
     bool takes_positions() const override { return detail::takes_positions(held); }
+    bool takes_skipped() const override { return detail::takes_skipped(held); }
     // A streaming mechanism may have settings without a state: it says so itself.
     bool streaming() const override {
       if constexpr (streams && requires(const M& m) {

@@ -69,6 +69,8 @@ struct call_options {
   std::span<std::byte> workspace = {};  ///< scratch of at least workspace_size(shape, concurrency) bytes
   /// [B, n] where RoPE turns query i and the key of the same token, for mechanisms that turn; empty: bottom-right positions.
   std::span<const std::int32_t> positions = {};
+  /// [B, H, n, 1] f32: the share of each row's denominator that the mechanism left out (softmax_attention::skip).
+  tensor_mut skipped = {};
 };
 
 namespace detail {
@@ -96,13 +98,22 @@ bool takes_positions(const M& m) {
     return (void)m, false;
 }
 template <class M>
+bool takes_skipped(const M& m) {
+  if constexpr (requires { m.takes_skipped(); })
+    return m.takes_skipped();
+  else
+    return (void)m, false;
+}
+template <class M>
 problem problem_of(const M& m, const tensor_ref& q, const tensor_ref& k, const tensor_ref& v, const tensor_mut& out,
                    const call_options& o) {
   require(o.positions.empty() || takes_positions(m),
           "positions were given; this mechanism turns nothing (set softmax_attention::turn)");
   require(o.positions.empty() || static_cast<isize>(o.positions.size()) == q.batch * q.length, "positions holds ",
           o.positions.size(), " numbers; wanted one for each of ", q.batch, " x ", q.length, " tokens");
-  return {q, k, v, out, o.lse, o.gates, o.positions.empty() ? nullptr : o.positions.data()};
+  require(!o.skipped || takes_skipped(m),
+          "skipped was given; this mechanism skips nothing (set softmax_attention::skip)");
+  return {q, k, v, out, o.lse, o.gates, o.positions.empty() ? nullptr : o.positions.data(), o.skipped};
 }
 inline bool nothing_to_do(const problem& p) {
   return p.q.batch == 0 || p.q.heads == 0 || p.out.heads == 0 || p.q.length == 0;

@@ -69,6 +69,13 @@ constexpr const char* name_of(dtype t) {
   return names[static_cast<int>(t)];
 }
 
+/// What the products of exact attention are computed in. Storage is a matter of its own (dtype).
+enum class precision : std::uint8_t { f32, bf16, int8 };
+constexpr const char* name_of(precision p) {
+  constexpr const char* names[] = {"f32", "bf16", "int8"};
+  return names[static_cast<int>(p)];
+}
+
 namespace detail {
 template <class T>
 inline constexpr bool is_storage = false;

@@ -121,6 +121,7 @@ struct problem {
   tensor_mut out, lse;
   fovea::gates gates;
   const std::int32_t* positions = nullptr;  ///< [B, n] RoPE positions of the new tokens; null: bottom-right
+  tensor_mut skipped = {};  ///< [B, H, n, 1] f32: the share of each row's mass that was skipped; optional
   fovea::shape shape() const { return {q.batch, q.heads, v.heads, q.length, k.length, q.width, v.width, q.type}; }
 };
 

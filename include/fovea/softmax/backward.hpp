@@ -230,6 +230,8 @@ struct softmax_backward_run {
 inline void softmax_attention::check(const backward_problem& p) const {
   detail::check_backward(p);
   check_values(p.shape());
+  require(arithmetic == precision::f32, "arithmetic is ", name_of(arithmetic),
+          "; gradients are those of the exact function: set precision::f32");
   require(turn == nullptr, "turn is set; backward takes q and k as they come turned, and gives the gradients of those");
   require(
       score.has_slope(),

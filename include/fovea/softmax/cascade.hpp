@@ -37,6 +37,7 @@ struct cascade_call {
   void check(const softmax_attention& m) const {
     sequence_call plain = own;
     plain.options.positions = {};
+    require(m.skip == 0, "skip is ", m.skip, "; a cascade merges parts and skips nothing (skip = 0)");
     softmax_attention open = m;
     open.mask = no_mask{}, open.score = {}, open.turn = nullptr;
     plain.check(open);
@@ -96,10 +97,10 @@ class cascade_run {
       for (isize r = first; r < rows && r < first + some; ++r) join(h, r);
     });
   }
-  std::size_t workspace(int threads) const {
+  std::size_t workspace(const softmax_attention& m, int threads) const {
     std::size_t most = 0;
     const auto measure = [&](const problem_list& list) {
-      const std::size_t need = softmax_workspace<Acc>(list, threads);
+      const std::size_t need = softmax_workspace<Acc>(m, list, threads);
       most = need > most ? need : most;
     };
     with_prefix(measure), with_own(measure);
@@ -170,7 +171,7 @@ template <class Acc>
 std::size_t cascade_bytes(const softmax_attention& m, const cascade_call& call, int threads) {
   arena measure;
   const cascade_run<Acc> run(measure, m, call);
-  return measure.bytes() + run.workspace(threads);
+  return measure.bytes() + run.workspace(m, threads);
 }
 
 }  // namespace detail

@@ -12,6 +12,7 @@ struct sequence_options {
   std::span<const std::int32_t> cu_q = {};       ///< cumulative numbers of rows, one more than there are sequences
   std::span<const std::int32_t> positions = {};  ///< [B, n] or [total]: where m.turn turns q; empty: the last tokens
   std::span<std::byte> workspace = {};           ///< scratch of at least workspace_size(...) bytes
+  tensor_mut skipped = {};                       ///< as lse, f32: the share of each row that m.skip left out
 };
 
 namespace detail {
@@ -94,6 +95,7 @@ struct sequence_call {
     p.q = q.part(b, 0, q.heads).slice(first, n);
     if (out) p.out = out.part(b, 0, q.heads).slice(first, n);
     if (options.lse) p.lse = options.lse.part(b, 0, q.heads).slice(first, n);
+    if (options.skipped) p.skipped = options.skipped.part(b, 0, q.heads).slice(first, n);
     p.kv = kv[static_cast<std::size_t>(s)], p.b = s, p.B = count();
     p.first_row = part_first, p.all_rows = part_rows, p.all_tokens = part_tokens;
     if (!options.positions.empty()) p.positions = options.positions.data() + (packed() ? first : s * n);
@@ -107,6 +109,9 @@ struct sequence_call {
         v(nullptr, q.type, q.batch, heads, 0, out.width, 0, 0, 0);
     require(heads >= 1, "sequence 0 has ", heads, " KV heads; wanted at least 1");
     check_problem({q, k, v, out, options.lse, {}});
+    require(!options.skipped || m.takes_skipped(),
+            "skipped was given; this softmax_attention skips nothing (set skip)");
+    check_skipped({q, k, v, out, options.lse, {}, nullptr, options.skipped});
     check_rows_of_q();
     require(options.positions.empty() || m.turn != nullptr,
             "positions were given; this mechanism turns nothing (set softmax_attention::turn)");
@@ -124,10 +129,11 @@ struct sequence_call {
     }
   }
 
-  std::size_t workspace_size(int threads) const {
+  std::size_t workspace_size(const softmax_attention& m, int threads) const {
     const auto make = [this](isize s) { return problem_of(s); };
     const problem_list list(count(), make);
-    return q.type == dtype::f64 ? softmax_workspace<double>(list, threads) : softmax_workspace<float>(list, threads);
+    return q.type == dtype::f64 ? softmax_workspace<double>(m, list, threads)
+                                : softmax_workspace<float>(m, list, threads);
   }
   void attend(const softmax_attention& m, exec_ref exec, arena scratch) const {
     const auto make = [this](isize s) { return problem_of(s); };
@@ -179,6 +185,8 @@ inline void check_append_and_attend(const softmax_attention& m, const tensor_ref
   require(q.length == k.length, "q has ", q.length, " tokens and k has ", k.length,
           "; a call that appends takes the same new tokens in both");
   check_problem({q, k, v, out, o.lse, {}});
+  require(!o.skipped || m.takes_skipped(), "skipped was given; this softmax_attention skips nothing (set skip)");
+  check_skipped({q, k, v, out, o.lse, {}, nullptr, o.skipped});
   require(m.mask.is_causal(),
           "the mask of a call that appends to a store must be causal (causal or window, "
           "bottom-right); a row cannot see keys that have not come");

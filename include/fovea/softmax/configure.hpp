@@ -3,7 +3,8 @@
 /// @file  softmax_attention from a configuration.
 ///
 /// Keys       scale, causal, align, offset, window (own key included), left / right, first, chunk, prefix, softcap, max_distance,
-///            bidirectional, relative_left, rope_theta and rope_*, store, store_type, store_scale, store_chunk, precision ("f32").
+///            bidirectional, relative_left, rope_theta and rope_*, store, store_type, store_scale, store_chunk, precision
+///            ("f32" or "int8"), skip (with int8).
 /// Tensors    mask (u8 or bool, broadcast to [B, H, n, m], 1 = may see), bias (float, likewise), slopes [H], sinks [H],
 ///            t5 [buckets, H], relative [H or 1, distances], cu or cu_q and cu_k (cumulative lengths of packed sequences), offsets [B],
 ///            prefixes [B], lengths [B], parents [n] or [B, n], rope_factors [width / 2]; with each call: positions [B, n] or [n].
@@ -104,7 +105,8 @@ inline any_attention configure_softmax(configuration_reader& c) {
   softmax_attention m;
   m.scale = c.number("scale");
   require(!m.scale || *m.scale > 0, "scale is ", m.scale.value_or(0), "; it must be positive");
-  c.choice("precision", {{"f32", 0}}, 0);
+  m.arithmetic = c.choice("precision", {{"f32", precision::f32}, {"int8", precision::int8}}, m.arithmetic);
+  m.skip = static_cast<float>(c.number("skip", 0));
   const bool positions_matter = c.flag("causal", false) || c.has("window") || c.has("left") || c.has("right");
   const packed sequences = detail::configure_packed(c, *keep);
   const alignment_of_rows align = detail::configure_rows(c, *keep, positions_matter);

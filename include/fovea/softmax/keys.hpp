@@ -15,6 +15,12 @@ inline void softmax_attention::check_items(const shape& s, isize first, isize la
     require_finite("scale", *scale);
     require(*scale > 0, "scale is ", *scale, "; it must be positive");
   }
+  require(arithmetic != precision::bf16, "arithmetic is bf16; there is f32, and int8");
+  require(arithmetic == precision::f32 || s.type != dtype::f64, "arithmetic is ", name_of(arithmetic),
+          " and q is f64; int8 takes f32, f16 and bf16 (precision::f32 computes f64 in double)");
+  require(skip >= 0 && skip < 1, "skip is ", skip, "; it must be at least 0 and below 1");
+  require(skip == 0 || arithmetic == precision::int8, "skip is ", skip, " and arithmetic ", name_of(arithmetic),
+          "; only int8 skips");
   const mask_site at = site(s, first);
   require(sinks == nullptr || sink_count == 0 || sink_count == at.H, "sinks holds ", sink_count,
           " logits; wanted one for each of ", at.H, " heads");
@@ -26,6 +32,19 @@ inline void softmax_attention::check_items(const shape& s, isize first, isize la
 }
 
 namespace detail {
+
+/// The skipped mass of a call: as lse, but f32 always.
+inline void check_skipped(const problem& p) {
+  if (!p.skipped) return;
+  const tensor_mut& x = p.skipped;
+  check_tensor("skipped", x);
+  require(
+      x.type == dtype::f32 && x.batch == p.q.batch && x.heads == p.q.heads && x.length == p.q.length && x.width == 1,
+      "skipped is ", describe(x), "; wanted [", p.q.batch, ", ", p.q.heads, ", ", p.q.length, ", 1] f32");
+  check_apart("skipped", x, "q", p.q), check_apart("skipped", x, "k", p.k), check_apart("skipped", x, "v", p.v);
+  check_apart("skipped", x, "out", p.out);
+  if (p.lse) check_apart("skipped", x, "lse", p.lse);
+}
 
 /// The positions that a call turns to, of B items of n tokens: those given, or `first` and those behind it.
 inline void check_turn(const rope& turn, isize d, const std::int32_t* positions, isize count, isize first, isize n) {
@@ -43,6 +62,7 @@ inline void check_turn(const rope& turn, isize d, const std::int32_t* positions,
 
 inline void softmax_attention::check(const problem& p) const {
   detail::check_problem(p);
+  detail::check_skipped(p);
   check_values(p.shape());
   if (turn == nullptr || p.q.batch * p.q.length == 0) return;
   const isize n = p.q.length, m = p.k.length;

@@ -38,6 +38,11 @@ struct softmax_attention {
   /// RoPE: q and k are turned; null: they come turned. Query i and key m - n + i of a call are turned to call_options::positions
   /// [b, i], or to m - n + i; key j of the others to j. States and KV stores hold turned keys.
   const rope* turn = nullptr;
+  /// int8: q, k, p and v are rounded to 8 bits and multiplied as integers (docs/mechanisms/int8.md); opt-in, f32 storage and less.
+  precision arithmetic = precision::f32;
+  /// int8 only: 16 x 16 tiles of (query, key) whose share of the running denominator is below it in every row are left out.
+  /// What is left out of a row is written to call_options::skipped, where that is given. 0: nothing is.
+  float skip = 0;
 
   double scale_for(const shape& s) const { return scale ? *scale : 1.0 / std::sqrt(static_cast<double>(s.d)); }
   mask_site site(const shape& s, isize b) const { return {b, 0, s.n, s.m, s.H, s.G, s.B}; }
@@ -49,6 +54,7 @@ struct softmax_attention {
   std::size_t workspace_size(const shape& s, int threads) const;
   std::size_t state_workspace_size(const shape& s, int threads) const;
   bool takes_positions() const { return turn != nullptr; }
+  bool takes_skipped() const { return skip > 0; }
   void prefill(exec_ref exec, const problem& p, arena scratch) const;
 
   /// A KV cache: contiguous for up to shape.m tokens, or a ring for any number of them (softmax/state.hpp).

@@ -140,7 +140,7 @@ class softmax_run {
 };
 
 template <class Acc>
-std::size_t softmax_workspace(const problem_list& list, int threads) {
+std::size_t softmax_workspace(const softmax_attention&, const problem_list& list, int threads) {
   arena measure;
   softmax_run<Acc>(measure, list, threads);
   return measure.bytes();

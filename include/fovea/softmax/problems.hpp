@@ -16,6 +16,7 @@ namespace detail {
 struct sequence_problem {
   tensor_ref q;         ///< [1, H, n, d]
   tensor_mut out, lse;  ///< [1, H, n, e], [1, H, n, 1]
+  tensor_mut skipped;   ///< [1, H, n, 1] f32, or null
   kv_sequence kv;
   isize b = 0, B = 1;                       ///< the place in the batch, for masks and scores
   const std::int32_t* positions = nullptr;  ///< of the rows, for rope; null: the last n tokens

@@ -105,6 +105,7 @@ void attend_state(const softmax_attention& m, exec_ref exec, const problem& p, s
     problem part = p;
     part.q = p.q.slice(first, count), part.out = p.out.slice(first, count);
     if (p.lse) part.lse = p.lse.slice(first, count);
+    if (p.skipped) part.skipped = p.skipped.slice(first, count);
     attend<Acc>(m, exec,
                 problem_list(p.q.batch,
                              [&](isize b) {
@@ -146,6 +147,7 @@ inline std::size_t softmax_attention::state_bytes(const shape& s) const {
 
 inline void softmax_attention::check(const problem& p, const state& s) const {
   detail::check_problem(p);
+  detail::check_skipped(p);
   s.check(tag(), p.shape(), name);
   require(mask.is_causal(),
           "the mask of a softmax_attention with a state must be causal (causal or window, bottom-right); a row cannot "
@@ -170,8 +172,8 @@ inline std::size_t softmax_attention::state_workspace_size(const shape& s, int t
     shape x = s;
     x.n = n;
     if (rows.ring() && x.m > rows.slots()) x.m = rows.slots();
-    return s.type == dtype::f64 ? detail::attend_workspace<double>(x, threads)
-                                : detail::attend_workspace<float>(x, threads);
+    return s.type == dtype::f64 ? detail::attend_workspace<double>(*this, x, threads)
+                                : detail::attend_workspace<float>(*this, x, threads);
   };
   arena own;
   own.take<double>(threads * (s.d > s.e ? s.d : s.e));

@@ -22,10 +22,10 @@
 namespace fovea {
 inline namespace FOVEA_ABI {
 
-inline std::size_t workspace_size(const softmax_attention&, const tensor_ref& q, std::span<const kv_sequence> kv,
+inline std::size_t workspace_size(const softmax_attention& m, const tensor_ref& q, std::span<const kv_sequence> kv,
                                   int threads, std::span<const std::int32_t> cu_q = {}) {
   const detail::sequence_call call{q, kv, {}, {.cu_q = cu_q}};
-  return call.workspace_size(threads);
+  return call.workspace_size(m, threads);
 }
 
 inline void prefill(exec_ref exec, const softmax_attention& m, const tensor_ref& q, std::span<const kv_sequence> kv,
@@ -34,7 +34,7 @@ inline void prefill(exec_ref exec, const softmax_attention& m, const tensor_ref&
   call.check(m);
   if (q.heads == 0 || q.length == 0 || kv.empty()) return;
   buffer own;
-  call.attend(m, exec, detail::scratch_of(call.workspace_size(exec.concurrency()), options.workspace, own));
+  call.attend(m, exec, detail::scratch_of(call.workspace_size(m, exec.concurrency()), options.workspace, own));
 }
 
 inline void step(exec_ref exec, const softmax_attention& m, const tensor_ref& q, std::span<const kv_sequence> kv,
@@ -89,13 +89,14 @@ void prefill(exec_ref exec, const softmax_attention& m, const tensor_ref& q, con
   const auto part = [&](isize first, isize count, std::span<const kv_sequence> kv) {
     sequence_options o = options;
     if (o.lse) o.lse = o.lse.slice(first, count);
+    if (o.skipped) o.skipped = o.skipped.slice(first, count);
     if (all.positions != nullptr)
       o.positions = o.positions.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(count));
     return detail::sequence_call{q.slice(first, count), kv, out.slice(first, count), o, first, n, before + n};
   };
   kv_sequence most = store.view();
   most.length += n;
-  const auto need = [&](isize count) { return part(0, count, {&most, 1}).workspace_size(exec.concurrency()); };
+  const auto need = [&](isize count) { return part(0, count, {&most, 1}).workspace_size(m, exec.concurrency()); };
   buffer own;
   const std::size_t whole = need(n < chunk ? n : chunk), rest = n > chunk ? need(n % chunk) : 0;
   const arena scratch = detail::scratch_of(whole > rest ? whole : rest, options.workspace, own);

@@ -14,6 +14,7 @@ inline sequence_problem item_of(const problem& p, isize b) {
   sequence_problem s;
   s.q = p.q.part(b, 0, p.q.heads), s.out = p.out.part(b, 0, p.q.heads);
   if (p.lse) s.lse = p.lse.part(b, 0, p.q.heads);
+  if (p.skipped) s.skipped = p.skipped.part(b, 0, p.q.heads);
   s.b = b, s.B = p.q.batch;
   s.positions = p.positions == nullptr ? nullptr : p.positions + b * p.q.length;
   return s;
@@ -85,9 +86,9 @@ void attend_views(const softmax_attention& m, exec_ref exec, const problem& p, a
 
 /// A call that only attends: `s` as of a plain call.
 template <class Acc>
-std::size_t attend_workspace(const shape& s, int threads) {
+std::size_t attend_workspace(const softmax_attention& m, const shape& s, int threads) {
   const problem p = sized(s);
-  return softmax_workspace<Acc>(problem_list(s.B, [&](isize b) { return item_with_keys(p, b); }), threads);
+  return softmax_workspace<Acc>(m, problem_list(s.B, [&](isize b) { return item_with_keys(p, b); }), threads);
 }
 
 }  // namespace detail
@@ -96,7 +97,7 @@ inline std::size_t softmax_attention::workspace_size(const shape& s, int threads
   const auto plain = [&]<class Acc>(Acc) {
     arena turned;
     detail::turned_keys(turned, *this, s, threads);
-    const std::size_t rest = detail::attend_workspace<Acc>(s, threads);
+    const std::size_t rest = detail::attend_workspace<Acc>(*this, s, threads);
     return turned.bytes() + rest;
   };
   const std::size_t views = s.type == dtype::f64 ? plain(double{}) : plain(float{});
