@@ -76,6 +76,8 @@ struct dijiang_map {
     return static_cast<double>(tables->blocks) * (tables->transform.macs() + 2.0 * static_cast<double>(tables->d));
   }
   bool trained() const { return tables->trained; }
+  isize derive_scratch(isize d) const { return 4 * feature_rows * d; }
+  isize weights(isize) const { return 2 * tables->r; }  // D [r], t [r]
   void check(const shape& s) const {
     require(tables != nullptr, "dijiang_map has no tables");
     require(tables->d == s.d, "dijiang_map is made for head_dim = ", tables->d, " and q, k are ", s.d, " wide");
@@ -98,6 +100,8 @@ struct dijiang_map {
       if (tables->logarithmic()) feature::row_exp<Arch, Acc>(y, tables->r, Acc(1), b.log_scale[t], y);
     }
   }
+  template <class Arch, class Acc>
+  void derive(const feature_block<Acc>& b, const feature_gradient<Acc>& g, Acc* scratch) const noexcept;
   double define(const feature_site& at, const double* x, isize, double* out) const {
     tables->define(at.kv_head, x, out);
     double top = tables->logarithmic() ? out[0] : 0.0;
@@ -109,3 +113,5 @@ struct dijiang_map {
 
 }  // namespace FOVEA_ABI
 }  // namespace fovea
+
+#include <fovea/dijiang/derivative.hpp>

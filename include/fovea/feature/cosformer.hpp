@@ -42,6 +42,18 @@ struct cosformer {
       feature::row_scale<Arch, Acc>(out, b.width, static_cast<Acc>(std::cos(angle)));
     }
   }
+  isize derive_scratch(isize) const { return 0; }
+  isize weights(isize) const { return 0; }
+  template <class Arch, class Acc>
+  void derive(const feature_block<Acc>& b, const feature_gradient<Acc>& g, Acc*) const noexcept {
+    for (isize t = 0; t < b.rows; ++t) {
+      const double angle = turn(b.position + t);
+      const Acc near = static_cast<Acc>(std::cos(angle)), far = static_cast<Acc>(std::sin(angle));
+      const Acc *x = b.x + t * b.x_stride, *up = g.dphi + t * g.dphi_stride;
+      Acc* dx = g.dx + t * g.dx_stride;
+      for (isize c = 0; c < b.width; ++c) dx[c] = x[c] > Acc(0) ? near * up[c] + far * up[b.width + c] : Acc(0);
+    }
+  }
   double define(const feature_site& at, const double* x, isize d, double* out) const {
     for (isize c = 0; c < d; ++c) {
       const double y = x[c] > 0 ? x[c] : 0.0;

@@ -71,6 +71,8 @@ struct favor_plain {
   double macs(isize) const { return directions.macs(); }
   bool trained() const { return directions.trained(); }
   isize scratch(isize) const { return 0; }
+  isize derive_scratch(isize d) const { return directions.rows() * d; }
+  isize weights(isize) const { return 0; }  // directions are drawn, not learned
   void check(const shape& s) const { detail::check_pair("favor_plain", directions, directions, s); }
   void fingerprint(detail::fingerprint& f) const {
     f.text("favor_plain").number(static_cast<double>(directions.rows()));
@@ -89,6 +91,8 @@ struct favor_plain {
       b.log_scale[t] = top - half_square - static_cast<Acc>(0.5 * std::log(static_cast<double>(r)));
     }
   }
+  template <class Arch, class Acc>
+  void derive(const feature_block<Acc>& b, const feature_gradient<Acc>& g, Acc* scratch) const noexcept;
   double define(const feature_site& at, const double* x, isize d, double* out) const {
     const isize r = directions.rows();
     directions.define(at.kv_head, x, std::pow(static_cast<double>(d), -0.25), out);
@@ -110,6 +114,8 @@ struct favor {
   bool trained() const { return directions.trained(); }
   isize scratch(isize) const { return feature_rows * directions.rows(); }
   bool surveys() const { return true; }
+  isize derive_scratch(isize d) const { return directions.rows() * d; }
+  isize weights(isize) const { return 0; }
   void check(const shape& s) const {
     detail::check_pair("favor", directions, directions, s);
     require(std::isfinite(feature_eps) && feature_eps >= 0, "favor feature_eps is ", feature_eps,
@@ -140,6 +146,8 @@ struct favor {
       for (isize j = 0; j < r; j += P::size) simd::store_n(u + j, (simd::load_n<P>(u + j, r - j) + eps) * norm, r - j);
     }
   }
+  template <class Arch, class Acc>
+  void derive(const feature_block<Acc>& b, const feature_gradient<Acc>& g, Acc* scratch) const noexcept;
   double define_survey(const feature_site& at, const double* x, isize d) const {
     std::vector<double> u(static_cast<std::size_t>(directions.rows()));
     directions.define(at.kv_head, x, std::pow(static_cast<double>(d), -0.25), u.data());
@@ -162,3 +170,5 @@ struct favor {
 
 }  // namespace FOVEA_ABI
 }  // namespace fovea
+
+#include <fovea/feature/favor_derivative.hpp>

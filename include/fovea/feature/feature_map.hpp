@@ -20,6 +20,9 @@
 ///   double define_survey(site, x, d)      the same for one row
 ///   double macs(d)                        multiply-adds of one row, for reports (default 0)
 ///   bool trained()                        false: the weights were drawn, not learned (default true)
+///   void derive<Arch, Acc>(block, gradient, scratch)   the derivative (feature_gradient says of what); without it, no backward pass
+///   isize derive_scratch(d)               elements of scratch that `derive` needs for one block
+///   isize weights(d)                      learned numbers of one head on one side, in the order in which the map documents them
 ///
 /// Contract   rows are independent: row t of the result depends on row t of the input alone (and on `survey`). A NaN stays in its row.
 /// Cost       one indirect call per block of tokens and head; features of a whole sequence are never stored.
@@ -59,6 +62,16 @@ struct feature_site {
   double survey = 0.0;
 };
 
+/// What `derive` takes beside a block that `apply` has filled, and what it gives.
+template <class Acc>
+struct feature_gradient {
+  Acc* dphi = nullptr;  ///< [rows][r] of the loss by phi, times e^log_scale where a map is log-scaled; overwritten
+  isize dphi_stride = 0;
+  Acc* dx = nullptr;  ///< [rows][width], written; a map with weights takes null: not wanted
+  isize dx_stride = 0;
+  Acc* dweights = nullptr;  ///< [weights(d)], added to; null: not wanted
+};
+
 template <class P>
 concept feature_map_policy = std::is_trivially_copyable_v<P> &&
     requires(const P& p, isize d, const shape& s, const feature_block<float>& b, float* scratch, const feature_site& at,
@@ -83,13 +96,21 @@ concept surveying_map = requires(const P& p, const feature_block<float>& b, floa
 };
 
 template <class P>
+concept differentiable_map = requires(const P& p, const feature_block<float>& b, const feature_gradient<float>& g,
+                                      float* scratch, isize d) {
+  p.template derive<simd::native, float>(b, g, scratch);
+  { p.derive_scratch(d) } -> std::same_as<isize>;
+  { p.weights(d) } -> std::same_as<isize>;
+};
+
+template <class P>
 constexpr bool positional_map() {
   if constexpr (requires { P::positional; }) return P::positional;
   return false;
 }
 
 struct feature_map_table {
-  bool log_scaled, positional;
+  bool log_scaled, positional, differentiable;
   isize (*features)(const void*, isize);
   isize (*scratch)(const void*, isize);
   void (*apply_f32)(const void*, const feature_block<float>&, float*);
@@ -103,6 +124,10 @@ struct feature_map_table {
   bool (*trained)(const void*);
   void (*check)(const void*, const shape&);
   void (*fingerprint)(const void*, detail::fingerprint&);
+  isize (*derive_scratch)(const void*, isize);
+  isize (*weights)(const void*, isize);
+  void (*derive_f32)(const void*, const feature_block<float>&, const feature_gradient<float>&, float*);
+  void (*derive_f64)(const void*, const feature_block<double>&, const feature_gradient<double>&, double*);
 };
 
 template <feature_map_policy P, class Acc>
@@ -112,10 +137,17 @@ Acc survey_of(const void* p, const feature_block<Acc>& b, Acc* scratch) {
   return Acc(0);
 }
 
+template <feature_map_policy P, class Acc>
+void derive_of(const void* p, const feature_block<Acc>& b, const feature_gradient<Acc>& g, Acc* scratch) {
+  if constexpr (differentiable_map<P>) static_cast<const P*>(p)->template derive<simd::native, Acc>(b, g, scratch);
+  (void)p, (void)b, (void)g, (void)scratch;
+}
+
 template <feature_map_policy P>
 inline constexpr feature_map_table feature_map_table_of{
     P::log_scaled,
     positional_map<P>(),
+    differentiable_map<P>,
     [](const void* p, isize d) { return static_cast<const P*>(p)->features(d); },
     [](const void* p, isize d) { return static_cast<const P*>(p)->scratch(d); },
     [](const void* p, const feature_block<float>& b, float* s) {
@@ -151,7 +183,19 @@ inline constexpr feature_map_table feature_map_table_of{
       return true;
     },
     [](const void* p, const shape& s) { static_cast<const P*>(p)->check(s); },
-    [](const void* p, detail::fingerprint& f) { static_cast<const P*>(p)->fingerprint(f); }};
+    [](const void* p, detail::fingerprint& f) { static_cast<const P*>(p)->fingerprint(f); },
+    [](const void* p, isize d) {
+      if constexpr (differentiable_map<P>) return static_cast<const P*>(p)->derive_scratch(d);
+      (void)p, (void)d;
+      return isize{0};
+    },
+    [](const void* p, isize d) {
+      if constexpr (differentiable_map<P>) return static_cast<const P*>(p)->weights(d);
+      (void)p, (void)d;
+      return isize{0};
+    },
+    derive_of<P, float>,
+    derive_of<P, double>};
 
 }  // namespace detail
 
@@ -178,6 +222,15 @@ class feature_map {
 
   void apply(const feature_block<float>& b, float* scratch) const { table_->apply_f32(storage_, b, scratch); }
   void apply(const feature_block<double>& b, double* scratch) const { table_->apply_f64(storage_, b, scratch); }
+  bool differentiable() const { return table_->differentiable; }
+  isize derive_scratch(isize d) const { return table_->derive_scratch(storage_, d); }
+  isize weights(isize d) const { return table_->weights(storage_, d); }
+  void derive(const feature_block<float>& b, const feature_gradient<float>& g, float* scratch) const {
+    table_->derive_f32(storage_, b, g, scratch);
+  }
+  void derive(const feature_block<double>& b, const feature_gradient<double>& g, double* scratch) const {
+    table_->derive_f64(storage_, b, g, scratch);
+  }
   float survey(const feature_block<float>& b, float* scratch) const { return table_->survey_f32(storage_, b, scratch); }
   double survey(const feature_block<double>& b, double* scratch) const {
     return table_->survey_f64(storage_, b, scratch);

@@ -29,6 +29,8 @@ struct t2r {
   isize scratch(isize) const { return 0; }
   double macs(isize) const { return key.macs(); }
   bool trained() const { return query.trained() && key.trained(); }
+  isize derive_scratch(isize d) const { return key.rows() * d; }
+  isize weights(isize d) const { return key.rows() * (d + 1); }  // W [r][d], b [r]
   void check(const shape& s) const {
     detail::check_pair("t2r", query, key, s);
     require(std::isfinite(query_scale) && query_scale > 0, "t2r query_scale is ", query_scale, "; it must be positive");
@@ -45,6 +47,8 @@ struct t2r {
       feature::row_relu<Arch, Acc>(b.out + t * b.out_stride, w.template bias<Acc>(head), r, scale,
                                    b.out + t * b.out_stride);
   }
+  template <class Arch, class Acc>
+  void derive(const feature_block<Acc>& b, const feature_gradient<Acc>& g, Acc* scratch) const noexcept;
   double define(const feature_site& at, const double* x, isize, double* out) const {
     const projection_ref& w = at.key ? key : query;
     w.define(detail::pair_head(query, key, at), x, at.key ? 1.0 : query_scale, out);
@@ -63,6 +67,12 @@ struct mlp_map {
     return feature_rows * (key_hidden.rows() > query_hidden.rows() ? key_hidden.rows() : query_hidden.rows());
   }
   double macs(isize) const { return key_hidden.macs() + key_out.macs(); }
+  isize derive_scratch(isize d) const {
+    const isize h = key_hidden.rows() > query_hidden.rows() ? key_hidden.rows() : query_hidden.rows();
+    return 2 * feature_rows * h + h * (d > key_out.rows() ? d : key_out.rows());
+  }
+  /// W1 [h][d], b1 [h], W2 [r][h], b2 [r]. Both sides have one hidden width where weights are learned.
+  isize weights(isize d) const { return key_hidden.rows() * (d + 1) + key_out.rows() * (key_hidden.rows() + 1); }
   bool trained() const {
     return query_hidden.trained() && query_out.trained() && key_hidden.trained() && key_out.trained();
   }
@@ -91,6 +101,8 @@ struct mlp_map {
       feature::row_relu<Arch, Acc>(b.out + t * b.out_stride, two.template bias<Acc>(second), two.rows(), Acc(1),
                                    b.out + t * b.out_stride);
   }
+  template <class Arch, class Acc>
+  void derive(const feature_block<Acc>& b, const feature_gradient<Acc>& g, Acc* scratch) const noexcept;
   double define(const feature_site& at, const double* x, isize, double* out) const {
     const projection_ref& one = at.key ? key_hidden : query_hidden;
     const projection_ref& two = at.key ? key_out : query_out;
@@ -113,6 +125,8 @@ struct hedgehog {
   isize features(isize d) const { return 2 * (key ? key.rows() : d); }
   isize scratch(isize) const { return 0; }
   double macs(isize) const { return key ? key.macs() : 0.0; }
+  isize derive_scratch(isize d) const { return key ? key.rows() * d : 0; }
+  isize weights(isize d) const { return key ? key.rows() * (d + 1) : 0; }  // W [r / 2][d], b [r / 2]
   bool trained() const { return query && key && query.trained() && key.trained(); }
   void check(const shape& s) const {
     require(static_cast<bool>(query) == static_cast<bool>(key),
@@ -135,6 +149,8 @@ struct hedgehog {
       pair<Arch, Acc>(y, r);
     }
   }
+  template <class Arch, class Acc>
+  void derive(const feature_block<Acc>& b, const feature_gradient<Acc>& g, Acc* scratch) const noexcept;
   double define(const feature_site& at, const double* x, isize d, double* out) const {
     const projection_ref& w = at.key ? key : query;
     const isize r = w ? w.rows() : d;
@@ -175,3 +191,5 @@ struct hedgehog {
 
 }  // namespace FOVEA_ABI
 }  // namespace fovea
+
+#include <fovea/feature/learned_derivative.hpp>

@@ -35,6 +35,23 @@ FOVEA_INLINE isize outer_square(const Acc* x, isize d, bool packed, Acc scale, A
   }
   return at;
 }
+/// dx = (or +=) scale * by x of sum_ij d_ij x_i x_j.
+template <class Arch, class Acc>
+FOVEA_INLINE void derive_outer_square(const Acc* x, isize d, bool packed, Acc scale, const Acc* g, Acc* dx) {
+  const Acc root2 = static_cast<Acc>(1.41421356237309504880);
+  for (isize i = 0; i < d; ++i) {
+    const isize first = packed ? i : 0;
+    const Acc own = scale * (packed ? root2 : Acc(1)), twin = own * x[i];
+    Acc sum(0);
+    for (isize j = first; j < d; ++j) {
+      sum += g[j - first] * x[j];
+      dx[j] += twin * g[j - first];
+    }
+    dx[i] += own * sum;
+    if (packed) dx[i] += Acc(2) * (scale - own) * g[0] * x[i];  // x_i^2 carries no root
+    g += d - first;
+  }
+}
 inline isize define_outer_square(const double* x, isize d, bool packed, double scale, double* out) {
   isize at = 0;
   for (isize i = 0; i < d; ++i)
@@ -70,6 +87,19 @@ struct taylor2 {
       detail::outer_square<Arch, Acc>(x, b.width, packed, square, out + 1 + b.width);
     }
   }
+  isize derive_scratch(isize) const { return 0; }
+  isize weights(isize) const { return 0; }
+  template <class Arch, class Acc>
+  void derive(const feature_block<Acc>& b, const feature_gradient<Acc>& g, Acc*) const noexcept {
+    const double d = static_cast<double>(b.width);
+    const Acc linear = static_cast<Acc>(std::pow(d, -0.25)), square = static_cast<Acc>(1 / std::sqrt(2 * d));
+    for (isize t = 0; t < b.rows; ++t) {
+      const Acc* up = g.dphi + t * g.dphi_stride + 1;
+      Acc* dx = g.dx + t * g.dx_stride;
+      for (isize c = 0; c < b.width; ++c) dx[c] = linear * up[c];
+      detail::derive_outer_square<Arch, Acc>(b.x + t * b.x_stride, b.width, packed, square, up + b.width, dx);
+    }
+  }
   double define(const feature_site&, const double* x, isize d, double* out) const {
     const double width = static_cast<double>(d);
     out[0] = 1.0;
@@ -96,6 +126,18 @@ struct square_map {
     const Acc scale = static_cast<Acc>(1 / std::sqrt(static_cast<double>(b.width)));
     for (isize t = 0; t < b.rows; ++t)
       detail::outer_square<Arch, Acc>(b.x + t * b.x_stride, b.width, packed, scale, b.out + t * b.out_stride);
+  }
+  isize derive_scratch(isize) const { return 0; }
+  isize weights(isize) const { return 0; }
+  template <class Arch, class Acc>
+  void derive(const feature_block<Acc>& b, const feature_gradient<Acc>& g, Acc*) const noexcept {
+    const Acc scale = static_cast<Acc>(1 / std::sqrt(static_cast<double>(b.width)));
+    for (isize t = 0; t < b.rows; ++t) {
+      Acc* dx = g.dx + t * g.dx_stride;
+      for (isize c = 0; c < b.width; ++c) dx[c] = Acc(0);
+      detail::derive_outer_square<Arch, Acc>(b.x + t * b.x_stride, b.width, packed, scale, g.dphi + t * g.dphi_stride,
+                                             dx);
+    }
   }
   double define(const feature_site&, const double* x, isize d, double* out) const {
     detail::define_outer_square(x, d, packed, 1 / std::sqrt(static_cast<double>(d)), out);
