@@ -57,10 +57,7 @@ if(PROJECT_IS_TOP_LEVEL)
   set_property(DIRECTORY ${PROJECT_SOURCE_DIR} APPEND PROPERTY COMPILE_OPTIONS ${fovea_developer_options})
 endif()
 
-# Every mechanism behind any_attention::make, compiled once for all programs.
-add_library(fovea_registry STATIC ${PROJECT_SOURCE_DIR}/examples/common/registry.cpp)
-target_link_libraries(fovea_registry PUBLIC fovea::fovea PRIVATE fovea_developer)
-target_compile_definitions(fovea_registry INTERFACE FOVEA_ANY_ATTENTION_COMPILED)
+target_link_libraries(fovea_compiled PRIVATE fovea_developer)
 
 # fovea_add_program(NAME SOURCES ... LIBRARIES ...): an executable with our flags.
 function(fovea_add_program name)

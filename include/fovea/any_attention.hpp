@@ -7,8 +7,8 @@
 ///
 /// Contract   the keys and tensors of each mechanism are in docs/configuration.md; an unknown mechanism, key or tensor, a wrong
 ///            type or a NaN is refused by a sentence that names it and says what is known. JSON: interop/json.hpp.
-/// Cost       `make` pulls every mechanism into the object that calls it, a minute of compile time. A program with several such
-///            objects defines FOVEA_ANY_ATTENTION_COMPILED for all but one and compiles <fovea/registry.hpp> in that one.
+/// Cost       `make` pulls every mechanism into the object that calls it, a minute of compile time; core/config.hpp tells how a program
+///            with several such objects compiles it once (FOVEA_COMPILED).
 /// Note       <mech>/configure.hpp includes <fovea/core/any.hpp>, not this header.
 
 #include <span>
@@ -29,6 +29,6 @@ std::span<const registered_mechanism> registered_mechanisms();
 }  // namespace FOVEA_ABI
 }  // namespace fovea
 
-#if !defined(FOVEA_ANY_ATTENTION_COMPILED)
+#if !defined(FOVEA_COMPILED)
 #include <fovea/registry.hpp>
 #endif

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
-/// @file  The table of all mechanisms behind any_attention::make. <fovea/any_attention.hpp> includes it, unless
-///        FOVEA_ANY_ATTENTION_COMPILED says that another object of the program holds it: that object is
+/// @file  The table of all mechanisms behind any_attention::make. <fovea/any_attention.hpp> includes it, unless FOVEA_COMPILED says
+///        that another object of the program holds it: that object is
 ///
 ///   #include <fovea/registry.hpp>
 ///   FOVEA_COMPILE_REGISTRY
@@ -14,7 +14,7 @@
 #include <fovea/linformer/configure.hpp>
 #include <fovea/softmax/configure.hpp>
 
-/// Makes the functions below exist in this object, for others that were compiled with FOVEA_ANY_ATTENTION_COMPILED.
+/// Makes the functions below exist in this object, for others that were compiled with FOVEA_COMPILED.
 #define FOVEA_COMPILE_REGISTRY                                                                      \
   namespace fovea {                                                                                 \
   inline namespace FOVEA_ABI {                                                                      \

@@ -277,10 +277,16 @@ class dijiang_sweeper {
 
 }  // namespace detail
 
+#if FOVEA_DEFINES_LOOPS
 template <class Arch, class Acc>
 void dijiang_attention::run(exec_ref exec, const problem& p, state* s, arena scratch) const {
   detail::dijiang_sweeper<Arch, Acc>(*this, p, s, scratch).run(exec);
 }
+FOVEA_INSTANTIATE(template void dijiang_attention::run<simd::native, float>(exec_ref, const problem&, state*, arena)
+                      const;
+                  template void dijiang_attention::run<simd::native, double>(exec_ref, const problem&, state*, arena)
+                      const;)
+#endif
 inline void dijiang_attention::prefill(exec_ref exec, const problem& p, arena scratch) const {
   p.q.type == dtype::f64 ? run<simd::native, double>(exec, p, nullptr, scratch)
                          : run<simd::native, float>(exec, p, nullptr, scratch);

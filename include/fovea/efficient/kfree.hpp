@@ -63,10 +63,12 @@ inline std::size_t kfree_reconstruction::workspace_size(const shape& s, int thre
   return measure.bytes();
 }
 
-inline void kfree_reconstruction::prefill(exec_ref exec, const problem& p, arena scratch) const {
+#if FOVEA_DEFINES_LOOPS
+FOVEA_DEFINITION void kfree_reconstruction::prefill(exec_ref exec, const problem& p, arena scratch) const {
   p.q.type == dtype::f64 ? detail::kfree_prefill<double>(*this, exec, p, scratch)
                          : detail::kfree_prefill<float>(*this, exec, p, scratch);
 }
+#endif
 
 inline double kfree_reconstruction::macs(const shape& s) const {
   if (form == form_type::channel)

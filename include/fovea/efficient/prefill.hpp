@@ -241,10 +241,12 @@ inline std::size_t efficient_attention::workspace_size(const shape& s, int threa
   return measure.bytes();
 }
 
-inline void efficient_attention::prefill(exec_ref exec, const problem& p, arena scratch) const {
+#if FOVEA_DEFINES_LOOPS
+FOVEA_DEFINITION void efficient_attention::prefill(exec_ref exec, const problem& p, arena scratch) const {
   p.q.type == dtype::f64 ? detail::efficient_prefill<double>(*this, exec, p, scratch)
                          : detail::efficient_prefill<float>(*this, exec, p, scratch);
 }
+#endif
 
 inline double efficient_attention::macs(const shape& s) const {
   return static_cast<double>(s.B) * static_cast<double>(s.G * s.m + s.H * s.n) * static_cast<double>(s.d * s.e);

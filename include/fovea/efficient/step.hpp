@@ -96,10 +96,12 @@ inline void efficient_attention::check(const problem& p, const state& s) const {
           state_bytes(s.sizes()), "; it is damaged");
 }
 
-inline void efficient_attention::prefill(exec_ref exec, const problem& p, state& s, arena scratch) const {
+#if FOVEA_DEFINES_LOOPS
+FOVEA_DEFINITION void efficient_attention::prefill(exec_ref exec, const problem& p, state& s, arena scratch) const {
   p.q.type == dtype::f64 ? detail::efficient_with_state<double>(*this, exec, p, s, scratch)
                          : detail::efficient_with_state<float>(*this, exec, p, s, scratch);
 }
+#endif
 
 inline void efficient_attention::merge(state& earlier, const state& later) const {
   earlier.check(tag(), later.sizes(), name);
@@ -117,20 +119,25 @@ inline void efficient_attention::merge(state& earlier, const state& later) const
   earlier.set_tokens(earlier.tokens() + later.tokens());
 }
 
-inline void absorb(exec_ref exec, const efficient_attention& m, tensor_ref k, tensor_ref v, state& s) {
+#if FOVEA_DEFINES_LOOPS
+FOVEA_DEFINITION void absorb(exec_ref exec, const efficient_attention& m, tensor_ref k, tensor_ref v, state& s) {
   detail::check_absorbed(m.name, m.tag(), k, v, s);
   if (k.batch == 0 || k.length == 0) return;
   k.type == dtype::f64 ? detail::efficient_absorb<double>(m, exec, k, v, s)
                        : detail::efficient_absorb<float>(m, exec, k, v, s);
 }
+#endif
 
-inline void attend(exec_ref exec, const efficient_attention& m, tensor_ref q, tensor_mut out, const state& s) {
+#if FOVEA_DEFINES_LOOPS
+FOVEA_DEFINITION void attend(exec_ref exec, const efficient_attention& m, tensor_ref q, tensor_mut out,
+                             const state& s) {
   detail::check_asked(m.name, m.tag(), q, out, {}, s);
   require(m.lengths.empty(), "lengths were given to attend; a state holds what it has absorbed");
   if (q.batch == 0 || q.heads == 0 || q.length == 0) return;
   q.type == dtype::f64 ? detail::efficient_attend<double>(m, exec, q, out, s)
                        : detail::efficient_attend<float>(m, exec, q, out, s);
 }
+#endif
 
 }  // namespace FOVEA_ABI
 }  // namespace fovea

@@ -400,12 +400,14 @@ inline std::size_t hybrid_attention::workspace_size(const shape& s, int threads)
                               : detail::hybrid_run<float>::workspace_size(*this, s, threads);
 }
 
-inline void hybrid_attention::prefill(exec_ref exec, const problem& p, arena scratch) const {
+#if FOVEA_DEFINES_LOOPS
+FOVEA_DEFINITION void hybrid_attention::prefill(exec_ref exec, const problem& p, arena scratch) const {
   if (p.q.type == dtype::f64)
     detail::hybrid_run<double>::prefill(*this, exec, p, scratch);
   else
     detail::hybrid_run<float>::prefill(*this, exec, p, scratch);
 }
+#endif
 
 }  // namespace FOVEA_ABI
 }  // namespace fovea

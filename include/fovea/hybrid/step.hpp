@@ -41,12 +41,14 @@ inline void hybrid_attention::check(const problem& p, const state& s) const {
   if (select == block_selector::given) detail::check_given_blocks(*this, p.shape(), all, all, false);
 }
 
-inline void hybrid_attention::prefill(exec_ref exec, const problem& p, state& s, arena scratch) const {
+#if FOVEA_DEFINES_LOOPS
+FOVEA_DEFINITION void hybrid_attention::prefill(exec_ref exec, const problem& p, state& s, arena scratch) const {
   if (p.q.type == dtype::f64)
     detail::hybrid_run<double>::prefill(*this, exec, p, s, scratch);
   else
     detail::hybrid_run<float>::prefill(*this, exec, p, s, scratch);
 }
+#endif
 
 namespace detail {
 template <class Acc>

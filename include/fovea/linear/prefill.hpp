@@ -320,6 +320,7 @@ class linear_sweeper {
 
 }  // namespace detail
 
+#if FOVEA_DEFINES_LOOPS
 template <class Arch, class Acc>
 void linear_attention::run(exec_ref exec, const problem& p, state* s, arena scratch) const {
   if (is_causal)
@@ -327,6 +328,11 @@ void linear_attention::run(exec_ref exec, const problem& p, state* s, arena scra
   else
     detail::linear_bidirectional<Arch, Acc>(*this, p, scratch, exec.concurrency()).run(exec);
 }
+FOVEA_INSTANTIATE(template void linear_attention::run<simd::native, float>(exec_ref, const problem&, state*, arena)
+                      const;
+                  template void linear_attention::run<simd::native, double>(exec_ref, const problem&, state*, arena)
+                      const;)
+#endif
 
 inline std::size_t linear_attention::workspace_size(const shape& s, int threads) const {
   arena a;

@@ -253,10 +253,12 @@ inline std::size_t linformer_attention::workspace_size(const shape& s, int threa
   return measure.bytes();
 }
 
-inline void linformer_attention::prefill(exec_ref exec, const problem& p, arena scratch) const {
+#if FOVEA_DEFINES_LOOPS
+FOVEA_DEFINITION void linformer_attention::prefill(exec_ref exec, const problem& p, arena scratch) const {
   p.q.type == dtype::f64 ? detail::linformer_prefill<double>(*this, exec, p, scratch)
                          : detail::linformer_prefill<float>(*this, exec, p, scratch);
 }
+#endif
 
 inline double linformer_attention::macs(const shape& s) const {
   const double width = static_cast<double>(s.d + s.e), kv = static_cast<double>(s.B * s.G),

@@ -142,10 +142,12 @@ inline void linformer_attention::check(const problem& p, const state& s) const {
           " and the call brings ", p.k.length, "; make it with a larger m");
 }
 
-inline void linformer_attention::prefill(exec_ref exec, const problem& p, state& s, arena scratch) const {
+#if FOVEA_DEFINES_LOOPS
+FOVEA_DEFINITION void linformer_attention::prefill(exec_ref exec, const problem& p, state& s, arena scratch) const {
   p.q.type == dtype::f64 ? detail::linformer_with_state<double>(*this, exec, p, s, scratch)
                          : detail::linformer_with_state<float>(*this, exec, p, s, scratch);
 }
+#endif
 
 inline void linformer_attention::append(state& earlier, const state& later) const {
   earlier.check(tag(), later.sizes(), name);
@@ -173,7 +175,8 @@ inline double linformer_attention::step_macs(const shape& s) const {
          (static_cast<double>(s.G) * entered + static_cast<double>(s.H * seen));
 }
 
-inline void absorb(exec_ref exec, const linformer_attention& m, tensor_ref k, tensor_ref v, state& s) {
+#if FOVEA_DEFINES_LOOPS
+FOVEA_DEFINITION void absorb(exec_ref exec, const linformer_attention& m, tensor_ref k, tensor_ref v, state& s) {
   require(
       !m.causal && m.lengths.empty(),
       "absorb belongs to the bidirectional form without lengths; the causal form takes its tokens by prefill and step");
@@ -187,9 +190,11 @@ inline void absorb(exec_ref exec, const linformer_attention& m, tensor_ref k, te
   k.type == dtype::f64 ? detail::linformer_absorb<double>(m, exec, k, v, s)
                        : detail::linformer_absorb<float>(m, exec, k, v, s);
 }
+#endif
 
-inline void attend(exec_ref exec, const linformer_attention& m, tensor_ref q, tensor_mut out, const state& s,
-                   tensor_mut lse) {
+#if FOVEA_DEFINES_LOOPS
+FOVEA_DEFINITION void attend(exec_ref exec, const linformer_attention& m, tensor_ref q, tensor_mut out, const state& s,
+                             tensor_mut lse) {
   require(!m.causal && m.lengths.empty(),
           "attend belongs to the bidirectional form without lengths; the causal form answers by prefill and step");
   detail::check_asked(m.name, m.tag(), q, out, lse, s);
@@ -201,6 +206,7 @@ inline void attend(exec_ref exec, const linformer_attention& m, tensor_ref q, te
   q.type == dtype::f64 ? detail::linformer_attend<double>(m, exec, p, s)
                        : detail::linformer_attend<float>(m, exec, p, s);
 }
+#endif
 
 }  // namespace FOVEA_ABI
 }  // namespace fovea

@@ -247,12 +247,14 @@ inline std::size_t softmax_attention::workspace_size_backward(const shape& s, in
                               : detail::softmax_backward_run<float>::workspace_size(*this, s, threads);
 }
 
-inline void softmax_attention::backward(exec_ref exec, const backward_problem& p, arena scratch) const {
+#if FOVEA_DEFINES_LOOPS
+FOVEA_DEFINITION void softmax_attention::backward(exec_ref exec, const backward_problem& p, arena scratch) const {
   if (p.q.type == dtype::f64)
     detail::softmax_backward_run<double>::backward(*this, exec, p, scratch);
   else
     detail::softmax_backward_run<float>::backward(*this, exec, p, scratch);
 }
+#endif
 
 }  // namespace FOVEA_ABI
 }  // namespace fovea

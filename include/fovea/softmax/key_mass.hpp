@@ -110,8 +110,12 @@ auto with_accumulator(dtype type, F&& f) {
   return type == dtype::f64 ? f(0.0) : f(0.0F);
 }
 
-inline void run_key_mass(const softmax_attention& m, exec_ref exec, const problem_list& list, const tensor_ref& q,
-                         const tensor_mut& mass, isize rows, std::span<std::byte> workspace) {
+void run_key_mass(const softmax_attention& m, exec_ref exec, const problem_list& list, const tensor_ref& q,
+                  const tensor_mut& mass, isize rows, std::span<std::byte> workspace);
+#if FOVEA_DEFINES_LOOPS
+FOVEA_DEFINITION void run_key_mass(const softmax_attention& m, exec_ref exec, const problem_list& list,
+                                   const tensor_ref& q, const tensor_mut& mass, isize rows,
+                                   std::span<std::byte> workspace) {
   if (list.count() == 0 || mass.heads == 0 || mass.width == 0) return;
   with_accumulator(q.type, [&](auto acc) {
     using run = key_mass_run<decltype(acc)>;
@@ -120,6 +124,7 @@ inline void run_key_mass(const softmax_attention& m, exec_ref exec, const proble
              scratch_of(run::workspace_size(rows, q.width, exec.concurrency()), workspace, own));
   });
 }
+#endif
 
 }  // namespace detail
 

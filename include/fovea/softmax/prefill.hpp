@@ -146,9 +146,15 @@ std::size_t softmax_workspace(const softmax_attention&, const problem_list& list
   return measure.bytes();
 }
 template <class Acc>
+void attend(const softmax_attention& m, exec_ref exec, const problem_list& list, arena scratch);
+#if FOVEA_DEFINES_LOOPS
+template <class Acc>
 void attend(const softmax_attention& m, exec_ref exec, const problem_list& list, arena scratch) {
   softmax_run<Acc>(scratch, list, exec.concurrency()).run(m, exec, list);
 }
+FOVEA_INSTANTIATE(template void attend<float>(const softmax_attention&, exec_ref, const problem_list&, arena);
+                  template void attend<double>(const softmax_attention&, exec_ref, const problem_list&, arena);)
+#endif
 
 }  // namespace detail
 }  // namespace FOVEA_ABI
