@@ -51,7 +51,7 @@ struct collection {
       }
       default: {
         constexpr isize sizes[] = {1, 2, 3, 16, 64};
-        const isize page = sizes[r.integer(0, 4)];
+        const isize page = page_for(s, sizes[r.integer(0, 4)]);
         pools.emplace_back(s, page, ceil_div(tokens, page) + 3);
         tables.emplace_back();
         paged_pool& x = pools.back();
@@ -101,6 +101,7 @@ TEST_CASE(
       if (type != dtype::f64 && s.type != dtype::f64) {  // the stores of one call may differ in type
         constexpr dtype types[] = {dtype::f32, dtype::bf16, dtype::f16, dtype::i8};
         s.type = types[r.integer(0, 3)];
+        s = as_allowed(s);
       }
       all.add(s, tokens, n, width, first, r);
       cu.push_back(static_cast<std::int32_t>(cu.back() + n));

@@ -5,6 +5,7 @@
 /// A model takes the numbers that the store has written (after it has seen that they are near enough to those appended), so that
 /// whatever moves rows must leave them as they are, bit by bit, and attention over them can be computed in double.
 
+#include <bit>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -22,17 +23,31 @@ namespace cache_test {
 using namespace fovea;
 using test::tensor;
 
-/// Row j of a head, as a reader sees it.
+/// The Walsh-Hadamard rotation from its definition: element (i, j) is (-1)^(bits that i and j share) / sqrt(b).
+inline std::vector<double> rotated(const std::vector<double>& x) {
+  const std::size_t n = x.size(), b = n & (~n + 1);
+  std::vector<double> y(n);
+  for (std::size_t i = 0; i < n; ++i)
+    for (std::size_t j = 0; j < b; ++j)
+      y[i] += (std::popcount(i % b & j) % 2 == 0 ? 1 : -1) * x[i / b * b + j] / std::sqrt(static_cast<double>(b));
+  return y;
+}
+
+/// Row j of a head, as a reader sees it: codes are unpacked and keys turned back.
 inline std::vector<double> read_row(const row_source& rows, isize j, isize width) {
-  const stretch at = rows.at(j);
+  const slot_place at = rows.place(j);
   std::vector<double> x(static_cast<std::size_t>(width));
+  std::vector<std::int8_t> codes(x.size());
+  if (rows.type == dtype::i8) load_codes(rows.form, at.data, rows.row_bytes, at.slot, width, codes.data());
   for (isize c = 0; c < width; ++c) {
-    const double scale = rows.type != dtype::i8 ? 1.0
-                         : rows.scale_row == 1  ? static_cast<double>(at.scales[0])
-                                                : static_cast<double>(at.scales[c / scale_group]);
-    x[static_cast<std::size_t>(c)] = load_as_double(rows.type, at.data, c) * scale;
+    const auto i = static_cast<std::size_t>(c);
+    if (rows.type == dtype::i8)
+      x[i] = codes[i] *
+             static_cast<double>(at.scales[at.slot * rows.scale_row + (rows.scale_row == 1 ? 0 : c / scale_group)]);
+    else
+      x[i] = load_as_double(rows.type, at.data + at.slot * rows.row_bytes, c);
   }
-  return x;
+  return rows.rotated ? rotated(x) : x;
 }
 
 struct model {
@@ -68,8 +83,18 @@ inline std::string differs(const kv_sequence& x, const model& m) {
   return {};
 }
 
-/// How far a number may be from what was written: an int8 step, or a rounding of what a rope or a conversion gave.
-inline double allowed(const kv_shape& s, const std::vector<double>& row, isize c, bool turned) {
+/// How far a number may be from what was written: an int8 step, or a rounding of what a rope or a conversion gave. Behind a rotation
+/// the steps of a block come together: sqrt(b) of them at most.
+inline double allowed(const kv_shape& s, const std::vector<double>& row, isize c, bool turned, bool key = false) {
+  if (key && s.rotated) {
+    const std::size_t block = row.size() & (~row.size() + 1);
+    kv_shape plain = s;
+    plain.rotated = false;
+    double most = 0;
+    for (isize x = 0; x < static_cast<isize>(row.size()); ++x)
+      most = std::fmax(most, allowed(plain, rotated(row), x, true));
+    return most * std::sqrt(static_cast<double>(block));
+  }
   if (s.type == dtype::i8) {
     const isize run = s.scale == scale_per::row ? static_cast<isize>(row.size()) : scale_group, first = c / run * run;
     double most = 0;
@@ -89,7 +114,7 @@ inline void take(std::vector<double>& to, const kv_shape& s, const row_source& r
   for (isize c = 0; c < width; ++c) {
     const auto x = static_cast<std::size_t>(c);
     INFO("head " << g << ", column " << c << ", " << fovea::name_of(s.type) << ": " << got[x] << " for " << want[x]);
-    if (!(std::fabs(got[x] - want[x]) <= allowed(s, want, c, turn != nullptr))) CHECK(got[x] == want[x]);
+    if (!(std::fabs(got[x] - want[x]) <= allowed(s, want, c, turn != nullptr, rows.rotated))) CHECK(got[x] == want[x]);
     to.push_back(got[x]);
   }
 }
@@ -128,7 +153,7 @@ inline void turn_back_like(model& m, const kv_sequence& x, isize keep, const rop
       const auto got = read_row(x.keys(g), j, x.d);
       for (isize c = 0; c < x.d; ++c) {
         const auto i = static_cast<std::size_t>(c);
-        if (!(std::fabs(got[i] - want[i]) <= allowed(m.s, want, c, true))) CHECK(got[i] == want[i]);
+        if (!(std::fabs(got[i] - want[i]) <= allowed(m.s, want, c, true, true))) CHECK(got[i] == want[i]);
         row.push_back(got[i]);
       }
     }
@@ -164,12 +189,23 @@ inline dtype input_type(test::random& r, const kv_shape& s) {
   return s.type == dtype::f64 ? dtype::f64 : types[r.integer(0, 2)];
 }
 
+/// Packed and rotated only where a store may be.
+inline kv_shape as_allowed(kv_shape s) {
+  s.rotated = s.rotated && s.type == dtype::i8;
+  if (s.type != dtype::i8 || s.scale != scale_per::row) s.form = kv_form::rows;
+  return s;
+}
 inline kv_shape random_kv_shape(test::random& r) {
   constexpr dtype types[] = {dtype::f32, dtype::f64, dtype::bf16, dtype::f16, dtype::i8, dtype::i8};
   kv_shape s;
   s.heads = r.integer(1, 3), s.d = 2 * r.integer(1, 24), s.e = r.integer(1, 48);
   s.type = types[r.integer(0, 5)], s.scale = r.coin() ? scale_per::row : scale_per::group;
-  return s;
+  s.form = r.coin() ? kv_form::packed : kv_form::rows, s.rotated = r.coin();
+  return as_allowed(s);
+}
+/// A page that rows of this form can have.
+inline isize page_for(const kv_shape& s, isize page) {
+  return s.form == kv_form::packed ? ceil_div(page, packed_rows) * packed_rows : page;
 }
 
 /// The last n tokens attend over the store, and over the model in double.

@@ -151,7 +151,7 @@ TEST_CASE("paged_pool: random lives of sequences that share pages agree with the
     test::random r(seed);
     const kv_shape s = random_kv_shape(r);
     const turning t(r, s);
-    const isize page = pages_of[seed % 5];
+    const isize page = page_for(s, pages_of[seed % 5]);
     paged_pool pool(s, page, ceil_div(r.integer(40, 300), page));
     struct sequence {
       page_table table;

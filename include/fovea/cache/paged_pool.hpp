@@ -39,6 +39,8 @@ class paged_pool {
     detail::check_kv_shape("paged_pool", s);
     require(page >= 1 && pages >= 0 && pages < (isize{1} << 31), "paged_pool: ", pages, " pages of ", page,
             " tokens; wanted at least 1 token a page, and fewer than 2^31 pages");
+    require(s.form == kv_form::rows || page % packed_rows == 0, "paged_pool: pages of ", page,
+            " tokens; packed rows come in pages of a multiple of ", packed_rows);
     layout_ = kv_layout(s, page);
     memory_ = buffer(layout_.bytes() * static_cast<std::size_t>(pages));
     references_.assign(static_cast<std::size_t>(pages), 0);

@@ -10,20 +10,23 @@ inline namespace FOVEA_ABI {
 namespace detail {
 
 inline std::int64_t saved_flags(const kv_shape& s) {
-  return (s.scale == scale_per::group ? 1 : 0) + (s.values_in_keys ? 2 : 0);
+  return (s.scale == scale_per::group ? 1 : 0) + (s.values_in_keys ? 2 : 0) + (s.form == kv_form::packed ? 4 : 0) +
+         (s.rotated ? 8 : 0);
 }
 inline std::uint32_t saved_type(const kv_shape& s) { return static_cast<std::uint32_t>(s.type); }
 
 template <std::size_t Fields>
 kv_shape saved_shape(const char* what, const saved<Fields>& s) {
   static_assert(Fields > 4);
-  require(s.fields[3] <= 3, "the saved ", what, "'s header is damaged");
+  require(s.fields[3] >= 0 && s.fields[3] <= 15, "the saved ", what, "'s header is damaged");
   const kv_shape shape{s.fields[0],
                        s.fields[1],
                        s.fields[2],
                        static_cast<dtype>(s.header.type),
                        (s.fields[3] & 1) != 0 ? scale_per::group : scale_per::row,
-                       (s.fields[3] & 2) != 0};
+                       (s.fields[3] & 2) != 0,
+                       (s.fields[3] & 4) != 0 ? kv_form::packed : kv_form::rows,
+                       (s.fields[3] & 8) != 0};
   check_kv_shape(what, shape);
   return shape;
 }

@@ -56,6 +56,8 @@ inline kv_sequence sequence_in(const kv_shape& s, const row_memory& k, const row
     to.page_bytes = from.page_bytes, to.page_scales = from.page_scales;
   };
   fill(x.k, k, s.d), fill(x.v, v, s.e);
+  x.k.rotated = s.rotated;
+  if (s.form == kv_form::packed) x.k.form = row_form::packed_keys, x.v.form = row_form::packed_values;
   x.k_head_bytes = k.head_bytes, x.v_head_bytes = v.head_bytes;
   x.k_head_scales = k.head_scales, x.v_head_scales = v.head_scales;
   return x;

@@ -17,6 +17,7 @@
 #include <fovea/core/kv_layout.hpp>
 #include <fovea/position/rope.hpp>
 #include <fovea/simd/convert.hpp>
+#include <fovea/simd/rotate_row.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -74,19 +75,37 @@ FOVEA_NOINLINE void quantise(const Acc* x, isize n, std::int8_t* out, float* sca
   }
 }
 
+/// Plain: the codes' own place. Packed: `codes` [width] on their way to or from it.
+inline std::int8_t* codes_of(const kv_layout::place& at, std::int8_t* codes) {
+  return at.form == row_form::plain ? reinterpret_cast<std::int8_t*>(at.data) : codes;
+}
+/// `codes` [width] is used by packed rows only.
 template <class Acc>
-void store_row_at(const kv_shape& s, const Acc* row, isize width, const kv_layout::place& to) noexcept {
+void store_row_at(const kv_shape& s, const Acc* row, isize width, const kv_layout::place& to,
+                  std::int8_t* codes) noexcept {
   if (s.type != dtype::i8) return simd::store_row<simd::native, Acc>(s.type, row, width, to.data);
+  std::int8_t* const out = codes_of(to, codes);
   const isize run = s.scale == scale_per::row ? width : scale_group;
   for (isize c = 0, x = 0; c < width; c += run, ++x)
-    quantise(row + c, width - c < run ? width - c : run, reinterpret_cast<std::int8_t*>(to.data) + c, to.scales + x);
+    quantise(row + c, width - c < run ? width - c : run, out + c, to.scales + x);
+  if (to.form != row_form::plain) store_codes(to.form, to.data, to.bytes, to.slot, width, out);
 }
 template <class Acc>
-void load_row_at(const kv_shape& s, const kv_layout::place& from, isize width, Acc* row) noexcept {
-  if (s.type == dtype::i8)
-    simd::load_scaled_row<simd::native, Acc>(from.data, from.scales, from.scale_count, width, row);
+void load_row_at(const kv_shape& s, const kv_layout::place& from, isize width, Acc* row, std::int8_t* codes) noexcept {
+  if (s.type != dtype::i8) return simd::load_row<simd::native, Acc>(s.type, from.data, width, row);
+  if (from.form != row_form::plain) load_codes(from.form, from.data, from.bytes, from.slot, width, codes);
+  simd::load_scaled_row<simd::native, Acc>(codes_of(from, codes), from.scales, from.scale_count, width, row);
+}
+
+/// A packed row from one slot to another.
+inline void move_codes(const kv_layout::place& from, isize width, const kv_layout::place& to) noexcept {
+  if (to.form == row_form::packed_keys)
+    for (isize c = 0; c < width; c += 4)
+      std::memcpy(to.data + packed_key_at(to.slot, c, to.bytes), from.data + packed_key_at(from.slot, c, from.bytes),
+                  4);
   else
-    simd::load_row<simd::native, Acc>(s.type, from.data, width, row);
+    for (isize c = 0; c < width; ++c)
+      to.data[packed_value_at(to.slot, c, to.bytes)] = from.data[packed_value_at(from.slot, c, from.bytes)];
 }
 
 /// Writes rows of one width. `scratch` holds that many doubles.
@@ -94,21 +113,25 @@ class row_writer {
  public:
   row_writer(const kv_shape& s, double* scratch) : shape_(s), scratch_(scratch) {}
 
-  void write(dtype type, const void* row, isize width, const rope* turn, isize position,
-             const kv_layout::place& to) const noexcept {
+  /// `rotated`: a key of a store of rotated keys.
+  void write(dtype type, const void* row, isize width, const rope* turn, isize position, const kv_layout::place& to,
+             bool rotated = false) const noexcept {
     if (type == shape_.type && turn == nullptr)
       std::memcpy(to.data, row, static_cast<std::size_t>(to.bytes));
     else if (type == dtype::f64 || shape_.type == dtype::f64)
-      write_as(scratch_, type, row, width, turn, position, to);
+      write_as(scratch_, type, row, width, turn, position, to, rotated);
     else
-      write_as(reinterpret_cast<float*>(scratch_), type, row, width, turn, position, to);
+      write_as(reinterpret_cast<float*>(scratch_), type, row, width, turn, position, to, rotated);
   }
   /// A row of the store moves to another place; its key is turned by `turn_back` positions towards 0 (0: not at all).
   void move(const kv_layout::place& from, isize width, const rope* turn, isize turn_back,
             const kv_layout::place& to) const noexcept {
     if (turn == nullptr || turn_back == 0) {
-      if (from.data == to.data) return;
-      std::memmove(to.data, from.data, static_cast<std::size_t>(to.bytes));
+      if (from.data == to.data && from.slot == to.slot) return;
+      if (to.form == row_form::plain)
+        std::memmove(to.data, from.data, static_cast<std::size_t>(to.bytes));
+      else
+        move_codes(from, width, to);
       for (isize x = 0; x < to.scale_count; ++x) to.scales[x] = from.scales[x];
     } else if (shape_.type == dtype::f64) {
       move_as(scratch_, from, width, *turn, turn_back, to);
@@ -118,19 +141,27 @@ class row_writer {
   }
 
  private:
+  /// Behind `width` floats; int8 stores have no doubles.
+  std::int8_t* codes(isize width) const { return reinterpret_cast<std::int8_t*>(scratch_) + 4 * width; }
+  static void turn_over([[maybe_unused]] double* x, [[maybe_unused]] isize width) noexcept {}
+  static void turn_over(float* x, isize width) noexcept { simd::rotate_row<simd::native>(x, width); }
+
   template <class Acc>
   void write_as(Acc* x, dtype type, const void* row, isize width, const rope* turn, isize position,
-                const kv_layout::place& to) const noexcept {
+                const kv_layout::place& to, bool rotated) const noexcept {
     simd::load_row<simd::native, Acc>(type, row, width, x);
     if (turn != nullptr) rotate(*turn, position, x);
-    store_row_at(shape_, x, width, to);
+    if (rotated) turn_over(x, width);
+    store_row_at(shape_, x, width, to, codes(width));
   }
   template <class Acc>
   void move_as(Acc* x, const kv_layout::place& from, isize width, const rope& turn, isize turn_back,
                const kv_layout::place& to) const noexcept {
-    load_row_at(shape_, from, width, x);
+    load_row_at(shape_, from, width, x, codes(width));
+    if (shape_.rotated) turn_over(x, width);  // its own inverse
     shift_position(turn, turn_back, x);
-    store_row_at(shape_, x, width, to);
+    if (shape_.rotated) turn_over(x, width);
+    store_row_at(shape_, x, width, to, codes(width));
   }
 
   kv_shape shape_;
@@ -148,7 +179,7 @@ void write_tokens(const kv_layout& layout, const row_writer& writer, const tenso
     for (isize i = first; i < first + count; ++i) {
       isize row = 0;
       std::byte* const block = block_of(i, row);
-      writer.write(k.type, k.row(b, g, i), s.d, at.turn, at.of(i), layout.key(block, head + g, row));
+      writer.write(k.type, k.row(b, g, i), s.d, at.turn, at.of(i), layout.key(block, head + g, row), s.rotated);
       if (!s.values_in_keys) writer.write(v.type, v.row(b, g, i), s.e, nullptr, 0, layout.value(block, head + g, row));
     }
 }
@@ -159,6 +190,10 @@ inline void check_kv_shape(const char* what, const kv_shape& s) {
   require(s.type <= dtype::i8, what, ": the type of its rows is not one of f32, f64, bf16, f16, i8");
   require(!s.values_in_keys || s.e <= s.d, what, ": values are ", s.e, " wide and keys ", s.d,
           "; values that lie in the keys are not wider");
+  require(s.form == kv_form::rows || (s.type == dtype::i8 && s.scale == scale_per::row && !s.values_in_keys), what,
+          ": packed rows are int8 with a scale a row, and their values are not in their keys");
+  require(!s.rotated || (s.type == dtype::i8 && !s.values_in_keys), what,
+          ": rotated keys are int8, and their values are not in them");
 }
 
 /// What may be appended to a store of this shape: [1, heads, n, d] and [1, heads, n, e] of float types.

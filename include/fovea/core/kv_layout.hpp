@@ -7,7 +7,7 @@
 /// A contiguous store is one such block, a ring is one, a page of a pool is one, and so is the cache inside a `state` (heads = B G).
 ///
 /// Contract   a kv_sequence never owns; an engine may fill one for memory of its own (cache/sequences.hpp has makers).
-/// Layout     each of the four parts starts at a multiple of 8 bytes, and the block is a multiple of 8 bytes long.
+/// Layout     each of the four parts starts at a multiple of 8 bytes, and the block is a multiple of 8 bytes long; packed: of 64.
 
 #include <fovea/core/rows.hpp>
 #include <fovea/core/workspace.hpp>
@@ -18,6 +18,9 @@ inline namespace FOVEA_ABI {
 /// What an int8 scale stands for.
 enum class scale_per : unsigned char { row, group };
 
+/// How int8 rows lie: one after the other, or interleaved as the integer products of decoding read them (core/rows.hpp).
+enum class kv_form : unsigned char { rows, packed };
+
 /// The sizes of a store's rows.
 struct kv_shape {
   isize heads = 1;  ///< KV heads, G
@@ -26,6 +29,9 @@ struct kv_shape {
   scale_per scale = scale_per::row;  ///< int8 only; group: of 32 elements
   /// Values are the first e elements of the keys and not stored again (the absorbed form of multi-head latent attention).
   bool values_in_keys = false;
+  kv_form form = kv_form::rows;  ///< packed: int8 with a scale a row only, values apart from keys
+  /// int8 only: keys go through a Walsh-Hadamard rotation before they are rounded, which halves what rounding costs; calls rotate q.
+  bool rotated = false;
 
   isize scales_of(isize width) const {
     return type != dtype::i8 ? 0 : scale == scale_per::row ? 1 : ceil_div(width, scale_group);
@@ -60,9 +66,11 @@ class kv_layout {
   kv_layout() = default;
   kv_layout(const kv_shape& s, isize rows) : shape_(s), rows_(rows) {
     const auto size = static_cast<isize>(size_of(s.type));
-    k_row_ = s.d * size, v_row_ = s.values_in_keys ? k_row_ : s.e * size;
+    const bool packed = s.form == kv_form::packed;
+    slots_ = packed ? ceil_div(rows, packed_rows) * packed_rows : rows;
+    k_row_ = packed ? ceil_div(s.d, 4) * 4 : s.d * size, v_row_ = s.values_in_keys ? k_row_ : s.e * size;
     k_scales_ = s.scales_of(s.d), v_scales_ = s.values_in_keys ? k_scales_ : s.scales_of(s.e);
-    const isize count = s.heads * rows, scale = static_cast<isize>(sizeof(float));
+    const isize count = s.heads * slots_, scale = static_cast<isize>(sizeof(float));
     const isize k_end = padded(count * k_row_);
     v_at_ = s.values_in_keys ? 0 : k_end;
     k_scales_at_ = s.values_in_keys ? k_end : k_end + padded(count * v_row_);
@@ -77,17 +85,19 @@ class kv_layout {
   isize k_row_bytes() const { return k_row_; }
   isize v_row_bytes() const { return v_row_; }
 
-  /// A row in a block: its elements, and its scales (null but for int8).
+  /// A row in a block: its elements, and its scales (null but for int8). Packed: data is where row 0 of its head lies, slot the row.
   struct place {
     std::byte* data;
     float* scales;
     isize bytes, scale_count;
+    row_form form = row_form::plain;
+    isize slot = 0;
   };
   place key(std::byte* block, isize head, isize row) const {
-    return at(block, 0, k_scales_at_, k_row_, k_scales_, head * rows_ + row);
+    return at(block, 0, k_scales_at_, k_row_, k_scales_, head, row, row_form::packed_keys);
   }
   place value(std::byte* block, isize head, isize row) const {
-    return at(block, v_at_, v_scales_at_, v_row_, v_scales_, head * rows_ + row);
+    return at(block, v_at_, v_scales_at_, v_row_, v_scales_, head, row, row_form::packed_values);
   }
 
   /// `heads` KV heads of the block from `first_head` on, as if all rows were tokens in order; stores set what differs.
@@ -98,23 +108,31 @@ class kv_layout {
     s.k.data = k.data, s.v.data = v.data, s.k.scales = k.scales, s.v.scales = v.scales;
     s.k.type = s.v.type = shape_.type;
     s.k.row_bytes = k_row_, s.v.row_bytes = v_row_, s.k.scale_row = k_scales_, s.v.scale_row = v_row_scales();
-    s.k_head_bytes = rows_ * k_row_, s.v_head_bytes = rows_ * v_row_;
-    s.k_head_scales = rows_ * k_scales_, s.v_head_scales = rows_ * v_scales_;
+    s.k_head_bytes = slots_ * k_row_, s.v_head_bytes = slots_ * v_row_;
+    s.k_head_scales = slots_ * k_scales_, s.v_head_scales = slots_ * v_scales_;
+    s.k.form = k.form, s.v.form = v.form, s.k.rotated = shape_.rotated;
     s.heads = heads, s.d = shape_.d, s.e = shape_.e, s.length = length;
     return s;
   }
 
  private:
   isize v_row_scales() const { return v_scales_; }
-  static isize padded(isize bytes) { return ceil_div(bytes, 8) * 8; }
-  place at(std::byte* block, isize data, isize scales, isize row, isize count, isize index) const {
-    if (block == nullptr) return {nullptr, nullptr, row, count};
-    return {block + data + index * row, count == 0 ? nullptr : reinterpret_cast<float*>(block + scales) + index * count,
-            row, count};
+  isize padded(isize bytes) const {
+    const isize to = shape_.form == kv_form::packed ? 64 : 8;
+    return ceil_div(bytes, to) * to;
+  }
+  place at(std::byte* block, isize data, isize scales, isize row_bytes, isize count, isize head, isize row,
+           row_form packed) const {
+    const row_form form = shape_.form == kv_form::packed ? packed : row_form::plain;
+    if (block == nullptr) return {nullptr, nullptr, row_bytes, count, form, row};
+    const isize index = head * slots_ + row;
+    auto* const few = count == 0 ? nullptr : reinterpret_cast<float*>(block + scales) + index * count;
+    if (form == row_form::plain) return {block + data + index * row_bytes, few, row_bytes, count};
+    return {block + data + head * slots_ * row_bytes, few, row_bytes, count, form, row};
   }
 
   kv_shape shape_;
-  isize rows_ = 0, k_row_ = 0, v_row_ = 0, k_scales_ = 0, v_scales_ = 0;
+  isize rows_ = 0, slots_ = 0, k_row_ = 0, v_row_ = 0, k_scales_ = 0, v_scales_ = 0;
   isize v_at_ = 0, k_scales_at_ = 0, v_scales_at_ = 0, bytes_ = 0;
 };
 

@@ -115,6 +115,9 @@ class decode_rows {
     block_of<Acc>(set, j0, j1 - j0, seen, all, m, l, o);
   }
 
+  template <class S>
+  static constexpr bool is_i8 = std::is_same_v<S, std::int8_t>;
+
   /// Rows of a block that lie one behind the other: keys [first, first + count) of the block.
   template <class S>
   struct piece {
@@ -133,6 +136,12 @@ class decode_rows {
   void find(const row_source& from, isize j0, isize count, isize width, std::byte* gathered, float* scales,
             pieces<S>& out) const noexcept {
     const isize row = width * static_cast<isize>(sizeof(S));
+    if constexpr (is_i8<S>)
+      if (from.form != row_form::plain) {
+        gather_codes(from, j0, count, width, reinterpret_cast<S*>(gathered), width, scales);
+        out.list[out.count++] = {reinterpret_cast<const S*>(gathered), scales, width, 0, count};
+        return;
+      }
     if (from.table != nullptr && from.page < short_stretch && from.page < count) {
       for (isize x = 0; x < count; ++x) {
         const stretch s = from.at(j0 + x);
@@ -161,7 +170,7 @@ class decode_rows {
     find<S>(set.v, j0, count, e_, v_rows_, v_scales_, v);
     const isize k_groups = scaled ? set.k.scale_row : 0, v_groups = scaled ? set.v.scale_row : 0;
     // What fits the L2 cache is there already.
-    const bool far = set.count * (set.k.row_bytes + set.v.row_bytes) > (1 << 20);
+    const bool far = set.k.form == row_form::plain && set.count * (set.k.row_bytes + set.v.row_bytes) > (1 << 20);
     // While this block's keys are scored its values are on their way, and with the values the next block's keys.
     for (isize x = 0; x < k.count; ++x) {
       const S* const ahead = far && x < v.count ? v.list[x].rows : nullptr;
@@ -183,8 +192,6 @@ class decode_rows {
 
   /// s_[r + y][x] = q[r + y] . K[x] for R rows: W accumulators are W / R keys times R rows, reduced together.
   /// int8 rows with a scale for each group are scaled as they are read; those with one scale in their scores and weights.
-  template <class S>
-  static constexpr bool is_i8 = std::is_same_v<S, std::int8_t>;
   template <bool Grouped>
   FOVEA_INLINE static P scaled(P x, [[maybe_unused]] const float* scales, [[maybe_unused]] isize c) noexcept {
     if constexpr (Grouped)
@@ -372,7 +379,8 @@ class decode_rows {
       std::uint64_t any = 0;
       for (isize r = 0; r < count_; ++r) any |= seen[r] >> x;
       if ((any & 1U) == 0) continue;
-      const stretch s = from.at(j0 + x);
+      const bool packed = from.form != row_form::plain;  // gathered for this block
+      const stretch s = packed ? stretch{v_rows_ + x * e_, nullptr, 1} : from.at(j0 + x);
       if (scaled && from.scale_row == 1)  // the scale is in P
         for (isize c = 0; c < e_; ++c) row_[c] = static_cast<Acc>(reinterpret_cast<const std::int8_t*>(s.data)[c]);
       else if (scaled)

@@ -23,6 +23,7 @@
 #include <fovea/position/rope.hpp>
 #include <fovea/score/score.hpp>
 #include <fovea/simd/convert.hpp>
+#include <fovea/simd/rotate_row.hpp>
 #include <fovea/simd/transpose.hpp>
 
 namespace fovea {
@@ -49,6 +50,7 @@ struct query_rows {
   const rope* turn = nullptr;               ///< rows are turned to their positions as they are loaded; null: they stay
   const std::int32_t* positions = nullptr;  ///< [n] position of query i; null: first_position + i
   isize first_position = 0;
+  bool rotated = false;  ///< the keys are (row_source::rotated): so are the rows, after they were turned
 
   isize position(isize i) const noexcept { return positions != nullptr ? positions[i] : first_position + i; }
 };
@@ -57,9 +59,11 @@ struct query_rows {
 template <class Arch, class Acc>
 const Acc* load_query(const query_rows& rows, isize h, isize i, isize d, Acc* scratch) noexcept {
   const void* from = rows.q.row(rows.b, h, i);
-  if (rows.turn == nullptr) return simd::row_as<Arch, Acc>(rows.q.type, from, d, scratch);
+  if (rows.turn == nullptr && !rows.rotated) return simd::row_as<Arch, Acc>(rows.q.type, from, d, scratch);
   simd::load_row<Arch, Acc>(rows.q.type, from, d, scratch);
-  rotate(*rows.turn, rows.position(i), scratch);
+  if (rows.turn != nullptr) rotate(*rows.turn, rows.position(i), scratch);
+  if constexpr (std::is_same_v<Acc, float>)  // rotated keys are int8, and those never meet doubles
+    if (rows.rotated) simd::rotate_row<Arch>(scratch, d);
   return scratch;
 }
 
@@ -67,6 +71,11 @@ const Acc* load_query(const query_rows& rows, isize h, isize i, isize d, Acc* sc
 template <class Arch, class Acc>
 FOVEA_NOINLINE const Acc* block_of_rows(const row_source& from, isize j0, isize j1, isize width, Acc* scratch,
                                         isize& stride) noexcept {
+  if (from.form != row_form::plain) {
+    stride = width;
+    for (isize j = j0; j < j1; ++j) simd::load_packed_row<Arch, Acc>(from, j, width, scratch + (j - j0) * width);
+    return scratch;
+  }
   stretch s = from.at(j0);
   // A row stride of a multiple of 4 KB would put all rows of a panel into one set of the L1 cache: copy those too.
   if (from.type == dtype_of<Acc> && s.count >= j1 - j0 && from.row_bytes % 4096 != 0) {

@@ -104,6 +104,19 @@ FOVEA_NOINLINE void load_scaled_row(const void* p, const float* scales, isize sc
     for (isize c = first; c < last; ++c) out[c] = static_cast<Acc>(x[c]) * scale;
   }
 }
+/// Row j of a packed int8 source -> Acc.
+template <class Arch, class Acc>
+FOVEA_NOINLINE void load_packed_row(const row_source& from, isize j, isize n, Acc* out) {
+  constexpr isize most = 256;
+  std::int8_t codes[most];
+  const slot_place p = from.place(j);
+  const isize element = from.form == row_form::packed_keys ? 16 : 4;  // bytes from one to the next, on average
+  for (isize c = 0; c < n; c += most) {
+    const isize count = n - c < most ? n - c : most;
+    load_codes(from.form, p.data + c * element, from.row_bytes, p.slot, count, codes);
+    load_scaled_row<Arch, Acc>(codes, p.scales + p.slot, 1, count, out + c);
+  }
+}
 /// n elements of Acc -> storage.
 template <class Arch, class Acc>
 FOVEA_NOINLINE void store_row(dtype type, const Acc* p, isize n, void* out) {

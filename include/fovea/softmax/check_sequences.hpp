@@ -33,6 +33,12 @@ inline void check_rows(const char* name, isize s, const row_source& r, isize wid
           width, " elements");
   require(r.ring == 0 || (r.ring > 0 && r.start >= 0 && r.fixed >= 0 && length <= r.fixed + r.ring), "sequence ", s,
           ": ", name, " has ", length, " rows in a ring of ", r.ring, " behind ", r.fixed);
+  const bool packed = r.form != row_form::plain;
+  require(!packed || (r.type == dtype::i8 && r.scale_row == 1 && (r.table == nullptr || r.page % packed_rows == 0)),
+          "sequence ", s, ": packed rows of ", name, " are int8 with a scale a row, in pages of a multiple of ",
+          packed_rows, " (or none)");
+  require(!r.rotated || r.type == dtype::i8, "sequence ", s, ": ", name, " is ", name_of(r.type),
+          " and rotated; only int8 rows are");
   if (r.table == nullptr) return;
   require(r.page >= 1 && r.ring == 0, "sequence ", s, ": pages of ", name, " hold ", r.page,
           " rows; wanted at least 1, and no ring");
@@ -45,7 +51,8 @@ inline void check_rows(const char* name, isize s, const row_source& r, isize wid
 inline void check_rows_apart(const char* name, const tensor_mut& out, const row_source& r, isize heads,
                              isize head_bytes, isize length) {
   if (r.table != nullptr || length == 0 || heads == 0) return;
-  const isize slots = r.ring > 0 && length > r.fixed ? r.fixed + r.ring : length;
+  isize slots = r.ring > 0 && length > r.fixed ? r.fixed + r.ring : length;
+  if (r.form != row_form::plain) slots = ceil_div(slots, packed_rows) * packed_rows;
   const auto first = reinterpret_cast<std::uintptr_t>(r.data);
   const auto last = first + static_cast<std::uintptr_t>((heads - 1) * head_bytes + slots * r.row_bytes);
   const byte_range x = extent(out);
@@ -64,6 +71,9 @@ inline void check_sequence(const softmax_attention& m, isize s, const kv_sequenc
           "; they must not be negative, and the rows kept must be there");
   require(kv.k.type == kv.v.type, "sequence ", s, ": keys are ", name_of(kv.k.type), " and values ", name_of(kv.v.type),
           "; they must be of one type");
+  require((kv.k.form == row_form::packed_keys) == (kv.v.form == row_form::packed_values) &&
+              kv.k.form != row_form::packed_values && kv.v.form != row_form::packed_keys && !kv.v.rotated,
+          "sequence ", s, ": keys and values are both plain, or packed keys and packed values; only keys are rotated");
   const isize wider = kv.d > kv.e ? kv.d : kv.e;  // values that lie in keys have the scales of those
   check_rows("k", s, kv.k, kv.d, kv.d, kv.length, q.type), check_rows("v", s, kv.v, kv.e, wider, kv.length, q.type);
   check_rows_apart("out", out, kv.k, kv.heads, kv.k_head_bytes, kv.length);

@@ -95,7 +95,8 @@ class softmax_run {
                                   last < c.rows ? last : c.rows,
                                   m.turn,
                                   p.positions,
-                                  p.kv.tokens() - p.q.length};
+                                  p.kv.tokens() - p.q.length,
+                                  p.kv.k.rotated};
     const double scale = m.scale_for({1, p.q.heads, p.kv.heads, p.q.length, p.kv.length, p.kv.d, p.kv.e, p.q.type});
     if (c.few)
       few_rows(m, p, c, keys.set, rows, scale, partials_ + first_number_[s], piece, own);
