@@ -9,5 +9,6 @@
 /// The rules, the contract and the mechanism itself: linear/mechanism.hpp. Feature maps: feature/. Reference: linear/reference.hpp.
 /// Source  docs/mechanisms/linear.md
 
+#include <fovea/linear/backward.hpp>
 #include <fovea/linear/mechanism.hpp>
 #include <fovea/linear/prefill.hpp>

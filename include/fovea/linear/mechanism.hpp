@@ -28,6 +28,7 @@
 #include <span>
 
 #include <fovea/core/configuration.hpp>
+#include <fovea/core/backward.hpp>
 #include <fovea/core/mechanism.hpp>
 #include <fovea/feature/basic.hpp>
 
@@ -73,6 +74,10 @@ struct linear_attention {
   /// S0 [B, G, r, e] and z0 [B, G, r] in, S and z out.
   void load_state(state& s, const arrays& from) const;
   arrays store_state(const state& s) const;
+
+  void check(const backward_problem& p) const;
+  std::size_t workspace_size_backward(const shape& s, int threads) const;
+  void backward(exec_ref exec, const backward_problem& p, arena scratch) const;
 
   double macs(const shape& s) const;
   double step_macs(const shape& s) const;
