@@ -287,6 +287,17 @@ FOVEA_INLINE pack<float, A> to_float(words<A> w, [[maybe_unused]] int part = 0) 
     return pack<float, A>::load(out + part * pack<float, A>::size);
   }
 }
+/// The low byte of each 32-bit lane, in lane order.
+template <class A>
+FOVEA_INLINE void store_low_bytes(words<A> w, std::uint8_t* p) {
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<A, avx512>)
+    return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(w.v));
+#endif
+  std::uint8_t bytes[4 * words<A>::size];
+  w.store(bytes);
+  for (isize l = 0; l < words<A>::size; ++l) p[l] = bytes[4 * l];
+}
 template <class A>
 FOVEA_INLINE words<A> to_nearest(const pack<float, A> (&x)[float_packs<A>]) {
 #if defined(FOVEA_HAS_AVX512)

@@ -2,6 +2,7 @@
 #pragma once
 /// @file  softmax_attention over a list of problems: one code path for views, states and KV stores, prefill and decoding mixed.
 
+#include <fovea/kernel/decode_int8.hpp>
 #include <fovea/softmax/keys.hpp>
 #include <fovea/softmax/step.hpp>
 
@@ -14,15 +15,26 @@ class softmax_run {
   using cut = softmax_cut<Acc>;
   using few_loop = typename cut::few_loop;
   using block_loop = typename cut::block_loop;
+  using codes_loop = kernel::decode_int8<simd::native>;
 
-  /// Scratch of one thread: either loop, and the rows of a decode step on their way out.
+  /// Few rows over an int8 store: where the arithmetic is int8, the stored integers are multiplied as they are.
+  static bool in_codes(const softmax_attention& m, const sequence_problem& p) {
+    return std::is_same_v<Acc, float> && m.arithmetic == precision::int8 && kernel::takes_codes(p.kv.k) &&
+           kernel::takes_codes(p.kv.v);
+  }
+
+  /// Scratch of one thread: one of the loops, and the rows of a decode step on their way out.
   struct slot {
     std::optional<block_loop> blocks;
     std::optional<few_loop> few;
+    std::optional<codes_loop> codes;  // few rows over int8, in integers
     Acc* rows = nullptr;
-    slot(arena memory, const cut& c, isize d, isize e, std::size_t& bytes) {
+    slot(arena memory, const cut& c, isize d, isize e, bool in_codes, std::size_t& bytes) {
       if (c.few) {
-        few.emplace(memory, d, e);
+        if (in_codes)
+          codes.emplace(memory, d, e);
+        else
+          few.emplace(memory, d, e);
         rows = memory.take<Acc>(few_loop::most_rows * (e + 2));
       } else {
         blocks.emplace(memory, c.rows, d, e);
@@ -33,7 +45,7 @@ class softmax_run {
 
  public:
   /// How a list is cut, and where its parts lie in memory.
-  softmax_run(arena& memory, const problem_list& list, int threads) : count_(list.count()) {
+  softmax_run(arena& memory, const softmax_attention& m, const problem_list& list, int threads) : count_(list.count()) {
     isize numbers = 0;
     for (isize s = 0; s < count_; ++s) {
       const sequence_problem p = list[s];
@@ -41,7 +53,7 @@ class softmax_run {
       if (c.tasks() == 0) continue;
       numbers += c.partial_size(p.kv.e);
       std::size_t bytes = 0;
-      slot({}, c, p.kv.d, p.kv.e, bytes);
+      slot({}, c, p.kv.d, p.kv.e, in_codes(m, p), bytes);
       slot_bytes_ = bytes > slot_bytes_ ? bytes : slot_bytes_;
     }
     first_task_ = memory.take<isize>(count_ + 1);
@@ -84,7 +96,7 @@ class softmax_run {
                 j0 = c.pieces == 1 ? 0 : piece * c.keys;
     std::size_t bytes = 0;
     slot own(arena(std::span<std::byte>(slots_ + static_cast<std::size_t>(which) * slot_bytes_, slot_bytes_)), c,
-             p.kv.d, p.kv.e, bytes);
+             p.kv.d, p.kv.e, in_codes(m, p), bytes);
     problem_keys<Acc> keys(m, p, g);
     keys.set.first = j0;
     if (c.pieces > 1 && j0 + c.keys < keys.set.count) keys.set.count = j0 + c.keys;
@@ -111,8 +123,13 @@ class softmax_run {
     const bool alone = c.pieces == 1;
     const softmax_partials<Acc> to(alone ? own.rows : numbers, alone ? c.rows : c.heads * c.rows, c.pieces, p.kv.e);
     const isize row = rows.first_head * p.q.length, at = alone ? 0 : piece * to.all + row;
-    own.few->begin(rows, scale);
-    own.few->run(set, set.first, set.count, to.m + at, to.l + at, to.o + at * to.e);
+    const auto run = [&](auto& loop) {
+      loop.begin(rows, scale);
+      loop.run(set, set.first, set.count, to.m + at, to.l + at, to.o + at * to.e);
+    };
+    if (own.few) run(*own.few);
+    if constexpr (std::is_same_v<Acc, float>)
+      if (own.codes) run(*own.codes);
     for (isize r = 0; r < c.rows; ++r) to.m[at + r] *= ln2;
     for (isize r = 0; alone && r < c.rows; ++r) finish_row(m, p, to, 1, r, row + r);
   }
@@ -141,9 +158,9 @@ class softmax_run {
 };
 
 template <class Acc>
-std::size_t softmax_workspace(const softmax_attention&, const problem_list& list, int threads) {
+std::size_t softmax_workspace(const softmax_attention& m, const problem_list& list, int threads) {
   arena measure;
-  softmax_run<Acc>(measure, list, threads);
+  softmax_run<Acc>(measure, m, list, threads);
   return measure.bytes();
 }
 template <class Acc>
@@ -151,7 +168,7 @@ void attend(const softmax_attention& m, exec_ref exec, const problem_list& list,
 #if FOVEA_DEFINES_LOOPS
 template <class Acc>
 void attend(const softmax_attention& m, exec_ref exec, const problem_list& list, arena scratch) {
-  softmax_run<Acc>(scratch, list, exec.concurrency()).run(m, exec, list);
+  softmax_run<Acc>(scratch, m, list, exec.concurrency()).run(m, exec, list);
 }
 FOVEA_INSTANTIATE(template void attend<float>(const softmax_attention&, exec_ref, const problem_list&, arena);
                   template void attend<double>(const softmax_attention&, exec_ref, const problem_list&, arena);)

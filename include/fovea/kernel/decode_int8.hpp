@@ -1,0 +1,448 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  A few query rows against int8 rows of one KV head, computed in integers: decoding over an int8 KV store.
+///
+///   s_j = (q8 . k8_j) * q_scale * k_scale_j                      s32 sums; K as u8 (+ 128), q as s8 with a scale a row
+///   e_j = 2^(s_j - m),  l += e_j                                 f32, m the running maximum
+///   p_j = round(255 e_j v_scale_j / top + t_j)                   u8; top = the row's maximum of e_j v_scale_j over the block of 64 keys
+///   o  += (top / 255) * sum_j p_j v8_j                           s32 sums within the block
+///
+/// The scales of V join the weights before they are rounded: what is small in V takes no part of the 255 steps. t_j in (-1/2, 1/2) is
+/// the golden-ratio sequence: thousands of small weights keep their sum. The denominator comes from the unrounded e_j, so that the
+/// log-sum-exp is exact up to the scores, and a key whose value is all zeros still counts.
+///
+/// Contract   as kernel/decode.hpp; keys are int8 with a scale a row, plain or packed (core/rows.hpp), in one stretch, pages or a ring.
+///            A NaN scale (a row that held NaN or infinity) reaches the rows that see its key and no others.
+/// Cost       packed: one pass over the bytes, 1 instruction for 64 products with VNNI; plain rows: 8 byte shuffles more for 4 rows of
+///            64 bytes of V, and a transposing reduction for each 16 dot products.      Numerics   docs/mechanisms/int8.md.
+
+#include <cstring>
+#include <limits>
+
+#include <fovea/kernel/online_softmax.hpp>
+#include <fovea/simd/reduce.hpp>
+#include <fovea/simd/word_ops.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+namespace kernel {
+
+/// Can decode_int8 read it?
+inline bool takes_codes(const row_source& s) { return s.type == dtype::i8 && s.scale_row == 1; }
+
+template <class Arch>
+class decode_int8 {
+  using word = simd::words<Arch>;
+  using P = simd::pack<float, Arch>;
+  static constexpr isize W = word::size, B = 4 * W, PW = P::size;  // lanes, bytes, floats of a register
+  static constexpr int parts = simd::float_packs<Arch>;            // packs of float that a register makes
+  static constexpr isize keys = 64, tiles = keys / packed_rows;
+  static constexpr isize sum_rows = Arch::registers >= 32 ? 4 : 2;  // rows that share the reads of values
+
+ public:
+  static constexpr isize most_rows = 8;
+
+  decode_int8(arena& memory, isize d, isize e) : d_(d), e_(e), dp_(ceil_div(d, B) * B), ep_(ceil_div(e, B) * B) {
+    q_ = memory.take<std::int8_t>(most_rows * dp_);
+    o_ = memory.take<float>(most_rows * ep_);
+    row_ = memory.take<float>(d);
+  }
+
+  /// Loads and rounds the rows; scale and log2(e) join their scales.
+  void begin(const query_rows& rows, double scale) noexcept {
+    rows_ = rows;
+    count_ = rows.last - rows.first;
+    for (isize r = 0; r < count_; ++r) {
+      const float* q = load_query<Arch, float>(rows, head(r), query(r), d_, row_);
+      float most = 0, bad = 0;
+      for (isize c = 0; c < d_; ++c) {
+        const float size = q[c] < 0 ? -q[c] : q[c];
+        most = size > most ? size : most, bad += size * 0.0F;
+      }
+      const float unit = most > 0x1p-100F ? 127.0F / most : 0.0F;
+      std::int32_t sum = 0;
+      for (isize c = 0; c < dp_; ++c) {
+        constexpr float magic = 0x1.8p23F;
+        const float t = c < d_ && bad == 0.0F ? q[c] * unit + magic : magic;
+        const auto x = static_cast<std::int8_t>(std::bit_cast<std::int32_t>(t) - std::bit_cast<std::int32_t>(magic));
+        q_[r * dp_ + c] = x, sum += x;
+      }
+      start_[r] = -128 * sum;  // K comes as k + 128
+      q_scale_[r] = static_cast<float>(static_cast<double>(most) / 127.0 * scale * 1.4426950408889634074) + bad;
+    }
+  }
+
+  /// (m, l, o) of the rows over keys [j0, j1) of the set; m, l [rows], o [rows][e] are overwritten.
+  void run(const key_set<float>& set, isize j0, isize j1, float* m, float* l, float* o) noexcept {
+    for (isize r = 0; r < count_; ++r) m[r] = -std::numeric_limits<float>::infinity(), l[r] = 0, poisoned_[r] = 0;
+    for (isize c = 0; c < count_ * ep_; ++c) o_[c] = 0;
+    range seen = set.visible == nullptr ? range{j0, j1} : range{j1, j0};
+    for (isize r = 0; set.visible != nullptr && r < count_; ++r) {
+      const range x = meet(set.visible->keys(site(set, r), query(r), query(r) + 1), {j0, j1});
+      if (!x.empty()) seen = {x.first < seen.first ? x.first : seen.first, x.last > seen.last ? x.last : seen.last};
+    }
+    far_ = set.count * (set.k.row_bytes + set.v.row_bytes) > (1 << 20);  // what fits the L2 cache is there already
+    if (set.k.form == row_form::plain)
+      all_blocks<false>(set, seen, m, l);
+    else
+      all_blocks<true>(set, seen, m, l);
+    for (isize r = 0; r < count_; ++r)
+      for (isize c = 0; c < e_; ++c) o[r * e_ + c] = o_[r * ep_ + place(c, set.k.form)] + poisoned_[r];
+  }
+
+ private:
+  /// Keys [first, first + count) in lanes [lead, lead + count): packed rows are read from the beginning of their tile.
+  struct block {
+    isize first = 0, count = 0, lead = 0;
+    const std::byte *k[keys], *v[keys];  // plain: rows; packed: k tiles of 16, v groups of 4
+  };
+
+  isize head(isize r) const noexcept { return rows_.first_head + (rows_.first + r) / rows_.q.length; }
+  isize query(isize r) const noexcept { return (rows_.first + r) % rows_.q.length; }
+  mask_site site(const key_set<float>& set, isize r) const noexcept {
+    mask_site at = set.site;
+    at.h = head(r);
+    return at;
+  }
+  /// Plain rows leave the columns of a register's bytes quarter by quarter (simd::zip4): [i][z][y] for column 16 z + 4 i + y.
+  static isize place(isize c, row_form form) noexcept {
+    if (form != row_form::plain) return c;
+    const isize x = c % B;
+    return c - x + x % 16 / 4 * W + x / 16 * 4 + x % 4;
+  }
+
+  /// The block that begins with key j; its addresses.
+  template <bool Packed>
+  static void find(const key_set<float>& set, isize j, isize last, block& b) noexcept {
+    const slot_place at = set.k.place(j);
+    b.first = j, b.lead = Packed ? at.slot % packed_rows : 0;
+    b.count = keys - b.lead < last - j ? keys - b.lead : last - j;
+    if (Packed && set.k.ring > 0 && at.count < b.count) b.count = at.count;  // seams need not lie between tiles
+    if constexpr (Packed) {
+      for (isize x = 0; x < b.lead + b.count; x += packed_rows) {
+        const isize row = x == 0 ? j : j - b.lead + x;
+        const slot_place k = set.k.place(row), v = set.v.place(row);
+        const isize first = k.slot / packed_rows * packed_rows;
+        b.k[x / packed_rows] = k.data + first * set.k.row_bytes;
+        for (isize y = 0; y < packed_rows; y += 4) b.v[(x + y) / 4] = v.data + (first + y) * set.v.row_bytes;
+      }
+    } else {
+      const auto rows = [&](const row_source& from, const std::byte** to) {
+        for (isize x = 0; x < b.count;) {
+          const stretch s = from.at(j + x);
+          const isize end = s.count < b.count - x ? x + s.count : b.count;
+          for (const std::byte* p = s.data; x < end; ++x, p += from.row_bytes) to[x] = p;
+        }
+        for (isize x = b.count; x < keys && x < ceil_div(b.count, W) * W; ++x)
+          to[x] = to[b.count - 1];  // read, not used
+      };
+      rows(set.k, b.k), rows(set.v, b.v);
+    }
+  }
+
+  template <bool Packed>
+  void all_blocks(const key_set<float>& set, range seen, float* m, float* l) noexcept {
+    if (seen.empty()) return;
+    block two[2];
+    find<Packed>(set, seen.first, seen.last, two[0]);
+    for (isize x = 0;; x ^= 1) {
+      const block& now = two[x];
+      const isize next = now.first + now.count;
+      if (next < seen.last) find<Packed>(set, next, seen.last, two[x ^ 1]);
+      one_block<Packed>(set, now, next < seen.last ? &two[x ^ 1] : nullptr, m, l);
+      if (next >= seen.last) return;
+    }
+  }
+
+  template <bool Packed>
+  void one_block(const key_set<float>& set, const block& b, const block* next, float* m, float* l) noexcept {
+    std::uint64_t seen[most_rows];  // bit x: the row sees lane x
+    const std::uint64_t every = ~std::uint64_t{0} >> (64 - b.count);
+    bool any = false;
+    for (isize r = 0; r < count_; ++r) {
+      seen[r] = every;
+      if (set.visible != nullptr) seen[r] = visible(set, b, r, every);
+      any = any || seen[r] != 0;
+      seen[r] <<= b.lead;
+    }
+    if (!any) return;
+    load_scales(set, b);
+    const bool ahead = far_;
+    for_groups<4>([&](auto R, isize r) {
+      if constexpr (Packed)
+        packed_scores<R>(b, r, r == 0 && ahead);
+      else
+        plain_scores<R>(b, r, r == 0 && ahead);
+    });
+    for (isize r = 0; r < count_; ++r) soften(set, b, r, seen[r], m[r], l[r]);
+    for_groups<sum_rows>([&](auto R, isize r) {
+      if constexpr (Packed)
+        packed_values<R>(b, r, r == 0 && ahead ? next : nullptr);
+      else
+        plain_values<R>(b, r, r == 0 && ahead ? next : nullptr);
+    });
+  }
+  std::uint64_t visible(const key_set<float>& set, const block& b, isize r, std::uint64_t every) const noexcept {
+    const isize j1 = b.first + b.count;
+    const tile_kind kind = set.visible->tile(site(set, r), query(r), query(r) + 1, b.first, j1);
+    if (kind != tile_kind::partial) return kind == tile_kind::full ? every : 0;
+    std::uint64_t bit[keys], seen = 0;
+    set.visible->lanes(site(set, r), query(r), 1, b.first, j1, bit);
+    for (isize x = 0; x < b.count; ++x) seen |= (bit[x] & 1U) << x;
+    return seen;
+  }
+
+  /// Scales of the block's lanes; lanes without a key have zeros. Those of V relative to the largest of them.
+  void load_scales(const key_set<float>& set, const block& b) noexcept {
+    const auto copy = [&](const row_source& from, float* to) {
+      for (isize x = 0; x < b.lead; ++x) to[x] = 0;
+      for (isize x = 0; x < b.count;) {
+        const slot_place p = from.place(b.first + x);
+        const isize count = p.count < b.count - x ? p.count : b.count - x;
+        std::memcpy(to + b.lead + x, p.scales + p.slot, static_cast<std::size_t>(count) * sizeof(float));
+        x += count;
+      }
+      for (isize x = b.lead + b.count; x < keys; ++x) to[x] = 0;
+    };
+    copy(set.k, k_scale_), copy(set.v, v_scale_);
+    P top(0.0F), odd(0.0F);
+    for (isize x = 0; x < keys; x += PW) {
+      const P y = P::load(v_scale_ + x);
+      top = simd::max(y, top), odd = simd::fma(y, P(0.0F), odd);
+    }
+    bad_values_ = 0;
+    if (!(simd::reduce_add(odd) == 0.0F))
+      for (isize x = 0; x < keys; ++x)
+        if (!(v_scale_[x] - v_scale_[x] == 0.0F)) bad_values_ |= std::uint64_t{1} << x, v_scale_[x] = 0;
+    v_top_ = simd::highest(top);
+    const P less(v_top_ > 0 ? 1.0F / v_top_ : 0.0F);
+    for (isize x = 0; x < keys; x += PW) (P::load(v_scale_ + x) * less).store(v_scale_ + x);
+  }
+
+  /// f(constant<R>, r) for rows r ... r + R - 1 that share the reads: by `Most`, then fewer.
+  template <int Most, class F>
+  void for_groups(F&& f) const {
+    isize r = 0;
+    if constexpr (Most >= 4 && W >= 4)
+      for (; r + 4 <= count_; r += 4) f(tile::constant<4>{}, r);
+    for (; r + 2 <= count_; r += 2) f(tile::constant<2>{}, r);
+    for (; r < count_; ++r) f(tile::constant<1>{}, r);
+  }
+
+  /// s_[r + z][lane] = q8 . k8, 16 keys at a time: their bytes lie side by side, four channels in a register of 16 lanes.
+  template <int R>
+  FOVEA_NOINLINE void packed_scores(const block& b, isize r, bool ahead) noexcept {
+    constexpr int N = static_cast<int>(packed_rows / W);           // registers of 16 keys
+    constexpr int U = R * N >= 8 || Arch::registers < 32 ? 1 : 2;  // chains of additions
+    const isize steps = ceil_div(d_, 4);
+    const std::int8_t* const q = q_ + r * dp_;
+    for (isize t = 0; t * packed_rows < b.lead + b.count; ++t) {
+      word acc[R][N][U];
+      tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
+        tile::unroll<N>([&](auto i) FOVEA_INLINE_LAMBDA {
+          tile::unroll<U>([&](auto u) FOVEA_INLINE_LAMBDA { acc[z][i][u] = word::splat(u == 0 ? start_[r + z] : 0); });
+        });
+      });
+      const std::byte* k = b.k[t];
+      const auto step = [&](isize c, auto u) FOVEA_INLINE_LAMBDA {
+        if (ahead && 4 * c < e_) simd::prefetch(b.v[4 * t] + c * 64, 64);  // the tile's values
+        tile::unroll<N>([&](auto i) FOVEA_INLINE_LAMBDA {
+          const word x = word::load(k + c * 64 + i * B);
+          tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
+            acc[z][i][u] = simd::dot4(acc[z][i][u], x, simd::splat4<Arch>(q + z * dp_ + 4 * c));
+          });
+        });
+      };
+      isize c = 0;
+      for (; c + U <= steps; c += U) tile::unroll<U>([&](auto u) FOVEA_INLINE_LAMBDA { step(c + u, u); });
+      for (; c < steps; ++c) step(c, tile::constant<0>{});
+      tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
+        tile::unroll<N>([&](auto i) FOVEA_INLINE_LAMBDA {
+          word sum = acc[z][i][0];
+          if constexpr (U == 2) sum = simd::add_i32(sum, acc[z][i][1]);
+          store_sums(sum, s_[r + z] + t * packed_rows + i * W);
+        });
+      });
+    }
+  }
+  static FOVEA_INLINE void store_sums(word x, float* to) noexcept {
+    tile::unroll<parts>([&](auto i) FOVEA_INLINE_LAMBDA { simd::to_float(x, i).store(to + i * PW); });
+  }
+
+  /// The same for plain rows: W / R rows times R queries are W sums of lanes, added up together.
+  template <int R>
+  FOVEA_NOINLINE void plain_scores(const block& b, isize r, bool ahead) noexcept {
+    constexpr int per = static_cast<int>(W) / R;
+    const isize whole = d_ / B * B;
+    const std::int8_t* const q = q_ + r * dp_;
+    const word flip = simd::splat_i8<Arch>(128);
+    for (isize x = 0; x < b.count; x += per) {
+      word acc[W];
+      tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA {
+        const std::byte *k = b.k[x + y], *v = ahead ? b.v[x + y] : nullptr;
+        word sum[R];
+        tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA { sum[z] = word::splat(0); });
+        const auto step = [&](isize c, word bytes) FOVEA_INLINE_LAMBDA {
+          const word u = simd::xor_bits(bytes, flip);
+          tile::unroll<R>([&](auto z)
+                              FOVEA_INLINE_LAMBDA { sum[z] = simd::dot4(sum[z], u, word::load(q + z * dp_ + c)); });
+        };
+        isize c = 0;
+        for (; c < whole; c += B) {
+          if (v != nullptr && c % 64 == 0 && c < e_) simd::prefetch(v + c, 64);
+          step(c, word::load(k + c));
+        }
+        if (c < d_) step(c, load_edge(k + c, d_ - c));
+        tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA { acc[z * per + y] = sum[z]; });
+      });
+      alignas(64) float lanes[W];
+      store_sums(simd::sum_each(acc), lanes);
+      for (isize z = 0; z < R; ++z)
+        for (isize y = 0; y < per; ++y) s_[r + z][x + y] = lanes[z * per + y] + static_cast<float>(start_[r + z]);
+    }
+  }
+  static FOVEA_INLINE word load_edge(const std::byte* p, isize count) noexcept {
+    std::byte bytes[B] = {};
+    std::memcpy(bytes, p, static_cast<std::size_t>(count));
+    return word::load(bytes);
+  }
+
+  /// Scales, score modification, mask, running maximum and exponentials of one row; p_ takes the rounded weights.
+  void soften(const key_set<float>& set, const block& b, isize r, std::uint64_t seen, float& m, float& l) noexcept {
+    constexpr float none = -std::numeric_limits<float>::infinity();
+    float* const s = s_[r];
+    const P unit(q_scale_[r]);
+    for (isize x = 0; x < keys; x += PW) (P::load(s + x) * (P::load(k_scale_ + x) * unit)).store(s + x);
+    if (set.bias != nullptr)
+      for (isize x = 0; x < b.count; ++x) s[b.lead + x] += set.bias[b.first + x] * 1.44269504F;
+    if (set.modify != nullptr)
+      set.modify->template apply<float>(site(set, r), query(r), 1, b.first, b.first + b.count, s + b.lead, 1);
+    for (isize x = 0; seen != ~std::uint64_t{0} && x < keys; x += PW)
+      simd::select(static_cast<simd::lane_bits>(seen >> x), P::load(s + x), P(none)).store(s + x);
+    P top(none);
+    for (isize x = 0; x < keys; x += PW) top = simd::max(top, P::load(s + x));
+    const float highest = simd::highest(top), next = m > highest ? m : highest;
+    const P shift(next > -3e38F ? next : 0.0F);
+    alpha_[r] = simd::first(simd::exp2(P(m) - shift));
+    m = next;
+    P sum(0.0F), most(0.0F);
+    for (isize x = 0; x < keys; x += PW) {
+      const P e = simd::exp2(P::load(s + x) - shift), p = e * P::load(v_scale_ + x);
+      p.store(s + x);
+      sum = sum + e, most = simd::max(p, most);
+    }
+    l = l * alpha_[r] + simd::reduce_add(sum);
+    if ((bad_values_ & seen) != 0) poisoned_[r] = std::numeric_limits<float>::quiet_NaN();
+    const float largest = simd::highest(most);
+    const bool some = largest > 1e-35F;
+    gain_[r] = some ? largest * v_top_ / 255.0F : 0.0F;
+    round_weights(s, some ? 255.0F / largest : 0.0F, p_[r]);
+  }
+  /// The golden-ratio sequence, from -1/2 to 1/2; under 1/2 in size by a margin, so that 255 stays 255 and 0 stays 0.
+  struct dither {
+    alignas(64) float at[keys];
+    constexpr dither() : at() {
+      std::uint32_t x = 0x80000000U;
+      for (float& y : at) y = static_cast<float>(x >> 24) / 258.0F - 0.4942F, x += 0x9e3779b9U;
+    }
+  };
+  static constexpr dither dithers{};
+  static void round_weights(const float* e, float factor, std::uint8_t* to) noexcept {
+    for (isize x = 0; x < keys; x += W) {
+      P p[parts];
+      tile::unroll<parts>([&](auto i) FOVEA_INLINE_LAMBDA {
+        p[i] = simd::fma(P::load(e + x + i * PW), P(factor), P::load(dithers.at + x + i * PW));
+      });
+      simd::store_low_bytes(simd::to_nearest<Arch>(p), to + x);
+    }
+  }
+
+  /// o_ = o_ alpha + gain * sum_x p[x] V[x], columns [c, c + N W) as they lie in registers.
+  template <int R, int N>
+  FOVEA_INLINE void add_sums(const word (&acc)[R][N], isize r, isize c) noexcept {
+    tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
+      const P alpha(alpha_[r + z]), gain(gain_[r + z]);
+      tile::unroll<N>([&](auto i) FOVEA_INLINE_LAMBDA {
+        tile::unroll<parts>([&](auto x) FOVEA_INLINE_LAMBDA {
+          float* const o = o_ + (r + z) * ep_ + c + i * W + x * PW;
+          simd::fma(simd::to_float(acc[z][i], x), gain, P::load(o) * alpha).store(o);
+        });
+      });
+    });
+  }
+
+  template <int R>
+  void packed_values(const block& b, isize r, const block* next) noexcept {
+    isize c = 0;
+    for (; c + 4 * W <= e_; c += 4 * W) packed_columns<R, 4, false>(b, r, c, next);
+    for (; c + W <= e_; c += W) packed_columns<R, 1, false>(b, r, c, next);
+    if (c < e_) packed_columns<R, 1, true>(b, r, c, next);
+  }
+  template <int R, int N, bool Edge>
+  FOVEA_NOINLINE void packed_columns(const block& b, isize r, isize c, const block* next) noexcept {
+    word acc[R][N];
+    tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
+      tile::unroll<N>([&](auto i) FOVEA_INLINE_LAMBDA { acc[z][i] = word::splat(0); });
+    });
+    const isize ahead = next != nullptr && c < d_ ? ceil_div(next->lead + next->count, packed_rows) * 4 : 0;
+    for (isize x = 0; 4 * x < b.lead + b.count; ++x) {
+      if (x < ahead) simd::prefetch(next->k[x / 4] + x % 4 * 4 * d_ + 4 * c, N * B);
+      const std::byte* const v = b.v[x] + 4 * c;
+      word p[R];
+      tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA { p[z] = simd::splat4<Arch>(p_[r + z] + 4 * x); });
+      tile::unroll<N>([&](auto i) FOVEA_INLINE_LAMBDA {
+        const word y = Edge ? load_edge(v, 4 * (e_ - c)) : word::load(v + i * B);
+        tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA { acc[z][i] = simd::dot4(acc[z][i], p[z], y); });
+      });
+    }
+    add_sums<R, N>(acc, r, c);
+  }
+
+  template <int R>
+  void plain_values(const block& b, isize r, const block* next) noexcept {
+    isize c = 0;
+    for (; c + B <= e_; c += B) plain_columns<R, false>(b, r, c, next);
+    if (c < e_) plain_columns<R, true>(b, r, c, next);
+  }
+  /// Four rows at a time, their bytes side by side.
+  template <int R, bool Edge>
+  FOVEA_NOINLINE void plain_columns(const block& b, isize r, isize c, const block* next) noexcept {
+    word acc[R][4];
+    tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
+      tile::unroll<4>([&](auto i) FOVEA_INLINE_LAMBDA { acc[z][i] = word::splat(0); });
+    });
+    const isize ahead = next != nullptr && c < d_ ? next->count : 0;
+    for (isize x = 0; x < b.count; x += 4) {
+      word y[4];
+      tile::unroll<4>([&](auto i) FOVEA_INLINE_LAMBDA {
+        const std::byte* const v = b.v[x + i < b.count ? x + i : b.count - 1] + c;
+        y[i] = Edge ? load_edge(v, e_ - c) : word::load(v);
+        if (x + i < ahead) simd::prefetch(next->k[x + i] + c, B);
+      });
+      simd::zip4(y);
+      tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
+        const word p = simd::splat4<Arch>(p_[r + z] + x);
+        tile::unroll<4>([&](auto i) FOVEA_INLINE_LAMBDA { acc[z][i] = simd::dot4(acc[z][i], p, y[i]); });
+      });
+    }
+    add_sums<R, 4>(acc, r, c);
+  }
+
+  isize d_, e_, dp_, ep_, count_ = 0;
+  bool far_ = false;
+  query_rows rows_;
+  std::int8_t* q_;  // [most_rows][dp_]
+  float *o_, *row_;
+  std::uint64_t bad_values_ = 0;  // lanes whose scale is NaN
+  float v_top_ = 0;
+  std::int32_t start_[most_rows];
+  float q_scale_[most_rows], alpha_[most_rows], gain_[most_rows], poisoned_[most_rows];
+  alignas(64) float k_scale_[keys];
+  alignas(64) float v_scale_[keys];
+  alignas(64) float s_[most_rows][keys];
+  alignas(64) std::uint8_t p_[most_rows][keys];
+};
+
+}  // namespace kernel
+}  // namespace FOVEA_ABI
+}  // namespace fovea
