@@ -148,6 +148,20 @@ struct executor {
   }
 };
 
+/// A count that tasks of one for_tasks wait for. Tasks are handed out in order, so that a task may wait for what tasks with smaller
+/// numbers do, on any number of threads, and must not wait for others.
+class progress {
+ public:
+  void reach(isize count) noexcept { count_.store(count, std::memory_order_release); }
+  void wait(isize count) const noexcept {
+    for (int tries = 0; count_.load(std::memory_order_acquire) < count; ++tries)
+      if (tries > 200) std::this_thread::yield();
+  }
+
+ private:
+  std::atomic<isize> count_{0};
+};
+
 /// A policy by reference with its type erased: what mechanisms receive.
 class exec_ref {
  public:

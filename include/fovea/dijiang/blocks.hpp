@@ -12,18 +12,20 @@ namespace detail {
 
 template <class Arch, class Acc>
 struct dijiang_scratch {
-  static constexpr int T = kernel::sweep_shape<Arch>::T;
-  static constexpr isize steps = feature_rows / T;
+  static constexpr int T = kernel::sweep_shape<Arch, false>::T;
+  static constexpr isize tokens = feature_rows, rows = tokens / T * T,
+                         steps = rows / T;  // rows of a block: whole steps
 
   isize stride, q_head, e_stride;
   Acc *x, *map;               // converted rows; the transforms' own
   Acc *k, *q;                 // [tokens][stride]; q [heads]
   Acc *v, *out;               // [tokens][e_stride]; out [heads]
   Acc *decay, *gain, *zeros;  // [tokens]; gain and zeros [heads][tokens]
+  Acc *factor, *products;     // [heads][tokens]; of the steps
   Acc *fade, *scale, *keep;   // [stride], [stride], [steps][stride]
   Acc* state;                 // where the caller keeps none
-  kernel::step_weights<Acc, T>* step;
-  kernel::read_weights<Acc, T>* read;
+  kernel::step_weights<Acc>* step;
+  kernel::read_weights<Acc>* read;
 
   dijiang_scratch(arena& a, const dijiang_sizes& n, isize d) {
     stride = n.rows * static_cast<isize>(sizeof(Acc)) % 1024 == 0 ? n.rows + 16
@@ -32,10 +34,11 @@ struct dijiang_scratch {
     x = a.take<Acc>(feature_rows * d), map = a.take<Acc>(2 * feature_rows * d);
     k = a.take<Acc>(q_head), q = a.take<Acc>(n.R * q_head);
     v = a.take<Acc>(feature_rows * e_stride), out = a.take<Acc>(n.R * feature_rows * e_stride);
-    decay = a.take<Acc>(feature_rows), gain = a.take<Acc>(n.R * feature_rows), zeros = a.take<Acc>(n.R * feature_rows);
+    decay = a.take<Acc>(tokens), gain = a.take<Acc>(n.R * tokens), zeros = a.take<Acc>(n.R * tokens);
+    factor = a.take<Acc>(n.R * tokens), products = a.take<Acc>(kernel::product_room);
     fade = a.take<Acc>(stride), scale = a.take<Acc>(stride), keep = a.take<Acc>(steps * stride);
     state = a.take<Acc>(n.head_elements());
-    step = a.take<kernel::step_weights<Acc, T>>(steps), read = a.take<kernel::read_weights<Acc, T>>(n.R * steps);
+    step = a.take<kernel::step_weights<Acc>>(steps), read = a.take<kernel::read_weights<Acc>>(n.R * steps);
   }
   /// Kernels read whole vectors: zeros behind r and behind e.
   void clear(const dijiang_sizes& n) {
@@ -46,7 +49,7 @@ struct dijiang_scratch {
       }
       for (isize c = n.e; c < e_stride; ++c) v[t * e_stride + c] = Acc(0);
     }
-    for (isize t = 0; t < n.R * feature_rows; ++t) zeros[t] = Acc(0);
+    for (isize t = 0; t < n.R * tokens; ++t) zeros[t] = Acc(0);
   }
 };
 
@@ -87,15 +90,6 @@ FOVEA_INLINE Acc query_row(const Acc* log_phi, const Acc* c, isize r, Acc* out) 
                            static_cast<Acc>(4 * dijiang_never));  // finite where nothing is visible
   feature::row_exp<Arch, Acc>(out, r, Acc(1), top, out);
   return top;
-}
-
-template <class Arch, class Acc>
-FOVEA_INLINE Acc row_dot(const Acc* a, const Acc* b, isize n) {
-  using P = simd::pack<Acc, Arch>;
-  P sum(Acc(0));
-  for (isize c = 0; c < n; c += P::size)
-    sum = simd::fma(simd::load_n<P>(a + c, n - c), simd::load_n<P>(b + c, n - c), sum);
-  return simd::reduce_add(sum);
 }
 
 }  // namespace detail

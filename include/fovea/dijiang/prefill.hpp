@@ -29,8 +29,8 @@ class dijiang_sweeper {
   }
 
  private:
-  static constexpr int T = kernel::sweep_shape<Arch>::T;
   using scratch_type = dijiang_scratch<Arch, Acc>;
+  static constexpr int T = scratch_type::T;
 
   struct site {
     scratch_type& s;
@@ -56,11 +56,11 @@ class dijiang_sweeper {
     absorb(here, 0, first);
     const isize empty = n > m ? n - m : 0;  // queries that see none
     for (isize i = 0; i < empty; ++i) zero_row(here, i);
-    for (isize i = empty, most = feature_rows; i < n;) {
+    for (isize i = empty, most = scratch_type::rows; i < n;) {
       const isize done = block(here, i, i + m - n, std::min(most, n - i));
-      most = std::min(feature_rows, done == most
-                                        ? 2 * most
-                                        : std::max(isize{4}, 2 * done));  // rising exponents: shorter blocks waste less
+      most = std::min(
+          scratch_type::rows,
+          done == most ? 2 * most : std::max(isize{4}, 2 * done));  // rising exponents: shorter blocks waste less
       i += done;
     }
   }
@@ -157,26 +157,32 @@ class dijiang_sweeper {
       for (isize h = 0; h < n_.R; ++h)
         clear_row(s.q + h * s.q_head + t * s.stride), s.gain[h * feature_rows + t] = Acc(0);
     }
-    const kernel::sweep_block<Acc, T> b{padded / T, n_.r,   s.stride,        s.k, s.k, s.step, n_.R, s.q,
-                                        s.q_head,   s.read, feature_rows / T};
-    const kernel::weight_block<Acc> w{decays ? s.decay : nullptr,
+    const kernel::sweep_block<Acc> b{padded / T, n_.r, s.k,      s.k,      s.stride, s.stride,           s.step,
+                                     n_.R,       s.q,  s.stride, s.q_head, s.read,   scratch_type::steps};
+    Acc none;  // decays: the state does not count them
+    const kernel::weight_block<Acc> w{count,
+                                      decays ? s.decay : nullptr,
                                       nullptr,
                                       nullptr,
-                                      m_.normalise,
+                                      m_.normalise ? kernel::row_sum::divide : kernel::row_sum::none,
                                       s.gain,
                                       s.zeros,
                                       s.zeros,
+                                      s.factor,
+                                      nullptr,
+                                      scratch_type::tokens,
                                       at.head.z,
+                                      &none,
                                       s.scale,
-                                      s.keep};
+                                      s.keep,
+                                      s.products,
+                                      s.stride};
     if (decays)
       kernel::scalar_weights<Arch, Acc, false, true>(b, w, s.step, s.read);
     else
       kernel::scalar_weights<Arch, Acc, false, false>(b, w, s.step, s.read);
-    constexpr isize columns = kernel::sweep_shape<Arch>::NR * simd::pack<Acc, Arch>::size;
-    for (isize c = 0; c < s.e_stride; c += columns)
-      kernel::sweep_panel<Arch, Acc, false>(b, at.head.S + c / n_.width * n_.r * n_.width + c % n_.width, s.v + c,
-                                            s.e_stride, s.out + c, s.e_stride, feature_rows * s.e_stride);
+    kernel::sweep_panels<Arch, Acc, false>(b, at.head.S, 0, n_.panels,
+                                           {s.v, s.e_stride, s.out, s.e_stride, scratch_type::tokens * s.e_stride});
     for (isize h = 0; h < n_.R; ++h)
       for (isize t = 0; t < count; ++t)
         simd::store_row<Arch, Acc>(p_.out.type, s.out + (h * feature_rows + t) * s.e_stride, n_.e,
@@ -207,7 +213,7 @@ class dijiang_sweeper {
     auto& s = at.s;
     Acc factor = s.gain[h * feature_rows + t];
     if (m_.normalise) {
-      const Acc den = row_dot<Arch, Acc>(s.q + h * s.q_head + t * s.stride, at.head.z, n_.r);
+      const Acc den = feature::row_dot<Arch, Acc>(s.q + h * s.q_head + t * s.stride, at.head.z, n_.r);
       factor = den == Acc(0) ? Acc(0) : factor / den;
     }
     Acc* out = s.out + (h * feature_rows + t) * s.e_stride;

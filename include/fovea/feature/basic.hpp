@@ -16,7 +16,7 @@ namespace fovea {
 inline namespace FOVEA_ABI {
 
 struct identity_map {
-  static constexpr bool log_scaled = false;
+  static constexpr bool log_scaled = false, identity = true;
   isize features(isize d) const { return d; }
   isize scratch(isize) const { return 0; }
   void check(const shape&) const {}

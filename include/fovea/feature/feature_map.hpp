@@ -14,6 +14,7 @@
 ///   void check(shape)                     throws contract_error if the map does not fit the problem
 ///   void fingerprint(f)                   adds the hyper-parameters that two states must share (not the weights)
 /// and optionally
+///   static constexpr bool identity        phi(x) = x: rows may be read where they lie (default false)
 ///   static constexpr bool positional      phi depends on the position: `position` of the block is used (default false)
 ///   bool surveys()                        a number is wanted from all keys before any feature is made, so no state can be kept
 ///   Acc survey<Arch, Acc>(block, scratch) that number for one block of keys (the largest over the blocks is handed to `apply`)
@@ -109,8 +110,14 @@ constexpr bool positional_map() {
   return false;
 }
 
+template <class P>
+constexpr bool map_of_identity() {
+  if constexpr (requires { P::identity; }) return P::identity;
+  return false;
+}
+
 struct feature_map_table {
-  bool log_scaled, positional, differentiable;
+  bool log_scaled, positional, identity, differentiable;
   isize (*features)(const void*, isize);
   isize (*scratch)(const void*, isize);
   void (*apply_f32)(const void*, const feature_block<float>&, float*);
@@ -147,6 +154,7 @@ template <feature_map_policy P>
 inline constexpr feature_map_table feature_map_table_of{
     P::log_scaled,
     positional_map<P>(),
+    map_of_identity<P>(),
     differentiable_map<P>,
     [](const void* p, isize d) { return static_cast<const P*>(p)->features(d); },
     [](const void* p, isize d) { return static_cast<const P*>(p)->scratch(d); },
@@ -212,6 +220,7 @@ class feature_map {
 
   bool log_scaled() const { return table_->log_scaled; }
   bool positional() const { return table_->positional; }
+  bool identity() const { return table_->identity; }
   bool surveys() const { return table_->surveys(storage_); }
   isize features(isize d) const { return table_->features(storage_, d); }
   isize scratch(isize d) const { return table_->scratch(storage_, d); }

@@ -103,6 +103,16 @@ FOVEA_INLINE Acc row_square(const Acc* x, isize n) {
   return simd::reduce_add(sum);
 }
 
+/// sum of a_c b_c
+template <class Arch, class Acc>
+FOVEA_INLINE Acc row_dot(const Acc* a, const Acc* b, isize n) {
+  using P = simd::pack<Acc, Arch>;
+  P sum(Acc(0));
+  for (isize c = 0; c < n; c += P::size)
+    sum = simd::fma(simd::load_n<P>(a + c, n - c), simd::load_n<P>(b + c, n - c), sum);
+  return simd::reduce_add(sum);
+}
+
 }  // namespace feature
 }  // namespace FOVEA_ABI
 }  // namespace fovea

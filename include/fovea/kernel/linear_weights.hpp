@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 #pragma once
-/// @file  The T x T numbers of each step of the linear sweep: products of keys and queries inside the step, decays, normaliser.
+/// @file  The few numbers of each step of the linear sweep: products of keys and queries inside the step, decays, normaliser.
 ///
-///   D_ij = prod_{j<s<=i} a_s     P_ij = gain_i / den_i  D_ij q_i.k_j  (j <= i)     A_ij = beta_i D_ij u_i.k_j  (j < i)
-///   den_i = a_0..a_i q_i.z + sum_{j<=i} D_ij q_i.k_j + add_i, at least floor_i;    z <- a z + k
+///   D_ij = prod_{j<s<=i} a_s     P_ij = f_i D_ij q_i.k_j  (j <= i)     A_ij = beta_i D_ij u_i.k_j  (j < i)
+///   z_i = a_i z_{i-1} + k_i      f_i = gain_i / (q_i.z_i + add_i, at least floor_i), or gain_i where nothing is divided
 ///
 /// Contract   exponents are never positive: only products of decays inside a step are formed. A denominator of exactly 0 gives 0.
 /// Numerics   the state is kept as S = c S~ with c (a number, or one per channel) the decay since the block began, so that no step but
@@ -17,24 +17,34 @@ namespace fovea {
 inline namespace FOVEA_ABI {
 namespace kernel {
 
-/// The gates and the output factors of a block; arrays hold steps * T tokens.
+enum class row_sum : unsigned char { none, divide, report };  ///< what becomes of q_i.z_i
+
+/// The gates and the output factors of a block of `tokens` <= steps * T tokens; arrays by token have room for whole vectors.
 template <class Acc>
 struct weight_block {
-  const Acc* decay;    ///< [tokens] a_t, or null: 1
-  const Acc* channel;  ///< [tokens][stride] a_t of each channel, or null
-  const Acc* beta;     ///< [tokens]; delta rules only
-  bool normalise;
-  const Acc *gain, *add, *floor;  ///< [heads][feature_rows]
-  Acc* z;                         ///< [r]
-  Acc* scale;                     ///< [stride] scratch: c of each channel
-  Acc* keep;                      ///< [steps][stride] scratch: what steps multiply S by
+  isize tokens;
+  const Acc* decay;    ///< [steps * T] a_t, or null: 1
+  const Acc* channel;  ///< [steps * T][stride] a_t of each channel, or null
+  const Acc* beta;     ///< [steps * T]; delta rules only
+  row_sum sum;
+  const Acc *gain, *add, *floor;  ///< [heads][head_tokens]
+  Acc *factor, *sums;             ///< [heads][head_tokens]: f_i; q_i.z_i where reported
+  isize head_tokens;
+  Acc* z;         ///< [r]
+  Acc* faded;     ///< [r] the product of all decays so far; with `channel` only
+  Acc* scale;     ///< [stride] scratch: c of each channel
+  Acc* keep;      ///< [steps][stride] scratch: what steps multiply S by
+  Acc* products;  ///< [product_room] scratch
+  isize stride;
 };
+
+/// Products of a block: pairs of each step, and a vector behind them.
+inline constexpr isize product_room = sweep_tokens / 2 * (pairs(2) + pairs(1)) + 32;
 
 namespace detail {
 
-template <int T>
-inline constexpr int lower = T*(T + 1) / 2;  // pairs j <= i, row by row
-constexpr int pair_at(int i, int j) { return i * (i + 1) / 2 + j; }
+template <class Acc>
+inline constexpr Acc least_scale = Acc(1e-6);
 
 /// N horizontal sums, a register's worth at a time; `out` has room for N rounded up to a register.
 template <int N, class Acc, class Arch>
@@ -48,233 +58,269 @@ FOVEA_INLINE void sum_lanes(const simd::pack<Acc, Arch> (&x)[N], Acc* out) {
   });
 }
 
-/// out: q_i.k_j for j <= i, then q_i.z.
-template <class Arch, class Acc, int T, bool Sum>
-FOVEA_INLINE void step_products(isize r, const Acc* q, const Acc* k, isize stride, const Acc* z, Acc* out) {
-  using P = simd::pack<Acc, Arch>;
-  constexpr int N = lower<T> + (Sum ? T : 0);
-  P acc[N];
-  tile::unroll<N>([&](auto n) FOVEA_INLINE_LAMBDA { acc[n] = P(Acc(0)); });
-  for (isize e = 0; e < r; e += P::size) {
-    P f[T], w;
-    tile::unroll<T>([&](auto j) FOVEA_INLINE_LAMBDA { f[j] = P::load(k + j * stride + e); });
-    if constexpr (Sum) w = P::load(z + e);
-    tile::unroll<T>([&](auto i) FOVEA_INLINE_LAMBDA {
-      const P g = P::load(q + i * stride + e);
-      tile::unroll<i + 1>([&](auto j)
-                              FOVEA_INLINE_LAMBDA { acc[pair_at(i, j)] = simd::fma(g, f[j], acc[pair_at(i, j)]); });
-      if constexpr (Sum) acc[lower<T> + i] = simd::fma(g, w, acc[lower<T> + i]);
-    });
-  }
-  sum_lanes(acc, out);
-}
+/// Rows that a step's products are made of.
+template <class Acc>
+struct step_rows {
+  const Acc *k, *q, *u;
+  isize r, k_stride, q_stride, u_stride;
+  FOVEA_INLINE void advance(isize tokens) { k += tokens * k_stride, q += tokens * q_stride, u += tokens * u_stride; }
+};
 
-/// u_i.k_j for j < i, at pair_at(i - 1, j).
-template <class Arch, class Acc, int T>
-FOVEA_INLINE void erase_products(isize r, const Acc* u, const Acc* k, isize stride, Acc* out) {
+/// Of each of G steps: q_i.k_j for j <= i (if Read), then u_i.k_j for j < i (if Erase).
+template <class Arch, class Acc, int T, int G, bool Read, bool Erase>
+FOVEA_INLINE void products_of(const step_rows<Acc>& x, Acc* out) {
   using P = simd::pack<Acc, Arch>;
-  constexpr int N = lower<T - 1>;
-  P acc[N];
-  tile::unroll<N>([&](auto n) FOVEA_INLINE_LAMBDA { acc[n] = P(Acc(0)); });
-  for (isize e = 0; e < r; e += P::size)
-    tile::unroll<T - 1>([&](auto i) FOVEA_INLINE_LAMBDA {
-      const P g = P::load(u + (i + 1) * stride + e);
-      tile::unroll<i + 1>([&](auto j) FOVEA_INLINE_LAMBDA {
-        acc[pair_at(i, j)] = simd::fma(g, P::load(k + j * stride + e), acc[pair_at(i, j)]);
+  constexpr int reads = Read ? pairs(T) : 0, N = reads + (Erase ? pairs(T - 1) : 0);
+  P acc[G * N];
+  tile::unroll<G * N>([&](auto n) FOVEA_INLINE_LAMBDA { acc[n] = P(Acc(0)); });
+  for (isize e = 0; e < x.r; e += P::size)
+    tile::unroll<G>([&](auto g) FOVEA_INLINE_LAMBDA {
+      P f[T];
+      tile::unroll<T>([&](auto j) FOVEA_INLINE_LAMBDA { f[j] = P::load(x.k + (g * T + j) * x.k_stride + e); });
+      tile::unroll<T>([&](auto i) FOVEA_INLINE_LAMBDA {
+        if constexpr (Read) {
+          const P row = P::load(x.q + (g * T + i) * x.q_stride + e);
+          tile::unroll<i + 1>([&](auto j) FOVEA_INLINE_LAMBDA {
+            acc[g * N + pairs(i) + j] = simd::fma(row, f[j], acc[g * N + pairs(i) + j]);
+          });
+        }
+        if constexpr (Erase && i > 0) {
+          const P row = P::load(x.u + (g * T + i) * x.u_stride + e);
+          tile::unroll<i>([&](auto j) FOVEA_INLINE_LAMBDA {
+            acc[g * N + reads + pairs(i - 1) + j] = simd::fma(row, f[j], acc[g * N + reads + pairs(i - 1) + j]);
+          });
+        }
       });
     });
   sum_lanes(acc, out);
 }
 
-/// P and y_gain of one head and step from the products, decays already in P.
-template <class Acc, int T>
-FOVEA_INLINE void finish_read(const Acc* products, const Acc* state_gain, const weight_block<Acc>& w, isize token,
-                              read_weights<Acc, T>& out) {
-  for (int i = 0; i < T; ++i) {
-    Acc factor = w.gain[token + i];
-    if (w.normalise) {
-      Acc den = products[lower<T> + i];
-      for (int j = 0; j <= i; ++j) den += products[pair_at(i, j)];
-      den += w.add[token + i];
-      if (den < w.floor[token + i]) den = w.floor[token + i];
-      factor = den == Acc(0) ? Acc(0) : factor / den;
-    }
-    out.y_gain[i] = factor * state_gain[i];
-    for (int j = 0; j < T; ++j) out.P[i][j] = j <= i ? factor * products[pair_at(i, j)] : Acc(0);
-  }
+/// The same of all steps, one after the other.
+template <class Arch, class Acc, int T, bool Read, bool Erase>
+FOVEA_NOINLINE void step_products(step_rows<Acc> x, isize steps, Acc* out) noexcept {
+  constexpr int N = (Read ? pairs(T) : 0) + (Erase ? pairs(T - 1) : 0),
+                W = static_cast<int>(simd::pack<Acc, Arch>::size), G = W / N > 1 ? W / N : 1;
+  isize t = 0;
+  for (; t + G <= steps; t += G, x.advance(G * T)) products_of<Arch, Acc, T, G, Read, Erase>(x, out + t * N);
+  for (; t < steps; ++t, x.advance(T)) products_of<Arch, Acc, T, 1, Read, Erase>(x, out + t * N);
 }
 
-/// z <- gain z + sum_j f_j k_j
-template <class Arch, class Acc, int T>
-FOVEA_INLINE void advance_sum(isize r, Acc* z, Acc gain, const Acc (&f)[T], const Acc* k, isize stride) {
+/// z_i = a_i z_{i-1} + k_i, sums_i = q_i.z_i for W tokens, or for the `left` < W last ones.
+template <class Arch, class Acc, int Decay, bool All>
+FOVEA_INLINE void row_sums_of(const step_rows<Acc>& x, const Acc* a, isize a_stride, Acc* z, Acc* sums, isize left) {
   using P = simd::pack<Acc, Arch>;
-  for (isize e = 0; e < r; e += P::size) {
-    P s = P(gain) * P::load(z + e);
-    tile::unroll<T>([&](auto j) FOVEA_INLINE_LAMBDA { s = simd::fma(P(f[j]), P::load(k + j * stride + e), s); });
+  constexpr int W = static_cast<int>(P::size);
+  P acc[W];
+  tile::unroll<W>([&](auto i) FOVEA_INLINE_LAMBDA { acc[i] = P(Acc(0)); });
+  for (isize e = 0; e < x.r; e += W) {
+    P s = P::load(z + e);
+    tile::unroll<W>([&](auto i) FOVEA_INLINE_LAMBDA {
+      if (!All && i >= left) return;
+      const P k = P::load(x.k + i * x.k_stride + e);
+      if constexpr (Decay == 0)
+        s = s + k;
+      else
+        s = simd::fma(Decay == 1 ? P(a[i]) : P::load(a + i * a_stride + e), s, k);
+      acc[i] = simd::fma(P::load(x.q + i * x.q_stride + e), s, acc[i]);
+    });
     s.store(z + e);
   }
+  simd::sum_each(acc).store(sums);
 }
 
-template <class Acc>
-inline constexpr Acc least_scale = Acc(1e-6);
+template <class Arch, class Acc, int Decay>
+FOVEA_NOINLINE void row_sums(step_rows<Acc> x, const Acc* a, isize a_stride, isize tokens, Acc* z, Acc* sums) noexcept {
+  constexpr isize W = simd::pack<Acc, Arch>::size;
+  isize t = 0;
+  const isize step = Decay == 1 ? W : W * a_stride;
+  for (; t + W <= tokens; t += W, x.advance(W), a += Decay == 0 ? 0 : step)
+    row_sums_of<Arch, Acc, Decay, true>(x, a, a_stride, z, sums + t, W);
+  if (t < tokens) row_sums_of<Arch, Acc, Decay, false>(x, a, a_stride, z, sums + t, tokens - t);
+}
+
+/// f_i of each token and head; z moves to the end of the block.
+template <class Arch, class Acc>
+FOVEA_NOINLINE void output_factors(const sweep_block<Acc>& b, const weight_block<Acc>& w) noexcept {
+  using P = simd::pack<Acc, Arch>;
+  for (isize h = 0; h < b.heads; ++h) {
+    const Acc *gain = w.gain + h * w.head_tokens, *add = w.add + h * w.head_tokens,
+              *floor = w.floor + h * w.head_tokens;
+    Acc *factor = w.factor + h * w.head_tokens, *z = w.z;
+    if (h + 1 < b.heads && w.sum != row_sum::none) {  // all heads start with the same z
+      for (isize e = 0; e < b.r; e += P::size) P::load(w.z + e).store(w.scale + e);
+      z = w.scale;
+    }
+    const step_rows<Acc> x{b.k, b.q + h * b.q_head_stride, b.u, b.r, b.k_stride, b.q_stride, b.u_stride};
+    Acc* sums = w.sum == row_sum::report ? w.sums + h * w.head_tokens : factor;
+    if (w.sum != row_sum::none) {
+      if (w.channel != nullptr)
+        row_sums<Arch, Acc, 2>(x, w.channel, w.stride, w.tokens, z, sums);
+      else if (w.decay != nullptr)
+        row_sums<Arch, Acc, 1>(x, w.decay, 1, w.tokens, z, sums);
+      else
+        row_sums<Arch, Acc, 0>(x, nullptr, 0, w.tokens, z, sums);
+    }
+    for (isize t = 0; t < w.tokens; t += P::size) {
+      P f = P::load(gain + t);
+      if (w.sum == row_sum::divide) {
+        const P zero(Acc(0)),
+            den = simd::max(P::load(floor + t), P::load(sums + t) + P::load(add + t));  // NaN survives
+        f = f / den;
+        f = simd::select_greater(den, zero, f, simd::select_greater(zero, den, f, den));
+      }
+      f.store(factor + t);
+    }
+  }
+}
 
 }  // namespace detail
 
 /// One decay per token, or none.
 template <class Arch, class Acc, bool Delta, bool Decay>
-FOVEA_NOINLINE void scalar_weights(const sweep_block<Acc, sweep_shape<Arch>::T>& b, weight_block<Acc> w,
-                                   step_weights<Acc, sweep_shape<Arch>::T>* step,
-                                   read_weights<Acc, sweep_shape<Arch>::T>* read) noexcept {
-  constexpr int T = sweep_shape<Arch>::T;
-  const isize ld = b.stride;
-  Acc c(1);
-  for (isize t = 0; t < b.steps; ++t) {
-    const isize token = t * T;
-    auto& s = step[t];
-    Acc D[T][T], g[T], since[T];  // D_ij, a_0..a_i, decay from j to the end of the step
-    for (int i = 0; i < T; ++i) {
-      const Acc a = Decay ? w.decay[token + i] : Acc(1);
-      for (int j = 0; j < i; ++j) D[i][j] = a * D[i - 1][j];
-      D[i][i] = Acc(1);
-      g[i] = i == 0 ? a : a * g[i - 1];
-    }
-    for (int j = 0; j < T; ++j) since[j] = D[T - 1][j];
-    alignas(64) Acc products[32];
-    Acc state_gain[T];
-    for (int i = 0; i < T; ++i) state_gain[i] = c * g[i];
-    for (isize h = 0; h < b.heads; ++h) {
-      const Acc* q = b.q + h * b.q_head_stride + token * ld;
-      if (w.normalise)
-        detail::step_products<Arch, Acc, T, true>(b.r, q, b.k + token * ld, ld, w.z, products);
-      else
-        detail::step_products<Arch, Acc, T, false>(b.r, q, b.k + token * ld, ld, nullptr, products);
-      if constexpr (Decay)
-        for (int i = 0; i < T; ++i) {
-          for (int j = 0; j <= i; ++j) products[detail::pair_at(i, j)] *= D[i][j];
-          if (w.normalise) products[detail::lower<T> + i] *= g[i];
-        }
-      weight_block<Acc> own = w;
-      own.gain += h * b.read_head_stride * T, own.add += h * b.read_head_stride * T,
-          own.floor += h * b.read_head_stride * T;
-      detail::finish_read<Acc, T>(products, state_gain, own, token, read[h * b.read_head_stride + t]);
-    }
-    if constexpr (Delta) {
-      detail::erase_products<Arch, Acc, T>(b.r, b.u + token * ld, b.k + token * ld, ld, products);
-      for (int i = 0; i < T; ++i) {
-        s.v_gain[i] = w.beta[token + i];
-        s.u_gain[i] = w.beta[token + i] * state_gain[i];
-        for (int j = 0; j < i; ++j) s.A[i][j] = w.beta[token + i] * D[i][j] * products[detail::pair_at(i - 1, j)];
-      }
-    }
-    if (w.normalise) detail::advance_sum<Arch, Acc, T>(b.r, w.z, g[T - 1], since, b.k + token * ld, ld);
-    s.keep = nullptr;
-    if constexpr (!Decay) {
-      for (int j = 0; j < T; ++j) s.x_gain[j] = Acc(1);
-      continue;
-    }
-    const Acc next = c * g[T - 1];
-    const bool settle = t + 1 == b.steps || !(next >= detail::least_scale<Acc>);
-    if (settle && next != Acc(1)) {
-      Acc* keep = w.keep + t * ld;
+FOVEA_NOINLINE void scalar_weights(const sweep_block<Acc>& b, const weight_block<Acc>& w, step_weights<Acc>* step,
+                                   read_weights<Acc>* read) noexcept {
+  constexpr int T = sweep_shape<Arch, Delta>::T, reads = pairs(T), N = reads + (Delta ? pairs(T - 1) : 0);
+  detail::output_factors<Arch, Acc>(b, w);
+  for (isize h = b.heads - 1; h >= 0; --h) {
+    const detail::step_rows<Acc> x{b.k, b.q + h * b.q_head_stride, b.u, b.r, b.k_stride, b.q_stride, b.u_stride};
+    const Acc* factor = w.factor + h * w.head_tokens;
+    read_weights<Acc>* to = read + h * b.read_head_stride;
+    if (Delta && h == 0)
+      detail::step_products<Arch, Acc, T, true, Delta>(x, b.steps, w.products);
+    else
+      detail::step_products<Arch, Acc, T, true, false>(x, b.steps, w.products);
+    const isize stride = h == 0 ? N : reads;
+    Acc c(1);
+    for (isize t = 0; t < b.steps; ++t) {
+      const isize token = t * T;
+      const Acc* p = w.products + t * stride;
+      Acc D[T][T], g[T];  // D_ij; c a_0..a_i
+      tile::unroll<T>([&](auto i) FOVEA_INLINE_LAMBDA {
+        const Acc a = Decay ? w.decay[token + i] : Acc(1), f = factor[token + i];
+        g[i] = Decay ? a * (i == 0 ? c : g[i == 0 ? 0 : i - 1]) : Acc(1);
+        D[i][i] = Acc(1);
+        tile::unroll<i>([&](auto j) FOVEA_INLINE_LAMBDA { D[i][j] = Decay ? a * D[i - 1][j] : Acc(1); });
+        tile::unroll<i + 1>([&](auto j) FOVEA_INLINE_LAMBDA {
+          to[t].P[pairs(i) + j] = Decay && i != j ? f * (D[i][j] * p[pairs(i) + j]) : f * p[pairs(i) + j];
+        });
+        to[t].y_gain[i] = Decay ? f * g[i] : f;
+      });
+      const Acc next = g[T - 1];
+      const bool settle = Decay && (t + 1 == b.steps || !(next >= detail::least_scale<Acc>));
+      c = settle ? Acc(1) : next;
+      if (h > 0) continue;
+      auto& s = step[t];
+      if constexpr (Delta)
+        tile::unroll<T>([&](auto i) FOVEA_INLINE_LAMBDA {
+          const Acc beta = w.beta[token + i];
+          s.v_gain[i] = beta, s.u_gain[i] = Decay ? beta * g[i] : beta;
+          tile::unroll<i>([&](auto j) FOVEA_INLINE_LAMBDA {
+            const Acc product = p[reads + pairs(i - 1) + j];
+            s.A[pairs(i - 1) + j] = Decay ? beta * (D[i][j] * product) : beta * product;
+          });
+        });
+      s.keep = nullptr;
+      const Acc rise = Decay ? Acc(1) / c : Acc(1);
+      tile::unroll<T>([&](auto j) FOVEA_INLINE_LAMBDA { s.x_gain[j] = Decay ? D[T - 1][j] * rise : Acc(1); });
+      if (!settle) continue;
+      if (next == Acc(1)) continue;
+      Acc* keep = w.keep + t * w.stride;
       for (isize e = 0; e < b.r; ++e) keep[e] = next;
       s.keep = keep;
     }
-    c = settle ? Acc(1) : next;
-    for (int j = 0; j < T; ++j) s.x_gain[j] = settle ? since[j] : since[j] / c;
   }
 }
 
+namespace detail {
+
+/// One step and head of channel_weights: products with decays, q rows c a_0..a_i q. The last head also turns k and u, and c into the
+/// next step's. Returns whether a channel settles.
+template <class Arch, class Acc, int T, bool Delta, bool Last>
+FOVEA_INLINE bool channel_step(isize r, bool settle_all, const Acc* a, isize stride, Acc* q, isize q_stride, Acc* k,
+                               isize k_stride, Acc* u, isize u_stride, Acc* scale, Acc* keep, Acc* out) {
+  using P = simd::pack<Acc, Arch>;
+  constexpr int reads = pairs(T), N = reads + (Delta && Last ? pairs(T - 1) : 0);
+  const P least(least_scale<Acc>), one(Acc(1));
+  P acc[N], fallen(Acc(-1));
+  tile::unroll<N>([&](auto n) FOVEA_INLINE_LAMBDA { acc[n] = P(Acc(0)); });
+  for (isize e = 0; e < r; e += P::size) {
+    P f[T], g = P::load(scale + e);
+    tile::unroll<T>([&](auto i) FOVEA_INLINE_LAMBDA {
+      const P d = P::load(a + i * stride + e);
+      g = g * d;
+      tile::unroll<i>([&](auto j) FOVEA_INLINE_LAMBDA { f[j] = f[j] * d; });
+      f[i] = P::load(k + i * k_stride + e);
+      const P row = P::load(q + i * q_stride + e);
+      tile::unroll<i + 1>([&](auto j)
+                              FOVEA_INLINE_LAMBDA { acc[pairs(i) + j] = simd::fma(row, f[j], acc[pairs(i) + j]); });
+      (row * g).store(q + i * q_stride + e);
+      if constexpr (Delta && Last) {
+        const P erase = P::load(u + i * u_stride + e);
+        tile::unroll<i>([&](auto j) FOVEA_INLINE_LAMBDA {
+          acc[reads + pairs(i - 1) + j] = simd::fma(erase, f[j], acc[reads + pairs(i - 1) + j]);
+        });
+        (erase * g).store(u + i * u_stride + e);
+      }
+    });
+    if constexpr (Last) {
+      P rise = one, kept = g, next = one;
+      if (!settle_all) {
+        kept = simd::select_greater(least, g, g, one), next = simd::select_greater(least, g, one, g);
+        rise = simd::reciprocal(next);
+        fallen = simd::max(least - g, fallen);
+      }
+      kept.store(keep + e), next.store(scale + e);
+      tile::unroll<T>([&](auto j) FOVEA_INLINE_LAMBDA { (f[j] * rise).store(k + j * k_stride + e); });
+    }
+  }
+  sum_lanes(acc, out);
+  return Last && (settle_all || simd::highest(fallen) > Acc(0));
+}
+
+}  // namespace detail
+
 /// One decay per token and channel. Turns k, q, u into the rows of the sweep, in place: k D_last / c', q c a_0..a_i, u c a_0..a_i.
 template <class Arch, class Acc, bool Delta>
-FOVEA_NOINLINE void channel_weights(const sweep_block<Acc, sweep_shape<Arch>::T>& b, weight_block<Acc> w, Acc* k_rows,
-                                    Acc* q_rows, Acc* u_rows, step_weights<Acc, sweep_shape<Arch>::T>* step,
-                                    read_weights<Acc, sweep_shape<Arch>::T>* read) noexcept {
-  constexpr int T = sweep_shape<Arch>::T;
+FOVEA_NOINLINE void channel_weights(const sweep_block<Acc>& b, const weight_block<Acc>& w, Acc* k_rows, Acc* q_rows,
+                                    Acc* u_rows, step_weights<Acc>* step, read_weights<Acc>* read) noexcept {
+  constexpr int T = sweep_shape<Arch, Delta>::T, reads = pairs(T);
   using P = simd::pack<Acc, Arch>;
-  const isize ld = b.stride;
+  detail::output_factors<Arch, Acc>(b, w);
   for (isize e = 0; e < b.r; e += P::size) P(Acc(1)).store(w.scale + e);
   for (isize t = 0; t < b.steps; ++t) {
     const isize token = t * T;
+    Acc *k = k_rows + token * b.k_stride, *u = Delta ? u_rows + token * b.u_stride : nullptr,
+        *keep = w.keep + t * w.stride;
     auto& s = step[t];
-    const Acc* a = w.channel + token * ld;
-    Acc* k = k_rows + token * ld;
-    Acc* u = Delta ? u_rows + token * ld : nullptr;
-    Acc* next = w.keep + t * ld;
-    bool settle = t + 1 == b.steps;
-    for (isize e = 0; e < b.r; e += P::size) {
-      P g = P::load(w.scale + e);
-      tile::unroll<T>([&](auto i) FOVEA_INLINE_LAMBDA { g = g * P::load(a + i * ld + e); });
-      g.store(next + e);
-    }
-    if (!settle)
-      for (isize e = 0; e < b.r; ++e) settle = settle || !(next[e] >= detail::least_scale<Acc>);
-    s.keep = settle ? next : nullptr;
-    alignas(64) Acc products[32];
-    for (isize h = 0; h < b.heads; ++h) {
-      Acc* q = q_rows + h * b.q_head_stride + token * ld;
-      constexpr int N = detail::lower<T> + T;
-      P acc[N];
-      tile::unroll<N>([&](auto n) FOVEA_INLINE_LAMBDA { acc[n] = P(Acc(0)); });
-      for (isize e = 0; e < b.r; e += P::size) {
-        P f[T], d[T], g(Acc(1));
-        const P c = P::load(w.scale + e), z = w.normalise ? P::load(w.z + e) : P(Acc(0));
-        tile::unroll<T>([&](auto i) FOVEA_INLINE_LAMBDA {
-          d[i] = P::load(a + i * ld + e);
-          tile::unroll<i>([&](auto j) FOVEA_INLINE_LAMBDA { f[j] = f[j] * d[i]; });
-          f[i] = P::load(k + i * ld + e);
-          const P row = P::load(q + i * ld + e);
-          tile::unroll<i + 1>([&](auto j) FOVEA_INLINE_LAMBDA {
-            acc[detail::pair_at(i, j)] = simd::fma(row, f[j], acc[detail::pair_at(i, j)]);
-          });
-          g = g * d[i];
-          const P faded = row * g;
-          acc[detail::lower<T> + i] = simd::fma(faded, z, acc[detail::lower<T> + i]);
-          (faded * c).store(q + i * ld + e);
-        });
-      }
-      detail::sum_lanes(acc, products);
-      weight_block<Acc> own = w;
-      own.gain += h * b.read_head_stride * T, own.add += h * b.read_head_stride * T,
-          own.floor += h * b.read_head_stride * T;
-      Acc unit[T];
-      for (int i = 0; i < T; ++i) unit[i] = Acc(1);
-      detail::finish_read<Acc, T>(products, unit, own, token, read[h * b.read_head_stride + t]);
-    }
-    P erase[detail::lower<T>];
-    tile::unroll<detail::lower<T>>([&](auto n) FOVEA_INLINE_LAMBDA { erase[n] = P(Acc(0)); });
-    for (isize e = 0; e < b.r; e += P::size) {
-      P f[T], g(Acc(1));
-      const P c = P::load(w.scale + e);
+    for (isize h = b.heads - 1; h >= 0; --h) {
+      Acc *q = q_rows + h * b.q_head_stride + token * b.q_stride, *products = w.products;
+      const Acc *a = w.channel + token * w.stride, *factor = w.factor + h * w.head_tokens + token;
+      bool settles = false;
+      if (h > 0)
+        detail::channel_step<Arch, Acc, T, Delta, false>(b.r, false, a, w.stride, q, b.q_stride, k, b.k_stride, u,
+                                                         b.u_stride, w.scale, keep, products);
+      else
+        settles = detail::channel_step<Arch, Acc, T, Delta, true>(b.r, t + 1 == b.steps, a, w.stride, q, b.q_stride, k,
+                                                                  b.k_stride, u, b.u_stride, w.scale, keep, products);
+      read_weights<Acc>& to = read[h * b.read_head_stride + t];
       tile::unroll<T>([&](auto i) FOVEA_INLINE_LAMBDA {
-        const P d = P::load(a + i * ld + e);
-        tile::unroll<i>([&](auto j) FOVEA_INLINE_LAMBDA { f[j] = f[j] * d; });
-        f[i] = P::load(k + i * ld + e);
-        g = g * d;
-        if constexpr (Delta) {
-          const P row = P::load(u + i * ld + e);
-          tile::unroll<i>([&](auto j) FOVEA_INLINE_LAMBDA {
-            erase[detail::pair_at(i - 1, j)] = simd::fma(row, f[j], erase[detail::pair_at(i - 1, j)]);
-          });
-          (row * g * c).store(u + i * ld + e);
-        }
+        to.y_gain[i] = factor[i];
+        tile::unroll<i + 1>([&](auto j)
+                                FOVEA_INLINE_LAMBDA { to.P[pairs(i) + j] = factor[i] * products[pairs(i) + j]; });
       });
-      if (w.normalise) {
-        P z = g * P::load(w.z + e);
-        tile::unroll<T>([&](auto j) FOVEA_INLINE_LAMBDA { z = z + f[j]; });
-        z.store(w.z + e);
-      }
-      const P to = P::load(next + e);
-      tile::unroll<T>([&](auto j) FOVEA_INLINE_LAMBDA { (settle ? f[j] : f[j] / to).store(k + j * ld + e); });
-      (settle ? P(Acc(1)) : to).store(w.scale + e);
+      if (h > 0) continue;
+      s.keep = settles ? keep : nullptr;
+      for (isize e = 0; settles && e < b.r; ++e) w.faded[e] *= keep[e];
     }
-    if constexpr (Delta) {
-      detail::sum_lanes(erase, products);
-      for (int i = 0; i < T; ++i) {
-        s.v_gain[i] = s.u_gain[i] = w.beta[token + i];
-        for (int j = 0; j < i; ++j) s.A[i][j] = w.beta[token + i] * products[detail::pair_at(i - 1, j)];
+    tile::unroll<T>([&](auto i) FOVEA_INLINE_LAMBDA {
+      s.x_gain[i] = Acc(1);
+      if constexpr (Delta) {
+        const Acc beta = w.beta[token + i];
+        s.v_gain[i] = s.u_gain[i] = beta;
+        tile::unroll<i>(
+            [&](auto j) FOVEA_INLINE_LAMBDA { s.A[pairs(i - 1) + j] = beta * w.products[reads + pairs(i - 1) + j]; });
       }
-    }
-    for (int j = 0; j < T; ++j) s.x_gain[j] = Acc(1);
+    });
   }
 }
 

@@ -43,6 +43,8 @@ constexpr const char* name_of(rule r) {
 }
 constexpr bool is_delta(rule r) { return r >= rule::delta; }
 
+struct linear_partial;
+
 struct linear_attention {
   static constexpr const char* name = "linear";
 
@@ -63,9 +65,13 @@ struct linear_attention {
   /// False where a map needs a number from all keys (its `surveys()`), or where all keys are summed first (is_causal = false).
   bool streaming() const { return is_causal && !phi().surveys(); }
   state make_state(const shape& s) const;
+  void clear(state& s) const;  ///< as it was made
   std::uint64_t tag() const;
   void check(const problem& p, const state& s) const;
   void prefill(exec_ref exec, const problem& p, state& s, arena scratch) const;
+
+  /// Numerators into p.out and sums into `to`, with or without a state: linear/partial.hpp. Rules without erasure, causal.
+  void prefill_partial(exec_ref exec, const problem& p, const linear_partial& to, state* s, arena scratch) const;
 
   /// Joins the states of two neighbouring stretches, for rules none, decay and gla and maps that do not know positions. Delta rules
   /// have no such merge: a stretch acts on the state before it by an r x r matrix, which the state does not hold.
@@ -93,7 +99,7 @@ struct linear_attention {
 
  private:
   template <class Arch, class Acc>
-  void run(exec_ref exec, const problem& p, state* s, arena scratch) const;
+  void run(exec_ref exec, const problem& p, const linear_partial* partial, state* s, arena scratch) const;
 };
 
 }  // namespace FOVEA_ABI

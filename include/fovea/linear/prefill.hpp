@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: MIT
 #pragma once
-/// @file  Causal linear attention: blocks of 64 tokens per state head, features made in scratch, then the sweep of kernel/linear_sweep.hpp.
+/// @file  Causal linear attention: blocks of 126 tokens per state head, made ready in scratch, then the sweep of kernel/linear_sweep.hpp.
 ///
-/// Tasks are (batch item, state head, range of column panels); each holds its whole sequence, so results do not depend on threads.
-/// Features and step weights are recomputed by each range of panels: a head is cut only where there are fewer heads than threads.
+/// Tasks are heads. Where there are few heads for the threads, blocks pass through two kinds of tasks, in this order: what a block
+/// needs (one task a block, in turn), and the sweep (a few column panels a task, each block by block). Either way every number is
+/// computed by the same instructions in the same order, so results do not depend on threads.
+
+#include <array>
 
 #include <fovea/kernel/linear_step.hpp>
-#include <fovea/kernel/linear_weights.hpp>
 #include <fovea/linear/bidirectional.hpp>
-#include <fovea/linear/check.hpp>
-#include <fovea/linear/scratch.hpp>
+#include <fovea/linear/blocks.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -18,319 +19,221 @@ namespace detail {
 template <class Arch, class Acc>
 class linear_sweeper {
  public:
-  linear_sweeper(const linear_attention& m, const problem& p, state* s, arena scratch, int threads)
-      : m_(m), p_(p), rows_(m, p), n_(sizes_of(m, p.shape())), slots_(threads) {
-    state_ = s == nullptr ? nullptr : s->as<Acc>();
-    first_position_ = s == nullptr ? 0 : s->tokens();
-    parts_ = panel_ranges(n_, threads);
-    if (state_ != nullptr && parts_ > 1) tails_ = scratch.take<Acc>(n_.B * n_.S * n_.tail_elements());
+  linear_sweeper(const linear_attention& m, const problem& p, const linear_partial* partial, state* s, arena scratch,
+                 int threads)
+      : m_(m),
+        p_(p),
+        partial_(partial),
+        state_(s == nullptr ? nullptr : s->as<Acc>()),
+        blocks_(m, p, partial, s == nullptr ? 0 : s->tokens(), s != nullptr),
+        n_(blocks_.sizes()),
+        ranges_(panel_ranges(n_, threads)) {
+    if (ranges_ > 1) surveys_ = scratch.take<Acc>(n_.B * n_.S);
     memory_ = scratch;
-    channel_ = by_channel(m.rule) && p.gates.log_decay.width == n_.r;
-    delta_ = is_delta(m.rule);
-    own_erase_ = delta_ && (channel_ || m.rule == rule::gdn2);
+    const isize first = p.k.length - p.q.length;  // queries begin at this key
+    held_ = state_ != nullptr && first < 0 ? -first : 0, unread_ = first > 0 ? first : 0;
+    per_head_ =
+        std::max(isize{1}, ceil_div(held_, most) + ceil_div(unread_, most) + ceil_div(p.k.length - unread_, most));
   }
 
-  void run(exec_ref exec) {
-    if (tails_ != nullptr)
-      for (isize i = 0; i < n_.B * n_.S; ++i)
-        for (isize j = 0; j < n_.tail_elements(); ++j)
-          tails_[i * n_.tail_elements() + j] = head_state(i)[n_.S_elements() + j];
-    exec.for_tasks(n_.B * n_.S * parts_, [&](isize task, isize slot) { sequence(task / parts_, task % parts_, slot); });
+  void run(exec_ref exec) const {
+    if (ranges_ > 1) return pass_blocks(exec);
+    exec.for_tasks(n_.B * n_.S, [&](isize index, isize slot) {
+      arena a = memory_;
+      for (isize i = 0; i < slot; ++i) scratch_type(a, m_, n_, p_.q.width);
+      scratch_type s(a, m_, n_, p_.q.width);
+      s.clear_padding(n_, used());
+      site at = open(s, s, index, true);
+      for (isize j = 0; j < per_head_; ++j) {
+        block x;
+        prepare(s, at, j, x);
+        if (j == 0) clear(at, 0, n_.panels);
+        sweep(s, at, x, 0, n_.panels);
+      }
+    });
   }
 
   static void lay_out(arena& a, const linear_attention& m, const shape& s, int threads) {
     const auto n = sizes_of(m, s);
-    if (panel_ranges(n, threads) > 1) a.take<Acc>(n.B * n.S * n.tail_elements());
-    for (int t = 0; t < threads; ++t) linear_scratch<Arch, Acc>(a, m, n, s.d);
+    const bool passes = panel_ranges(n, threads) > 1;
+    if (passes) a.take<Acc>(n.B * n.S);
+    for (isize t = 0; t < (passes ? depth : threads); ++t) scratch_type(a, m, n, s.d);
   }
 
  private:
-  static constexpr int T = kernel::sweep_shape<Arch>::T;
-  using P = simd::pack<Acc, Arch>;
+  using scratch_type = linear_scratch<Arch, Acc>;
+  using site = linear_site<Acc>;
+  using block = linear_block<Acc>;
+  static constexpr isize most = kernel::sweep_tokens, depth = 3, most_ranges = 64;
 
-  struct site {  // one task
-    linear_scratch<Arch, Acc>* s;
-    isize b, head, k_head, first_panel, last_panel;
-    Acc* S;
-    state_tail<Acc> tail;
-    Acc survey;
-  };
-
-  static isize panel_ranges(const linear_sizes& n, int threads) {
+  /// Into how many tasks the columns of a block are cut: one where whole heads keep the threads busy.
+  static isize panel_ranges(const linear_sizes& n, isize threads) {
     const isize heads = n.B * n.S;
-    return heads <= 0 || heads >= threads ? 1 : std::min(n.panels, ceil_div(threads, heads));
+    if (heads <= 0 || threads == 1 || heads % threads == 0 || heads >= 4 * threads) return 1;
+    return std::min({n.panels, threads, most_ranges});
   }
-  Acc* head_state(isize i) const { return state_ + i * n_.head_elements(); }
 
-  void sequence(isize index, isize part, isize slot) const {
+  /// Blocks are prepared one ahead of those that are swept, in a ring of scratch memories.
+  void pass_blocks(exec_ref exec) const {
     arena a = memory_;
-    for (isize i = 0; i < slot; ++i) linear_scratch<Arch, Acc>(a, m_, n_, p_.q.width);
-    linear_scratch<Arch, Acc> s(a, m_, n_, p_.q.width);
-    Acc* S = state_ != nullptr ? head_state(index) : s.state;
-    Acc* tail = state_ != nullptr && parts_ == 1 ? S + n_.S_elements() : s.state + n_.S_elements();
-    if (state_ == nullptr) clear_head(s.state, n_, rows_.map.log_scaled());
-    if (tails_ != nullptr)
-      for (isize j = 0; j < n_.tail_elements(); ++j) tail[j] = tails_[index * n_.tail_elements() + j];
-    const isize b = index / n_.S, head = index % n_.S;
-    site at{&s,
-            b,
-            head,
-            head / (n_.S / p_.k.heads),
-            n_.panels * part / parts_,
-            n_.panels * (part + 1) / parts_,
-            S,
-            state_tail<Acc>(tail, n_),
-            Acc(0)};
-    if (rows_.map.surveys()) at.survey = rows_.template survey<Arch, Acc>(s.x, s.map, b, at.k_head);
-    s.clear_padding(n_, std::min(p_.k.length, feature_rows));
-
-    const isize first = p_.k.length - p_.q.length;  // queries begin at this key
-    if (part == 0)
-      for (isize i = 0; i < std::min(p_.q.length, -first); ++i) zero_row(at, i);
-    for (isize t = 0; t < p_.k.length;) {
-      const isize end = t < first ? first : p_.k.length;
-      const isize count = std::min(feature_rows, end - t);
-      block(at, t, count, t - first);
-      t += count;
-    }
-    if (tails_ != nullptr && part == 0)
-      for (isize j = 0; j < n_.tail_elements(); ++j) S[n_.S_elements() + j] = tail[j];
-  }
-
-  void zero_row(const site& at, isize i) const {
-    Acc* zeros = at.s->out;
-    for (isize c = 0; c < n_.e; ++c) zeros[c] = Acc(0);
-    for (isize h = 0; h < n_.R; ++h)
-      simd::store_row<Arch, Acc>(p_.out.type, zeros, n_.e, p_.out.row(at.b, at.head * n_.R + h, i));
-  }
-
-  /// Keys [t, t + count); query i of the block is query `query + i` of the call, none of them where query < 0.
-  void block(site& at, isize t, isize count, isize query) const {
-    auto& s = *at.s;
-    const isize padded = ceil_div(count, isize{T}) * T;
-    feature_block<Acc> keys = rows_.template block<Arch, Acc>(p_.k, s.x, at.b, at.k_head, t, count);
-    keys.head = at.head * n_.R, keys.kv_head = at.k_head, keys.position = first_position_ + t, keys.key = true;
-    keys.out = s.k, keys.out_stride = s.stride, keys.log_scale = s.log_k, keys.survey = at.survey;
-    rows_.map.apply(keys, s.map);
-    gates(at, t, count, padded);
-    if (rows_.map.log_scaled()) log_scales(at, count);
-    const bool reads = query >= 0;
-    const isize heads = reads ? n_.R : 1;
-    for (isize h = 0; h < heads; ++h) queries(at, h, query, count);
-    if (count == 1 && reads) return single(at, t, query);
-    for (isize i = count; i < padded; ++i) {
-      s.clear_token(i);
-      s.beta[i] = Acc(0);
-    }
-    sweep(at, t, count, padded, query);
-  }
-
-  void queries(site& at, isize h, isize query, isize count) const {
-    auto& s = *at.s;
-    Acc* q = s.q + h * s.q_head;
-    if (query < 0) {
-      for (isize i = 0; i < count * s.stride; ++i) q[i] = Acc(0);
-      s.fill_factors(h, count, Acc(0), Acc(0), Acc(0));
-      return;
-    }
-    const isize head = p_.q.heads >= n_.S ? at.head * n_.R + h : at.k_head;
-    feature_block<Acc> x = rows_.template block<Arch, Acc>(p_.q, s.x, at.b, head, query, count);
-    x.head = head, x.kv_head = at.k_head, x.position = first_position_ + query + p_.k.length - p_.q.length;
-    x.out = q, x.out_stride = s.stride, x.log_scale = s.log_q;
-    rows_.map.apply(x, s.map);
-    rows_.template output_factors<Arch, Acc>(s, h, n_.r, count);
-  }
-
-  /// a_t, beta, the rows that erase and the rows of v where they are not read in place.
-  void gates(site& at, isize t, isize count, isize padded) const {
-    auto& s = *at.s;
-    const auto& g = p_.gates;
-    s.decays = false;
-    if (channel_) {
-      for (isize i = 0; i < count; ++i) {
-        Acc* row = s.channel + i * s.stride;
-        simd::load_row<Arch, Acc>(g.log_decay.type, g.log_decay.row(at.b, at.head, t + i), n_.r, row);
-        exponentials<Arch>(row, n_.r);
-        if (state_ != nullptr)
-          for (isize e = 0; e < n_.r; ++e) at.tail.faded[e] *= row[e];
+    const std::array<scratch_type, depth> made{scratch_type(a, m_, n_, p_.q.width), scratch_type(a, m_, n_, p_.q.width),
+                                               scratch_type(a, m_, n_, p_.q.width)};
+    std::array<scratch_type, depth> ring = made;
+    for (auto& s : ring) s.clear_padding(n_, used());
+    std::array<block, depth> ready;
+    std::array<progress, most_ranges> swept;
+    progress prepared;
+    const isize blocks = n_.B * n_.S * per_head_, unit = ranges_ + 1;
+    const auto make = [&](isize g) {
+      for (isize r = 0; r < ranges_; ++r) swept[static_cast<std::size_t>(r)].wait(g - depth + 1);
+      prepared.wait(g);
+      const auto slot = static_cast<std::size_t>(g % depth);
+      site at = open(ring[slot], ring[0], g / per_head_, g % per_head_ == 0);
+      prepare(ring[slot], at, g % per_head_, ready[slot]);
+      prepared.reach(g + 1);
+    };
+    exec.for_tasks(1 + blocks * unit, [&](isize task, isize) {
+      if (task == 0) return make(0);
+      const isize g = (task - 1) / unit, r = (task - 1) % unit - 1, first = n_.panels * r / ranges_,
+                  last = n_.panels * (r + 1) / ranges_;
+      if (r < 0) {
+        if (g + 1 < blocks) make(g + 1);
+        return;
       }
-    } else if (g.log_decay || !m_.gamma.empty()) {
-      s.decays = true;
-      if (g.log_decay) {
-        for (isize i = 0; i < count; ++i)
-          simd::load_row<Arch, Acc>(g.log_decay.type, g.log_decay.row(at.b, at.head, t + i), 1, s.decay + i);
-        exponentials<Arch>(s.decay, count);
-      } else {
-        const auto gamma = m_.gamma[m_.gamma.size() == 1 ? 0 : static_cast<std::size_t>(at.head)];
-        for (isize i = 0; i < count; ++i) s.decay[i] = static_cast<Acc>(gamma);
-      }
-      for (isize i = 0; i < count; ++i) at.tail.faded[0] *= s.decay[i];
-    }
-    if (s.decays || rows_.map.log_scaled())
-      for (isize i = s.decays ? count : 0; i < padded; ++i) s.decay[i] = Acc(1);
-    if (!delta_) return;
-    for (isize i = 0; i < count; ++i) {
-      s.beta[i] = Acc(1);
-      if (g.beta) simd::load_row<Arch, Acc>(g.beta.type, g.beta.row(at.b, at.head, t + i), 1, s.beta + i);
-      if (!own_erase_) continue;
-      Acc *u = s.u + i * s.stride, *k = s.k + i * s.stride;
-      if (g.erase) simd::load_row<Arch, Acc>(g.erase.type, g.erase.row(at.b, at.head, t + i), n_.r, u);
-      for (isize e = 0; e < n_.r; ++e) u[e] = g.erase ? u[e] * k[e] : k[e];
+      auto& mine = swept[static_cast<std::size_t>(r)];
+      prepared.wait(g + 1), mine.wait(g);
+      const auto slot = static_cast<std::size_t>(g % depth);
+      const site at = open(ring[slot], ring[0], g / per_head_, false);
+      if (g % per_head_ == 0) clear(at, first, last);
+      sweep(ring[slot], at, ready[slot], first, last);
+      mine.reach(g + 1);
+    });
+  }
+
+  isize used() const { return std::min(most, std::max(p_.k.length, held_)); }
+
+  /// The head's place; `fresh`: its first block, whose memory for a state (`own`) is then cleared behind S.
+  site open(scratch_type& s, const scratch_type& own, isize index, bool fresh) const {
+    Acc* S = state_ != nullptr ? state_ + index * n_.head_elements() : own.state;
+    const isize head = index % n_.S;
+    site at{index / n_.S, head, head / (n_.S / p_.k.heads), S, state_tail<Acc>(S + n_.S_elements(), n_), Acc(0)};
+    const auto& rows = blocks_.rows();
+    if (fresh && state_ == nullptr) clear_tail(S + n_.S_elements(), n_, rows.map.log_scaled());
+    if (!rows.map.surveys()) return at;
+    if (fresh) at.survey = rows.template survey<Arch, Acc>(s.x, s.map, at.b, at.k_head);
+    if (surveys_ != nullptr) fresh ? void(surveys_[index] = at.survey) : void(at.survey = surveys_[index]);
+    return at;
+  }
+  void clear(const site& at, isize first_panel, isize last_panel) const {
+    const isize panel = n_.r * n_.width;
+    for (isize i = first_panel * panel; state_ == nullptr && i < last_panel * panel; ++i) at.S[i] = Acc(0);
+  }
+
+  /// Block j of a head: queries before all keys where a state is held, keys before all queries, then both.
+  void prepare(scratch_type& s, site& at, isize j, block& x) const {
+    const isize first = p_.k.length - p_.q.length, keyless = ceil_div(held_, most), mute = ceil_div(unread_, most);
+    if (j == 0 && state_ == nullptr)
+      for (isize i = 0; i < std::min(p_.q.length, -first); ++i) zero_row(s, at, i);
+    const isize begin = j < keyless          ? 0
+                        : j < keyless + mute ? 0
+                                             : unread_,
+                end = j < keyless          ? held_
+                      : j < keyless + mute ? unread_
+                                           : p_.k.length;
+    const isize done = (j < keyless ? j : j < keyless + mute ? j - keyless : j - keyless - mute) * most;
+    x.t = j < keyless ? -1 : begin + done, x.count = std::min(most, end - begin - done);
+    x.query = j < keyless ? done : j < keyless + mute ? -1 : x.t - first;
+    if (x.count > 0) blocks_.prepare(s, at, x);
+  }
+
+  void zero_row(scratch_type& s, const site& at, isize i) const {
+    for (isize c = 0; c < n_.e; ++c) s.out[c] = Acc(0);
+    for (isize h = 0; h < n_.R; ++h) {
+      const isize head = at.head * n_.R + h;
+      simd::store_row<Arch, Acc>(p_.out.type, s.out, n_.e, p_.out.row(at.b, head, i));
+      if (partial_ == nullptr) continue;
+      partial_->template row<Acc>(partial_->l, at.b, head, i) = Acc(0);
+      if (partial_->m) partial_->template row<Acc>(partial_->m, at.b, head, i) = -std::numeric_limits<Acc>::infinity();
     }
   }
 
-  /// Key features leave their common factor behind; the running maximum of the factors acts as a decay.
-  void log_scales(site& at, isize count) const {
-    auto& s = *at.s;
-    alignas(64) Acc fade[feature_rows + 16], own[feature_rows + 16];
-    for (isize i = 0; i < count; ++i) {
-      const Acc before = *at.tail.peak, now = s.log_k[i] > before ? s.log_k[i] : before;
-      fade[i] = before == now ? Acc(0) : before - now;
-      own[i] = s.log_k[i] == now ? Acc(0) : s.log_k[i] - now;
-      *at.tail.peak = s.peaks[i] = now;
-    }
-    exponentials<Arch>(fade, count), exponentials<Arch>(own, count);
-    for (isize i = 0; i < count; ++i) {
-      s.decay[i] *= fade[i];
-      Acc* k = s.k + i * s.stride;
-      for (isize e = 0; e < n_.r; ++e) k[e] *= own[i];
-    }
-    s.decays = true;
-  }
-
-  /// The value rows of the block: the caller's memory, or scratch [padded][panels * width] with zeros behind them.
-  const Acc* values(site& at, isize t, isize count, isize padded, isize& stride) const {
-    auto& s = *at.s;
-    if (p_.v.type == dtype_of<Acc> && !p_.gates.write && count == padded && n_.e == n_.panels * n_.width) {
-      stride = p_.v.row_stride;
-      return static_cast<const Acc*>(p_.v.row(at.b, at.head, t));
-    }
-    stride = s.e_stride;
-    for (isize i = 0; i < count; ++i) {
-      Acc* v = s.v + i * stride;
-      simd::load_row<Arch, Acc>(p_.v.type, p_.v.row(at.b, at.head, t + i), n_.e, v);
-      if (!p_.gates.write) continue;
-      simd::load_row<Arch, Acc>(p_.gates.write.type, p_.gates.write.row(at.b, at.head, t + i), n_.e, s.w);
-      for (isize c = 0; c < n_.e; ++c) v[c] *= s.w[c];
-    }
-    for (isize i = count * stride; i < padded * stride; ++i) s.v[i] = Acc(0);
-    return s.v;
-  }
-
-  void sweep(site& at, isize t, isize count, isize padded, isize query) const {
-    auto& s = *at.s;
-    const bool reads = query >= 0;
-    kernel::sweep_block<Acc, T> b{padded / T,       n_.r, s.stride, s.k,    own_erase_ ? s.u : s.k, s.step,
-                                  reads ? n_.R : 1, s.q,  s.q_head, s.read, feature_rows / T};
-    kernel::weight_block<Acc> w{s.decays ? s.decay : nullptr,
-                                s.channel,
-                                s.beta,
-                                m_.normalised(),
-                                s.gain,
-                                s.add,
-                                s.floor,
-                                at.tail.z,
-                                s.scale,
-                                s.keep};
-    if (channel_)
-      delta_ ? kernel::channel_weights<Arch, Acc, true>(b, w, s.k, s.q, s.u, s.step, s.read)
-             : kernel::channel_weights<Arch, Acc, false>(b, w, s.k, s.q, s.u, s.step, s.read);
-    else if (s.decays)
-      delta_ ? kernel::scalar_weights<Arch, Acc, true, true>(b, w, s.step, s.read)
-             : kernel::scalar_weights<Arch, Acc, false, true>(b, w, s.step, s.read);
-    else
-      delta_ ? kernel::scalar_weights<Arch, Acc, true, false>(b, w, s.step, s.read)
-             : kernel::scalar_weights<Arch, Acc, false, false>(b, w, s.step, s.read);
-    isize v_stride = 0, out_stride = s.e_stride, out_head = feature_rows * s.e_stride;
-    const Acc* v = values(at, t, count, padded, v_stride);
-    Acc* out = s.out;
-    const bool in_place = reads && p_.out.type == dtype_of<Acc> && count == padded && n_.e == n_.panels * n_.width;
+  void sweep(scratch_type& s, const site& at, const block& x, isize first, isize last) const {
+    const bool reads = x.query >= 0;
+    if (x.count == 0) return;
+    if (x.count == 1 && reads) return single(s, at, x, first, last);
+    kernel::sweep_columns<Acc> to{x.v, x.v_stride, s.out, s.e_stride, most * s.e_stride};
+    const bool in_place = reads && p_.out.type == dtype_of<Acc> && x.count == x.padded && n_.e == s.e_stride;
     if (in_place) {
-      out = static_cast<Acc*>(p_.out.row(at.b, at.head * n_.R, query));
-      out_stride = p_.out.row_stride, out_head = p_.out.head_stride;
+      to.out = static_cast<Acc*>(p_.out.row(at.b, at.head * n_.R, x.query));
+      to.out_stride = p_.out.row_stride, to.out_head_stride = p_.out.head_stride;
     }
-    for (isize panel = at.first_panel; panel < at.last_panel; ++panel)
-      for (isize c = 0; c < n_.width; c += kernel::sweep_shape<Arch>::NR * P::size) {
-        const isize column = panel * n_.width + c;
-        Acc* S = at.S + panel * n_.r * n_.width + c;
-        if (delta_)
-          kernel::sweep_panel<Arch, Acc, true>(b, S, v + column, v_stride, out + column, out_stride, out_head);
-        else
-          kernel::sweep_panel<Arch, Acc, false>(b, S, v + column, v_stride, out + column, out_stride, out_head);
-      }
+    blocks_.delta() ? kernel::sweep_panels<Arch, Acc, true>(x.sweep, at.S, first, last, to)
+                    : kernel::sweep_panels<Arch, Acc, false>(x.sweep, at.S, first, last, to);
     if (!reads || in_place) return;
     for (isize h = 0; h < n_.R; ++h)
-      for (isize i = 0; i < count; ++i) store_columns(at, h, query + i, s.out + h * out_head + i * s.e_stride);
+      for (isize i = 0; i < x.count; ++i)
+        store_columns(at, h, x.query + i, to.out + h * to.out_head_stride + i * s.e_stride, first, last);
   }
 
-  void store_columns(const site& at, isize h, isize i, const Acc* row) const {
-    const isize c = at.first_panel * n_.width, count = std::min(n_.e, at.last_panel * n_.width) - c;
+  void store_columns(const site& at, isize h, isize i, const Acc* row, isize first, isize last) const {
+    const isize c = first * n_.width, count = std::min(n_.e, last * n_.width) - c;
     auto* to = static_cast<unsigned char*>(p_.out.row(at.b, at.head * n_.R + h, i)) +
                c * static_cast<isize>(size_of(p_.out.type));
     simd::store_row<Arch, Acc>(p_.out.type, row + c, count, to);
   }
 
   /// A block of one token: the decode step.
-  void single(site& at, isize t, isize query) const {
-    auto& s = *at.s;
-    const Acc one(1);
-    const Acc* keep = channel_ ? s.channel : s.decays ? s.decay : &one;
-    const isize keep_step = channel_ ? 1 : 0;
-    for (isize e = 0; m_.normalised() && e < n_.r; ++e) at.tail.z[e] = keep[e * keep_step] * at.tail.z[e] + s.k[e];
-    isize v_stride = 0;
-    const Acc* v = values(at, t, 1, T, v_stride);
-    for (isize h = 0; h < n_.R; ++h) s.single_gain[h] = rows_.template single_gain<Arch, Acc>(s, h, n_.r, at.tail.z);
-    if (delta_) {  // the rows that read the state before the token: erase, then the queries
-      for (isize e = 0; e < n_.r; ++e) s.lines[e] = keep[e * keep_step] * (own_erase_ ? s.u : s.k)[e];
-      for (isize h = 0; h < n_.R; ++h)
-        for (isize e = 0; e < n_.r; ++e) s.lines[(h + 1) * s.stride + e] = keep[e * keep_step] * s.q[h * s.q_head + e];
-    }
-    for (isize panel = at.first_panel; panel < at.last_panel; ++panel) {
+  void single(scratch_type& s, const site& at, const block& x, isize first, isize last) const {
+    isize step = 0;
+    const Acc* keep = blocks_.single_keep(s, step);
+    for (isize panel = first; panel < last; ++panel) {
       Acc* S = at.S + panel * n_.r * n_.width;
-      const Acc* x = v + panel * n_.width;
-      if (!delta_) {
-        kernel::step_panel<Arch, Acc>(n_.r, S, keep, keep_step, s.k, x, n_.R, s.q, s.q_head, s.out + panel * n_.width,
-                                      s.e_stride);
+      const isize column = panel * n_.width;
+      const Acc* v = x.v + column;
+      if (!blocks_.delta()) {
+        kernel::step_panel<Arch, Acc>(n_.r, S, keep, step, s.k, v, n_.R, s.q, s.q_head, s.out + column, s.e_stride);
         continue;
       }
-      kernel::step_panel<Arch, Acc>(n_.r, S, keep, keep_step, nullptr, nullptr, n_.R + 1, s.lines, s.stride, s.y,
-                                    n_.width);
-      for (isize c = 0; c < n_.width; ++c) s.x_row[c] = s.beta[0] * (x[c] - s.y[c]);
-      kernel::step_panel<Arch, Acc>(n_.r, S, keep, keep_step, s.k, s.x_row, 0, nullptr, 0, nullptr, 0);
+      Acc *y = s.y + column, *row = s.x_row + column;
+      kernel::step_panel<Arch, Acc>(n_.r, S, keep, step, nullptr, nullptr, n_.R + 1, s.lines, s.stride, y, s.e_stride);
+      for (isize c = 0; c < n_.width; ++c) row[c] = s.beta[0] * (v[c] - y[c]);
+      kernel::step_panel<Arch, Acc>(n_.r, S, keep, step, s.k, row, 0, nullptr, 0, nullptr, 0);
       for (isize h = 0; h < n_.R; ++h)
         for (isize c = 0; c < n_.width; ++c)
-          s.out[h * s.e_stride + panel * n_.width + c] = s.y[(h + 1) * n_.width + c] + s.single_dot[h] * s.x_row[c];
+          s.out[h * s.e_stride + column + c] = y[(h + 1) * s.e_stride + c] + s.single_dot[h] * row[c];
     }
     for (isize h = 0; h < n_.R; ++h) {
       Acc* row = s.out + h * s.e_stride;
-      for (isize c = at.first_panel * n_.width; c < at.last_panel * n_.width; ++c) row[c] *= s.single_gain[h];
-      store_columns(at, h, query, row);
+      for (isize c = first * n_.width; c < last * n_.width; ++c) row[c] *= s.single_gain[h];
+      store_columns(at, h, x.query, row, first, last);
     }
   }
 
   const linear_attention& m_;
   const problem& p_;
-  linear_rows rows_;
+  const linear_partial* partial_;
+  Acc *state_, *surveys_ = nullptr;
+  linear_blocks<Arch, Acc> blocks_;
   linear_sizes n_;
-  isize slots_, parts_ = 1, first_position_ = 0;
-  Acc *state_ = nullptr, *tails_ = nullptr;
+  isize ranges_, held_ = 0, unread_ = 0, per_head_ = 1;
   arena memory_;
-  bool channel_ = false, delta_ = false, own_erase_ = false;
 };
 
 }  // namespace detail
 
 #if FOVEA_DEFINES_LOOPS
 template <class Arch, class Acc>
-void linear_attention::run(exec_ref exec, const problem& p, state* s, arena scratch) const {
+void linear_attention::run(exec_ref exec, const problem& p, const linear_partial* partial, state* s,
+                           arena scratch) const {
   if (is_causal)
-    detail::linear_sweeper<Arch, Acc>(*this, p, s, scratch, exec.concurrency()).run(exec);
+    detail::linear_sweeper<Arch, Acc>(*this, p, partial, s, scratch, exec.concurrency()).run(exec);
   else
     detail::linear_bidirectional<Arch, Acc>(*this, p, scratch, exec.concurrency()).run(exec);
 }
-FOVEA_INSTANTIATE(template void linear_attention::run<simd::native, float>(exec_ref, const problem&, state*, arena)
-                      const;
-                  template void linear_attention::run<simd::native, double>(exec_ref, const problem&, state*, arena)
+FOVEA_INSTANTIATE(template void linear_attention::run<simd::native, float>(exec_ref, const problem&,
+                                                                           const linear_partial*, state*, arena) const;
+                  template void linear_attention::run<simd::native, double>(exec_ref, const problem&,
+                                                                            const linear_partial*, state*, arena)
                       const;)
 #endif
 
@@ -348,14 +251,21 @@ inline std::size_t linear_attention::workspace_size(const shape& s, int threads)
 }
 
 inline void linear_attention::prefill(exec_ref exec, const problem& p, arena scratch) const {
-  p.q.type == dtype::f64 ? run<simd::native, double>(exec, p, nullptr, scratch)
-                         : run<simd::native, float>(exec, p, nullptr, scratch);
+  p.q.type == dtype::f64 ? run<simd::native, double>(exec, p, nullptr, nullptr, scratch)
+                         : run<simd::native, float>(exec, p, nullptr, nullptr, scratch);
 }
 
 inline void linear_attention::prefill(exec_ref exec, const problem& p, state& s, arena scratch) const {
-  p.q.type == dtype::f64 ? run<simd::native, double>(exec, p, &s, scratch)
-                         : run<simd::native, float>(exec, p, &s, scratch);
+  p.q.type == dtype::f64 ? run<simd::native, double>(exec, p, nullptr, &s, scratch)
+                         : run<simd::native, float>(exec, p, nullptr, &s, scratch);
   s.set_tokens(s.tokens() + p.k.length);
+}
+
+inline void linear_attention::prefill_partial(exec_ref exec, const problem& p, const linear_partial& to, state* s,
+                                              arena scratch) const {
+  p.q.type == dtype::f64 ? run<simd::native, double>(exec, p, &to, s, scratch)
+                         : run<simd::native, float>(exec, p, &to, s, scratch);
+  if (s != nullptr) s->set_tokens(s->tokens() + p.k.length);
 }
 
 inline double linear_attention::macs(const shape& s) const {

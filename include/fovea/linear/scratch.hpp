@@ -2,8 +2,9 @@
 #pragma once
 /// @file  Scratch of one thread of linear attention, and what fills it: rows of features, output factors.
 ///
-/// Every array holds one block of feature_rows tokens, so that memory does not depend on n.
+/// Every array holds one block of kernel::sweep_tokens tokens, so that memory does not depend on n.
 
+#include <fovea/feature/rows.hpp>
 #include <fovea/kernel/linear_weights.hpp>
 #include <fovea/linear/state.hpp>
 #include <fovea/simd/convert.hpp>
@@ -27,46 +28,54 @@ isize feature_stride(isize r) {
   return rows * static_cast<isize>(sizeof(Acc)) % 1024 == 0 ? rows + 16 : rows;
 }
 
+/// Tokens per step of a rule's sweep.
+template <class Arch>
+constexpr isize step_of(bool delta) {
+  return delta ? kernel::sweep_shape<Arch, true>::T : kernel::sweep_shape<Arch, false>::T;
+}
+
 template <class Arch, class Acc>
 struct linear_scratch {
-  static constexpr int T = kernel::sweep_shape<Arch>::T;
-  static constexpr isize tokens = feature_rows, steps = feature_rows / T;
+  static constexpr isize rows = kernel::sweep_tokens, tokens = 128, steps = rows / 2;  // 128: whole vectors by token
+  static_assert(tokens >= rows && rows % 2 == 0 && rows % 3 == 0);
 
   Acc *x, *map;                   // converted input rows; the map's own
-  Acc *k, *u, *q, *channel;       // [tokens][stride]: features, erase rows, [heads] query features, decays by channel
-  Acc *v, *w, *out;               // [tokens][e_stride]; one row; [heads][tokens][e_stride]
+  Acc *k, *u, *q, *channel;       // [rows][stride]: features, erase rows, [heads] query features, decays by channel
+  Acc *v, *w, *out;               // [rows][e_stride]; one row; [heads][rows][e_stride]
   Acc *log_k, *log_q, *peaks;     // [tokens]
   Acc *decay, *beta;              // [tokens]
   Acc *gain, *add, *floor;        // [heads][tokens]
+  Acc *factor, *sums, *products;  // [heads][tokens] twice; of the steps
   Acc *scale, *keep;              // [stride], [steps][stride]
-  Acc *lines, *y, *x_row;         // one token: [heads + 1][stride], [heads + 1][width], [width]
+  Acc *lines, *y, *x_row;         // one token: [heads + 1][stride], [heads + 1][e_stride], [e_stride]
   Acc *single_gain, *single_dot;  // [heads]
   Acc* state;                     // a head's state where the caller keeps none
-  kernel::step_weights<Acc, T>* step;
-  kernel::read_weights<Acc, T>* read;
+  kernel::step_weights<Acc>* step;
+  kernel::read_weights<Acc>* read;
   isize stride, q_head, e_stride;
   bool decays = false, has_erase = false, has_channel = false;
 
   linear_scratch(arena& a, const linear_attention& m, const linear_sizes& n, isize d) {
-    stride = feature_stride<Acc>(n.r), q_head = tokens * stride, e_stride = n.panels * n.width;
+    stride = feature_stride<Acc>(n.r), q_head = rows * stride, e_stride = n.panels * n.width;
     const bool by_channels = has_channel = by_channel(m.rule), erases = has_erase = by_channels && is_delta(m.rule);
-    x = a.take<Acc>(tokens * d), map = a.take<Acc>(m.phi().scratch(d));
+    x = a.take<Acc>(feature_rows * d), map = a.take<Acc>(m.phi().scratch(d));
     k = a.take<Acc>(q_head), u = a.take<Acc>(erases ? q_head : 0), q = a.take<Acc>(n.R * q_head);
     channel = a.take<Acc>(by_channels ? q_head : 0);
-    v = a.take<Acc>(tokens * e_stride), w = a.take<Acc>(e_stride), out = a.take<Acc>(n.R * tokens * e_stride);
+    v = a.take<Acc>(rows * e_stride), w = a.take<Acc>(e_stride), out = a.take<Acc>(n.R * rows * e_stride);
     log_k = a.take<Acc>(tokens), log_q = a.take<Acc>(tokens), peaks = a.take<Acc>(tokens);
     decay = a.take<Acc>(tokens), beta = a.take<Acc>(tokens);
     gain = a.take<Acc>(n.R * tokens), add = a.take<Acc>(n.R * tokens), floor = a.take<Acc>(n.R * tokens);
+    factor = a.take<Acc>(n.R * tokens), sums = a.take<Acc>(n.R * tokens), products = a.take<Acc>(kernel::product_room);
     scale = a.take<Acc>(stride), keep = a.take<Acc>(steps * stride);
-    lines = a.take<Acc>((n.R + 1) * stride), y = a.take<Acc>((n.R + 1) * n.width), x_row = a.take<Acc>(n.width);
+    lines = a.take<Acc>((n.R + 1) * stride), y = a.take<Acc>((n.R + 1) * e_stride), x_row = a.take<Acc>(e_stride);
     single_gain = a.take<Acc>(n.R), single_dot = a.take<Acc>(n.R);
     state = a.take<Acc>(n.head_elements());
-    step = a.take<kernel::step_weights<Acc, T>>(steps), read = a.take<kernel::read_weights<Acc, T>>(n.R * steps);
+    step = a.take<kernel::step_weights<Acc>>(steps), read = a.take<kernel::read_weights<Acc>>(n.R * steps);
   }
 
   /// Zeros behind r in the rows in use (ones for decays), zeros behind e: kernels read whole vectors.
   void clear_padding(const linear_sizes& n, isize count) {
-    count = ceil_div(count, isize{T}) * T;
+    count = std::min(rows, ceil_div(count, isize{6}) * 6);
     for (isize i = 0; i < count; ++i)
       for (isize e = n.r; e < n.rows; ++e) {
         k[i * stride + e] = Acc(0);
@@ -78,18 +87,21 @@ struct linear_scratch {
       for (isize c = n.e; c < e_stride; ++c) v[i * e_stride + c] = Acc(0);
     r_ = n.r, heads_ = n.R;
   }
-  /// A token behind the last one of a step: no key, no query, no decay.
-  void clear_token(isize i) {
+  /// A token behind the last one of a step, or none before a query: no key, no decay.
+  void clear_key(isize i) {
     for (isize e = 0; e < r_; ++e) {
       k[i * stride + e] = Acc(0);
-      for (isize h = 0; h < heads_; ++h) q[h * q_head + i * stride + e] = Acc(0);
       if (has_erase) u[i * stride + e] = Acc(0);
       if (has_channel) channel[i * stride + e] = Acc(1);
     }
-    for (isize h = 0; h < heads_; ++h) gain[h * tokens + i] = add[h * tokens + i] = floor[h * tokens + i] = Acc(0);
+    decay[i] = Acc(1), beta[i] = Acc(0);
   }
-  void fill_factors(isize h, isize count, Acc g, Acc a, Acc f) {
-    for (isize i = 0; i < count; ++i) gain[h * tokens + i] = g, add[h * tokens + i] = a, floor[h * tokens + i] = f;
+  void clear_query(isize i) {
+    for (isize h = 0; h < heads_; ++h)
+      for (isize e = 0; e < r_; ++e) q[h * q_head + i * stride + e] = Acc(0);
+  }
+  void fill_factors(isize h, isize, Acc g, Acc a, Acc f) {
+    for (isize i = h * tokens; i < (h + 1) * tokens; ++i) gain[i] = g, add[i] = a, floor[i] = f;
   }
 
  private:
@@ -157,19 +169,6 @@ struct linear_rows {
       for (isize e = 0; e < r; ++e) sum += s.q[h * s.q_head + i * s.stride + e];
       s.add[at + i] += key_eps * sum * (map.log_scaled() ? std::exp(-s.peaks[i]) : Acc(1));
     }
-  }
-
-  /// The factor of a lone row, its z up to date.
-  template <class Arch, class Acc, class Scratch>
-  Acc single_gain(Scratch& s, isize h, isize r, const Acc* z) const {
-    const Acc* q = s.q + h * s.q_head;
-    Acc dot(0), den(0);
-    for (isize e = 0; e < r; ++e) dot += q[e] * s.k[e];
-    s.single_dot[h] = dot;
-    const Acc gain = s.gain[h * Scratch::tokens];
-    if (!normalised) return gain;
-    for (isize e = 0; e < r; ++e) den += q[e] * z[e];
-    return normalise(gain, den, s.add[h * Scratch::tokens], s.floor[h * Scratch::tokens]);
   }
 
   template <class Acc>

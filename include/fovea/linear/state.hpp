@@ -40,11 +40,16 @@ struct state_tail {
 };
 
 template <class Acc>
-void clear_head(Acc* head, const linear_sizes& n, bool log_scaled) {
-  for (isize i = 0; i < n.head_elements(); ++i) head[i] = Acc(0);
-  const state_tail<Acc> t(head + n.S_elements(), n);
+void clear_tail(Acc* tail, const linear_sizes& n, bool log_scaled) {
+  for (isize i = 0; i < n.tail_elements(); ++i) tail[i] = Acc(0);
+  const state_tail<Acc> t(tail, n);
   for (isize i = 0; i < n.rows; ++i) t.faded[i] = Acc(1);
   if (log_scaled) *t.peak = -std::numeric_limits<Acc>::infinity();
+}
+template <class Acc>
+void clear_head(Acc* head, const linear_sizes& n, bool log_scaled) {
+  for (isize i = 0; i < n.S_elements(); ++i) head[i] = Acc(0);
+  clear_tail(head + n.S_elements(), n, log_scaled);
 }
 
 inline bool by_channel(rule r) { return r == rule::gla || r == rule::kda || r == rule::gdn2; }
@@ -86,16 +91,21 @@ inline state linear_attention::make_state(const shape& s) const {
           ", ", s.G, ", ", s.d, ", ", s.e, "; wanted positive sizes");
   require(s.H % s.G == 0 || s.G % s.H == 0, "make_state: H is ", s.H, " and G is ", s.G,
           "; one must be a multiple of the other");
-  const auto n = detail::sizes_of(*this, s);
   state out(tag(), s, state_bytes(s));
+  clear(out);
+  return out;
+}
+
+inline void linear_attention::clear(state& s) const {
+  const auto n = detail::sizes_of(*this, s.sizes());
   const bool log_scaled = phi().log_scaled();
   detail::for_state_heads(n, [&](isize i) {
-    if (s.type == dtype::f64)
-      detail::clear_head(out.as<double>() + i * n.head_elements(), n, log_scaled);
+    if (s.sizes().type == dtype::f64)
+      detail::clear_head(s.as<double>() + i * n.head_elements(), n, log_scaled);
     else
-      detail::clear_head(out.as<float>() + i * n.head_elements(), n, log_scaled);
+      detail::clear_head(s.as<float>() + i * n.head_elements(), n, log_scaled);
   });
-  return out;
+  s.set_tokens(0);
 }
 
 inline std::size_t linear_attention::state_bytes(const shape& s) const {
