@@ -19,6 +19,7 @@
 #include <cstring>
 #include <limits>
 
+#include <fovea/kernel/code_block.hpp>
 #include <fovea/kernel/online_softmax.hpp>
 #include <fovea/simd/reduce.hpp>
 #include <fovea/simd/word_ops.hpp>
@@ -27,16 +28,13 @@ namespace fovea {
 inline namespace FOVEA_ABI {
 namespace kernel {
 
-/// Can decode_int8 read it?
-inline bool takes_codes(const row_source& s) { return s.type == dtype::i8 && s.scale_row == 1; }
-
 template <class Arch>
 class decode_int8 {
   using word = simd::words<Arch>;
   using P = simd::pack<float, Arch>;
   static constexpr isize W = word::size, B = 4 * W, PW = P::size;  // lanes, bytes, floats of a register
   static constexpr int parts = simd::float_packs<Arch>;            // packs of float that a register makes
-  static constexpr isize keys = 64, tiles = keys / packed_rows;
+  static constexpr isize keys = code_block::keys;
   static constexpr isize sum_rows = Arch::registers >= 32 ? 4 : 2;  // rows that share the reads of values
 
  public:
@@ -54,19 +52,30 @@ class decode_int8 {
     count_ = rows.last - rows.first;
     for (isize r = 0; r < count_; ++r) {
       const float* q = load_query<Arch, float>(rows, head(r), query(r), d_, row_);
-      float most = 0, bad = 0;
-      for (isize c = 0; c < d_; ++c) {
-        const float size = q[c] < 0 ? -q[c] : q[c];
-        most = size > most ? size : most, bad += size * 0.0F;
+      P high(0.0F), low(0.0F), odd(0.0F);  // odd is NaN as soon as an element is NaN or infinite
+      for (isize c = 0; c < d_; c += PW) {
+        const P x = simd::load_n<P>(q + c, d_ - c);
+        high = simd::max(x, high), low = simd::min(x, low), odd = simd::fma(x, P(0.0F), odd);
       }
-      const float unit = most > 0x1p-100F ? 127.0F / most : 0.0F;
-      std::int32_t sum = 0;
-      for (isize c = 0; c < dp_; ++c) {
-        constexpr float magic = 0x1.8p23F;
-        const float t = c < d_ && bad == 0.0F ? q[c] * unit + magic : magic;
-        const auto x = static_cast<std::int8_t>(std::bit_cast<std::int32_t>(t) - std::bit_cast<std::int32_t>(magic));
-        q_[r * dp_ + c] = x, sum += x;
+      const float most = simd::highest(simd::max(high, P(0.0F) - low)), bad = simd::reduce_add(odd);
+      const P unit(most > 0x1p-100F && bad == 0.0F ? 127.0F / most : 0.0F);
+      std::int8_t* const to = q_ + r * dp_;
+      std::uint8_t bytes[W];
+      word sums = word::splat(0);
+      for (isize c = 0; c < dp_; c += W) {
+        P x[parts];
+        tile::unroll<parts>([&](auto i) FOVEA_INLINE_LAMBDA {
+          const isize at = c + i * PW;
+          x[i] = at < d_ && bad == 0.0F ? simd::load_n<P>(q + at, d_ - at) * unit : P(0.0F);
+        });
+        const word y = simd::to_nearest<Arch>(x);
+        simd::store_low_bytes(y, bytes);
+        std::memcpy(to + c, bytes, W);
+        sums = simd::add_i32(sums, y);
       }
+      std::int32_t lanes[W], sum = 0;
+      sums.store(lanes);
+      for (isize l = 0; l < W; ++l) sum += lanes[l];
       start_[r] = -128 * sum;  // K comes as k + 128
       q_scale_[r] = static_cast<float>(static_cast<double>(most) / 127.0 * scale * 1.4426950408889634074) + bad;
     }
@@ -91,12 +100,6 @@ class decode_int8 {
   }
 
  private:
-  /// Keys [first, first + count) in lanes [lead, lead + count): packed rows are read from the beginning of their tile.
-  struct block {
-    isize first = 0, count = 0, lead = 0;
-    const std::byte *k[keys], *v[keys];  // plain: rows; packed: k tiles of 16, v groups of 4
-  };
-
   isize head(isize r) const noexcept { return rows_.first_head + (rows_.first + r) / rows_.q.length; }
   isize query(isize r) const noexcept { return (rows_.first + r) % rows_.q.length; }
   mask_site site(const key_set<float>& set, isize r) const noexcept {
@@ -111,51 +114,22 @@ class decode_int8 {
     return c - x + x % 16 / 4 * W + x / 16 * 4 + x % 4;
   }
 
-  /// The block that begins with key j; its addresses.
-  template <bool Packed>
-  static void find(const key_set<float>& set, isize j, isize last, block& b) noexcept {
-    const slot_place at = set.k.place(j);
-    b.first = j, b.lead = Packed ? at.slot % packed_rows : 0;
-    b.count = keys - b.lead < last - j ? keys - b.lead : last - j;
-    if (Packed && set.k.ring > 0 && at.count < b.count) b.count = at.count;  // seams need not lie between tiles
-    if constexpr (Packed) {
-      for (isize x = 0; x < b.lead + b.count; x += packed_rows) {
-        const isize row = x == 0 ? j : j - b.lead + x;
-        const slot_place k = set.k.place(row), v = set.v.place(row);
-        const isize first = k.slot / packed_rows * packed_rows;
-        b.k[x / packed_rows] = k.data + first * set.k.row_bytes;
-        for (isize y = 0; y < packed_rows; y += 4) b.v[(x + y) / 4] = v.data + (first + y) * set.v.row_bytes;
-      }
-    } else {
-      const auto rows = [&](const row_source& from, const std::byte** to) {
-        for (isize x = 0; x < b.count;) {
-          const stretch s = from.at(j + x);
-          const isize end = s.count < b.count - x ? x + s.count : b.count;
-          for (const std::byte* p = s.data; x < end; ++x, p += from.row_bytes) to[x] = p;
-        }
-        for (isize x = b.count; x < keys && x < ceil_div(b.count, W) * W; ++x)
-          to[x] = to[b.count - 1];  // read, not used
-      };
-      rows(set.k, b.k), rows(set.v, b.v);
-    }
-  }
-
   template <bool Packed>
   void all_blocks(const key_set<float>& set, range seen, float* m, float* l) noexcept {
     if (seen.empty()) return;
-    block two[2];
-    find<Packed>(set, seen.first, seen.last, two[0]);
+    code_block two[2];
+    two[0].find<Packed>(set.k, set.v, seen.first, seen.last);
     for (isize x = 0;; x ^= 1) {
-      const block& now = two[x];
+      const code_block& now = two[x];
       const isize next = now.first + now.count;
-      if (next < seen.last) find<Packed>(set, next, seen.last, two[x ^ 1]);
+      if (next < seen.last) two[x ^ 1].find<Packed>(set.k, set.v, next, seen.last);
       one_block<Packed>(set, now, next < seen.last ? &two[x ^ 1] : nullptr, m, l);
       if (next >= seen.last) return;
     }
   }
 
   template <bool Packed>
-  void one_block(const key_set<float>& set, const block& b, const block* next, float* m, float* l) noexcept {
+  void one_block(const key_set<float>& set, const code_block& b, const code_block* next, float* m, float* l) noexcept {
     std::uint64_t seen[most_rows];  // bit x: the row sees lane x
     const std::uint64_t every = ~std::uint64_t{0} >> (64 - b.count);
     bool any = false;
@@ -166,7 +140,7 @@ class decode_int8 {
       seen[r] <<= b.lead;
     }
     if (!any) return;
-    load_scales(set, b);
+    scales_.load(set.k, set.v, b);
     const bool ahead = far_;
     for_groups<4>([&](auto R, isize r) {
       if constexpr (Packed)
@@ -174,7 +148,10 @@ class decode_int8 {
       else
         plain_scores<R>(b, r, r == 0 && ahead);
     });
-    for (isize r = 0; r < count_; ++r) soften(set, b, r, seen[r], m[r], l[r]);
+    // Each step for all rows: what one waits for, the next one covers.
+    for (isize r = 0; r < count_; ++r) finish_scores(set, b, r, seen[r], m[r]);
+    for (isize r = 0; r < count_; ++r) exponentials(r, l[r]);
+    for (isize r = 0; r < count_; ++r) round_weights(s_[r], steps_[r], p_[r]);
     for_groups<sum_rows>([&](auto R, isize r) {
       if constexpr (Packed)
         packed_values<R>(b, r, r == 0 && ahead ? next : nullptr);
@@ -182,7 +159,7 @@ class decode_int8 {
         plain_values<R>(b, r, r == 0 && ahead ? next : nullptr);
     });
   }
-  std::uint64_t visible(const key_set<float>& set, const block& b, isize r, std::uint64_t every) const noexcept {
+  std::uint64_t visible(const key_set<float>& set, const code_block& b, isize r, std::uint64_t every) const noexcept {
     const isize j1 = b.first + b.count;
     const tile_kind kind = set.visible->tile(site(set, r), query(r), query(r) + 1, b.first, j1);
     if (kind != tile_kind::partial) return kind == tile_kind::full ? every : 0;
@@ -190,33 +167,6 @@ class decode_int8 {
     set.visible->lanes(site(set, r), query(r), 1, b.first, j1, bit);
     for (isize x = 0; x < b.count; ++x) seen |= (bit[x] & 1U) << x;
     return seen;
-  }
-
-  /// Scales of the block's lanes; lanes without a key have zeros. Those of V relative to the largest of them.
-  void load_scales(const key_set<float>& set, const block& b) noexcept {
-    const auto copy = [&](const row_source& from, float* to) {
-      for (isize x = 0; x < b.lead; ++x) to[x] = 0;
-      for (isize x = 0; x < b.count;) {
-        const slot_place p = from.place(b.first + x);
-        const isize count = p.count < b.count - x ? p.count : b.count - x;
-        std::memcpy(to + b.lead + x, p.scales + p.slot, static_cast<std::size_t>(count) * sizeof(float));
-        x += count;
-      }
-      for (isize x = b.lead + b.count; x < keys; ++x) to[x] = 0;
-    };
-    copy(set.k, k_scale_), copy(set.v, v_scale_);
-    P top(0.0F), odd(0.0F);
-    for (isize x = 0; x < keys; x += PW) {
-      const P y = P::load(v_scale_ + x);
-      top = simd::max(y, top), odd = simd::fma(y, P(0.0F), odd);
-    }
-    bad_values_ = 0;
-    if (!(simd::reduce_add(odd) == 0.0F))
-      for (isize x = 0; x < keys; ++x)
-        if (!(v_scale_[x] - v_scale_[x] == 0.0F)) bad_values_ |= std::uint64_t{1} << x, v_scale_[x] = 0;
-    v_top_ = simd::highest(top);
-    const P less(v_top_ > 0 ? 1.0F / v_top_ : 0.0F);
-    for (isize x = 0; x < keys; x += PW) (P::load(v_scale_ + x) * less).store(v_scale_ + x);
   }
 
   /// f(constant<R>, r) for rows r ... r + R - 1 that share the reads: by `Most`, then fewer.
@@ -231,10 +181,10 @@ class decode_int8 {
 
   /// s_[r + z][lane] = q8 . k8, 16 keys at a time: their bytes lie side by side, four channels in a register of 16 lanes.
   template <int R>
-  FOVEA_NOINLINE void packed_scores(const block& b, isize r, bool ahead) noexcept {
+  FOVEA_NOINLINE void packed_scores(const code_block& b, isize r, bool ahead) noexcept {
     constexpr int N = static_cast<int>(packed_rows / W);           // registers of 16 keys
     constexpr int U = R * N >= 8 || Arch::registers < 32 ? 1 : 2;  // chains of additions
-    const isize steps = ceil_div(d_, 4);
+    const isize steps = ceil_div(d_, 4), asked = !ahead ? 0 : d_ < e_ ? d_ / 4 : e_ / 4;
     const std::int8_t* const q = q_ + r * dp_;
     for (isize t = 0; t * packed_rows < b.lead + b.count; ++t) {
       word acc[R][N][U];
@@ -245,7 +195,6 @@ class decode_int8 {
       });
       const std::byte* k = b.k[t];
       const auto step = [&](isize c, auto u) FOVEA_INLINE_LAMBDA {
-        if (ahead && 4 * c < e_) simd::prefetch(b.v[4 * t] + c * 64, 64);  // the tile's values
         tile::unroll<N>([&](auto i) FOVEA_INLINE_LAMBDA {
           const word x = word::load(k + c * 64 + i * B);
           tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
@@ -254,6 +203,10 @@ class decode_int8 {
         });
       };
       isize c = 0;
+      for (; c + U <= asked; c += U) {
+        simd::prefetch(b.v[4 * t] + c * 64, U * 64);  // the tile's values
+        tile::unroll<U>([&](auto u) FOVEA_INLINE_LAMBDA { step(c + u, u); });
+      }
       for (; c + U <= steps; c += U) tile::unroll<U>([&](auto u) FOVEA_INLINE_LAMBDA { step(c + u, u); });
       for (; c < steps; ++c) step(c, tile::constant<0>{});
       tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
@@ -271,34 +224,40 @@ class decode_int8 {
 
   /// The same for plain rows: W / R rows times R queries are W sums of lanes, added up together.
   template <int R>
-  FOVEA_NOINLINE void plain_scores(const block& b, isize r, bool ahead) noexcept {
+  FOVEA_NOINLINE void plain_scores(const code_block& b, isize r, bool ahead) noexcept {
     constexpr int per = static_cast<int>(W) / R;
-    const isize whole = d_ / B * B;
+    const isize whole = d_ / B * B, asked = !ahead ? 0 : d_ < e_ ? whole : e_ / B * B;
     const std::int8_t* const q = q_ + r * dp_;
     const word flip = simd::splat_i8<Arch>(128);
+    std::int32_t start[W];
+    for (isize l = 0; l < W; ++l) start[l] = start_[r + l / per];
+    const word starts = word::load(start);
     for (isize x = 0; x < b.count; x += per) {
       word acc[W];
-      tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA {
-        const std::byte *k = b.k[x + y], *v = ahead ? b.v[x + y] : nullptr;
-        word sum[R];
-        tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA { sum[z] = word::splat(0); });
-        const auto step = [&](isize c, word bytes) FOVEA_INLINE_LAMBDA {
-          const word u = simd::xor_bits(bytes, flip);
-          tile::unroll<R>([&](auto z)
-                              FOVEA_INLINE_LAMBDA { sum[z] = simd::dot4(sum[z], u, word::load(q + z * dp_ + c)); });
-        };
-        isize c = 0;
-        for (; c < whole; c += B) {
-          if (v != nullptr && c % 64 == 0 && c < e_) simd::prefetch(v + c, 64);
-          step(c, word::load(k + c));
-        }
-        if (c < d_) step(c, load_edge(k + c, d_ - c));
-        tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA { acc[z * per + y] = sum[z]; });
-      });
+      tile::unroll<static_cast<int>(W)>([&](auto i) FOVEA_INLINE_LAMBDA { acc[i] = word::splat(0); });
+      const std::byte* k[per];
+      tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA { k[y] = b.k[x + y]; });
+      const auto step = [&](isize c, auto edge) FOVEA_INLINE_LAMBDA {
+        word u[per];
+        tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA {
+          u[y] = simd::xor_bits(edge ? load_edge(k[y] + c, d_ - c) : word::load(k[y] + c), flip);
+        });
+        tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
+          const word v = word::load(q + z * dp_ + c);
+          tile::unroll<per>([&](auto y)
+                                FOVEA_INLINE_LAMBDA { acc[z * per + y] = simd::dot4(acc[z * per + y], u[y], v); });
+        });
+      };
+      isize c = 0;
+      for (; c < asked; c += B) {
+        tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA { simd::prefetch(b.v[x + y] + c, B); });
+        step(c, std::false_type{});
+      }
+      for (; c < whole; c += B) step(c, std::false_type{});
+      if (c < d_) step(c, std::true_type{});
       alignas(64) float lanes[W];
-      store_sums(simd::sum_each(acc), lanes);
-      for (isize z = 0; z < R; ++z)
-        for (isize y = 0; y < per; ++y) s_[r + z][x + y] = lanes[z * per + y] + static_cast<float>(start_[r + z]);
+      store_sums(simd::add_i32(simd::sum_each(acc), starts), lanes);
+      for (isize z = 0; z < R; ++z) std::memcpy(s_[r + z] + x, lanes + z * per, per * sizeof(float));
     }
   }
   static FOVEA_INLINE word load_edge(const std::byte* p, isize count) noexcept {
@@ -307,12 +266,12 @@ class decode_int8 {
     return word::load(bytes);
   }
 
-  /// Scales, score modification, mask, running maximum and exponentials of one row; p_ takes the rounded weights.
-  void soften(const key_set<float>& set, const block& b, isize r, std::uint64_t seen, float& m, float& l) noexcept {
+  /// Scales, score modification and mask of one row's scores; the running maximum.
+  void finish_scores(const key_set<float>& set, const code_block& b, isize r, std::uint64_t seen, float& m) noexcept {
     constexpr float none = -std::numeric_limits<float>::infinity();
     float* const s = s_[r];
     const P unit(q_scale_[r]);
-    for (isize x = 0; x < keys; x += PW) (P::load(s + x) * (P::load(k_scale_ + x) * unit)).store(s + x);
+    for (isize x = 0; x < keys; x += PW) (P::load(s + x) * (P::load(scales_.k + x) * unit)).store(s + x);
     if (set.bias != nullptr)
       for (isize x = 0; x < b.count; ++x) s[b.lead + x] += set.bias[b.first + x] * 1.44269504F;
     if (set.modify != nullptr)
@@ -322,21 +281,26 @@ class decode_int8 {
     P top(none);
     for (isize x = 0; x < keys; x += PW) top = simd::max(top, P::load(s + x));
     const float highest = simd::highest(top), next = m > highest ? m : highest;
-    const P shift(next > -3e38F ? next : 0.0F);
-    alpha_[r] = simd::first(simd::exp2(P(m) - shift));
+    shift_[r] = next > -3e38F ? next : 0.0F;
+    alpha_[r] = m - shift_[r];
     m = next;
+    if ((scales_.bad_values & seen) != 0) poisoned_[r] = std::numeric_limits<float>::quiet_NaN();
+  }
+  /// Exponentials of one row, their sum, and what their largest product with a scale of V is.
+  void exponentials(isize r, float& l) noexcept {
+    float* const s = s_[r];
+    const P shift(shift_[r]);
     P sum(0.0F), most(0.0F);
     for (isize x = 0; x < keys; x += PW) {
-      const P e = simd::exp2(P::load(s + x) - shift), p = e * P::load(v_scale_ + x);
+      const P e = simd::exp2(P::load(s + x) - shift), p = e * P::load(scales_.v + x);
       p.store(s + x);
       sum = sum + e, most = simd::max(p, most);
     }
+    alpha_[r] = simd::first(simd::exp2(P(alpha_[r])));
     l = l * alpha_[r] + simd::reduce_add(sum);
-    if ((bad_values_ & seen) != 0) poisoned_[r] = std::numeric_limits<float>::quiet_NaN();
     const float largest = simd::highest(most);
     const bool some = largest > 1e-35F;
-    gain_[r] = some ? largest * v_top_ / 255.0F : 0.0F;
-    round_weights(s, some ? 255.0F / largest : 0.0F, p_[r]);
+    gain_[r] = some ? largest * scales_.v_top / 255.0F : 0.0F, steps_[r] = some ? 255.0F / largest : 0.0F;
   }
   /// The golden-ratio sequence, from -1/2 to 1/2; under 1/2 in size by a margin, so that 255 stays 255 and 0 stays 0.
   struct dither {
@@ -372,21 +336,21 @@ class decode_int8 {
   }
 
   template <int R>
-  void packed_values(const block& b, isize r, const block* next) noexcept {
+  void packed_values(const code_block& b, isize r, const code_block* next) noexcept {
     isize c = 0;
     for (; c + 4 * W <= e_; c += 4 * W) packed_columns<R, 4, false>(b, r, c, next);
     for (; c + W <= e_; c += W) packed_columns<R, 1, false>(b, r, c, next);
     if (c < e_) packed_columns<R, 1, true>(b, r, c, next);
   }
   template <int R, int N, bool Edge>
-  FOVEA_NOINLINE void packed_columns(const block& b, isize r, isize c, const block* next) noexcept {
+  FOVEA_NOINLINE void packed_columns(const code_block& b, isize r, isize c, const code_block* next) noexcept {
     word acc[R][N];
     tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
       tile::unroll<N>([&](auto i) FOVEA_INLINE_LAMBDA { acc[z][i] = word::splat(0); });
     });
     const isize ahead = next != nullptr && c < d_ ? ceil_div(next->lead + next->count, packed_rows) * 4 : 0;
-    for (isize x = 0; 4 * x < b.lead + b.count; ++x) {
-      if (x < ahead) simd::prefetch(next->k[x / 4] + x % 4 * 4 * d_ + 4 * c, N * B);
+    const isize groups = ceil_div(b.lead + b.count, 4);
+    const auto step = [&](isize x) FOVEA_INLINE_LAMBDA {
       const std::byte* const v = b.v[x] + 4 * c;
       word p[R];
       tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA { p[z] = simd::splat4<Arch>(p_[r + z] + 4 * x); });
@@ -394,37 +358,46 @@ class decode_int8 {
         const word y = Edge ? load_edge(v, 4 * (e_ - c)) : word::load(v + i * B);
         tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA { acc[z][i] = simd::dot4(acc[z][i], p[z], y); });
       });
+    };
+    isize x = 0;
+    for (; x < ahead && x < groups; ++x) {
+      simd::prefetch(next->k[x / 4] + x % 4 * 4 * d_ + 4 * c, N * B);
+      step(x);
     }
+    for (; x < groups; ++x) step(x);
     add_sums<R, N>(acc, r, c);
   }
 
   template <int R>
-  void plain_values(const block& b, isize r, const block* next) noexcept {
+  void plain_values(const code_block& b, isize r, const code_block* next) noexcept {
     isize c = 0;
     for (; c + B <= e_; c += B) plain_columns<R, false>(b, r, c, next);
     if (c < e_) plain_columns<R, true>(b, r, c, next);
   }
   /// Four rows at a time, their bytes side by side.
   template <int R, bool Edge>
-  FOVEA_NOINLINE void plain_columns(const block& b, isize r, isize c, const block* next) noexcept {
+  FOVEA_NOINLINE void plain_columns(const code_block& b, isize r, isize c, const code_block* next) noexcept {
     word acc[R][4];
     tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
       tile::unroll<4>([&](auto i) FOVEA_INLINE_LAMBDA { acc[z][i] = word::splat(0); });
     });
     const isize ahead = next != nullptr && c < d_ ? next->count : 0;
-    for (isize x = 0; x < b.count; x += 4) {
+    const auto step = [&](isize x, auto ask) FOVEA_INLINE_LAMBDA {
       word y[4];
       tile::unroll<4>([&](auto i) FOVEA_INLINE_LAMBDA {
-        const std::byte* const v = b.v[x + i < b.count ? x + i : b.count - 1] + c;
+        if (ask) simd::prefetch(next->k[x + i] + c, B);
+        const std::byte* const v = b.v[x + i] + c;
         y[i] = Edge ? load_edge(v, e_ - c) : word::load(v);
-        if (x + i < ahead) simd::prefetch(next->k[x + i] + c, B);
       });
       simd::zip4(y);
       tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA {
         const word p = simd::splat4<Arch>(p_[r + z] + x);
         tile::unroll<4>([&](auto i) FOVEA_INLINE_LAMBDA { acc[z][i] = simd::dot4(acc[z][i], p, y[i]); });
       });
-    }
+    };
+    isize x = 0;
+    for (; x + 4 <= ahead && x < b.count; x += 4) step(x, std::true_type{});
+    for (; x < b.count; x += 4) step(x, std::false_type{});
     add_sums<R, 4>(acc, r, c);
   }
 
@@ -433,12 +406,10 @@ class decode_int8 {
   query_rows rows_;
   std::int8_t* q_;  // [most_rows][dp_]
   float *o_, *row_;
-  std::uint64_t bad_values_ = 0;  // lanes whose scale is NaN
-  float v_top_ = 0;
+  code_scales<Arch> scales_;
   std::int32_t start_[most_rows];
-  float q_scale_[most_rows], alpha_[most_rows], gain_[most_rows], poisoned_[most_rows];
-  alignas(64) float k_scale_[keys];
-  alignas(64) float v_scale_[keys];
+  float q_scale_[most_rows], alpha_[most_rows], gain_[most_rows], shift_[most_rows], steps_[most_rows],
+      poisoned_[most_rows];
   alignas(64) float s_[most_rows][keys];
   alignas(64) std::uint8_t p_[most_rows][keys];
 };
