@@ -17,6 +17,7 @@
 /// Numerics   f32 accumulation (f64 for f64); docs/numerics.md.
 /// Reference  linformer/reference.hpp.       Source  Wang et al., Linformer (2020, arXiv 2006.04768).
 
+#include <fovea/linformer/backward.hpp>
 #include <fovea/linformer/mechanism.hpp>
 #include <fovea/linformer/prefill.hpp>
 #include <fovea/linformer/step.hpp>

@@ -35,7 +35,8 @@ struct gradients {
   tensor_mut dq = {}, dk = {}, dv = {};
   float* dbias =
       nullptr;  ///< by the table of the score's bias, laid out as that table; summed where the table broadcasts
-  float* dsinks = nullptr;  ///< [H]
+  float* dsinks = nullptr;             ///< [H]
+  float *dE = nullptr, *dF = nullptr;  ///< by a sequence projection, dense in its shape
   /// By the gates of the call, in their shapes.
   tensor_mut dlog_decay = {}, dbeta = {}, derase = {}, dwrite = {};
   tensor_mut dS = {}, dz = {};  ///< by the initial state, [B, G, r, e] and [B, G, r, 1]
@@ -125,15 +126,18 @@ inline void check_gradients(const backward_problem& p) {
   check_apart("dk", to.dk, "dq", to.dq), check_apart("dv", to.dv, "dq", to.dq), check_apart("dv", to.dv, "dk", to.dk);
 }
 
-/// The whole of it for mechanisms that make their probabilities anew from lse, and keep no recurrent state.
-inline void check_backward(const backward_problem& p) {
-  check_problem(p.forward());
+/// The rest of it for mechanisms that make their probabilities anew from lse and keep no recurrent state.
+inline void check_backward_rows(const backward_problem& p) {
   const bool rows = p.q.batch > 0 && p.q.heads > 0 && p.q.length > 0;
   require(p.lse || !rows, "lse is null; backward makes the probabilities anew from the lse that prefill wrote");
   require(!p.to.of_a_recurrence() && !p.from.given() && !p.dS_end && !p.dz_end,
-          "gradients of gates, of a state or of a feature map were asked for, or a state was given; this mechanism has "
-          "none");
+          "gradients of gates, a state or a feature map were asked for, or a state was given; this mechanism has none");
   check_gradients(p);
+}
+inline void check_backward(const backward_problem& p) {
+  check_problem(p.forward());
+  require(p.to.dE == nullptr && p.to.dF == nullptr, "dE or dF was asked for; this mechanism projects no sequence");
+  check_backward_rows(p);
 }
 
 }  // namespace detail

@@ -38,8 +38,8 @@ inline void check_linear_backward(const linear_attention& m, const backward_prob
   const feature_map map = m.phi();
   require(map.differentiable(), "the feature map of this linear attention has no member `derive`; backward needs one");
   check_gradients(p);
-  require(p.to.dbias == nullptr && p.to.dsinks == nullptr,
-          "dbias or dsinks was asked for; linear attention has neither bias nor sinks");
+  require(p.to.dbias == nullptr && p.to.dsinks == nullptr && p.to.dE == nullptr && p.to.dF == nullptr,
+          "dbias, dsinks, dE or dF was asked for; linear attention has none of them");
   const isize G = p.v.heads, r = map.features(p.q.width), w = map.weights(p.q.width),
               group = G > 0 && p.q.heads > G ? p.q.heads / G : 1;
   require(group <= linear_backward_run<float>::most_group, "q has ", p.q.heads, " heads and v has ", G,

@@ -7,6 +7,7 @@
 #include <optional>
 #include <span>
 
+#include <fovea/core/backward.hpp>
 #include <fovea/core/mechanism.hpp>
 #include <fovea/kernel/project_sequence.hpp>
 
@@ -38,6 +39,10 @@ struct linformer_attention {
   void check(const problem& p) const;
   std::size_t workspace_size(const shape& s, int threads) const;
   void prefill(exec_ref exec, const problem& p, arena scratch) const;
+
+  void check(const backward_problem& p) const;
+  std::size_t workspace_size_backward(const shape& s, int threads) const;
+  void backward(exec_ref exec, const backward_problem& p, arena scratch) const;
 
   /// Causal: room for s.m tokens, their slots and the rows of one block. Bidirectional: the slots of a stretch whose first token
   /// stands at position `first`, for absorb and attend (linear and conv projections).
