@@ -3,7 +3,7 @@
 # Compiled with the flags of the project that links it: an instruction set is chosen as for any other source, and an object compiled
 # for another one does not link against it. Its size and speed are those of the header-only library.
 set(fovea_compiled_sources "")
-foreach(part IN ITEMS softmax linear dijiang linformer efficient hybrid registry)
+foreach(part IN ITEMS softmax linear dijiang linformer efficient hybrid windowed registry)
   set(source ${PROJECT_BINARY_DIR}/compiled/${part}.cpp)
   if(part STREQUAL "registry")
     set(text "#define FOVEA_COMPILED 1\n#include <fovea/registry.hpp>\n\nFOVEA_COMPILE_REGISTRY\n")

@@ -23,3 +23,4 @@
 #include <fovea/softmax.hpp>
 #include <fovea/softmax/cascade.hpp>
 #include <fovea/version.hpp>
+#include <fovea/windowed.hpp>

@@ -13,6 +13,7 @@
 #include <fovea/linear/configure.hpp>
 #include <fovea/linformer/configure.hpp>
 #include <fovea/softmax/configure.hpp>
+#include <fovea/windowed/configure.hpp>
 
 /// Makes the functions below exist in this object, for others that were compiled with FOVEA_COMPILED.
 #define FOVEA_COMPILE_REGISTRY                                                                      \
@@ -32,7 +33,7 @@ inline std::span<const registered_mechanism> registered_mechanisms() {
       {"softmax", configure_softmax},     {"linear", configure_linear},
       {"dijiang", configure_dijiang},     {"linformer", configure_linformer},
       {"efficient", configure_efficient}, {"kfree_reconstruction", configure_kfree_reconstruction},
-      {"hybrid", configure_hybrid},
+      {"hybrid", configure_hybrid},       {"windowed", configure_windowed},
   };
   return table;
 }

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
 /// @file  The sparse golden family: hybrid_attention and its reference twin against third-party outputs.
 ///
-/// quest_bounds is checked against the block summaries; lolcats_window composes a window with a linear rest and waits for that form.
+/// quest_bounds is checked against the block summaries; lolcats_window is a windowed_attention.
 
 #include <fovea/hybrid.hpp>
 #include <fovea/hybrid/reference.hpp>
+#include <fovea/windowed/configure.hpp>
 
 #include "support/catch.hpp"
 #include "support/golden.hpp"
@@ -115,6 +116,29 @@ TEST_CASE("golden sparse: a block-wise causal decode answers as the prefill does
     CAPTURE(name);
     CHECK_CLOSE(out.values(), c.tensor("o", test::dtype::f64).values(), {.c = 32});
   }
+}
+
+TEST_CASE("golden sparse: LoLCATs' window and linear rest") {
+  const golden::test_case& c = golden::find("sparse", "lolcats_window");
+  const test::tensor q = c.tensor("q", test::dtype::f32), k = c.tensor("k", test::dtype::f32),
+                     v = c.tensor("v", test::dtype::f32);
+  // The case weighs the window by G e^(s - c): the same quotient has a rest of e^c / G.
+  std::vector<float> weight;
+  for (const double g : c.at("gate").data) weight.push_back(static_cast<float>(-std::log(g)));
+  fovea::configuration config{"windowed",
+                              {{"window", static_cast<double>(c.integer("window", 0))},
+                               {"first", 0.0},
+                               {"scale", c.number("scale", 0)},
+                               {"map", std::string("hedgehog_two")},
+                               {"level", std::string("window_maximum")}}};
+  const fovea::arrays weights{{"W", fovea::array(c.at("W").dims, c.at("W").data)},
+                              {"log_weight", fovea::array(c.at("gate").dims, weight)}};
+  fovea::configuration_reader reader(config, weights);
+  const fovea::any_attention any = fovea::configure_windowed(reader);
+  reader.finish();
+  test::tensor out = test::unwritten(test::dtype::f32, q.batch(), q.heads(), q.length(), v.width());
+  fovea::prefill(fovea::serial, any, q, k, v, out);
+  CHECK_CLOSE(out.values(), c.tensor("o", test::dtype::f64).values(), {.c = 32});
 }
 
 TEST_CASE("golden sparse: Quest's page bounds") {

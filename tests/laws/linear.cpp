@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-/// @file  The laws of linear_attention: each rule, a log-scaled map, a map that knows positions, all keys at once.
+/// @file  The laws of linear_attention: each rule, a log-scaled map, a map that knows positions, all keys at once; and of
+///        windowed_attention, which has it for its rest.
 
 #include <cmath>
 
@@ -7,6 +8,8 @@
 #include <fovea/feature/favor.hpp>
 #include <fovea/linear.hpp>
 #include <fovea/linear/reference.hpp>
+#include <fovea/windowed.hpp>
+#include <fovea/windowed/reference.hpp>
 
 #include "laws/laws.hpp"
 
@@ -142,9 +145,35 @@ struct cosformer_case : linear_base {
   linear_attention make(const shape&) { return {.map = cosformer{200}, .clamp = 1e-6}; }
 };
 
-using law_cases = std::tuple<elu_case, all_keys_case, decay_case, retention_case, gla_case, decay_extreme_case,
-                             gla_extreme_case, gla_normalised_case, delta_case, gated_delta_case,
-                             gated_delta_extreme_case, kda_case, gdn2_case, favor_case, cosformer_case>;
+struct windowed_base {
+  static void reference(const windowed_attention& m, const problem& p) { fovea::reference::prefill(m, p); }
+};
+struct windowed_case : windowed_base {
+  static constexpr const char* name = "windowed, elu + 1, a weight and a gate a head";
+  static constexpr laws::promise promises{.causal = true, .lse = true, .streams = true, .c = 64};
+  std::vector<float> weight, gate;
+  windowed_attention make(const shape& s) {
+    test::random r(7);
+    for (isize h = 0; h < s.H; ++h) weight.push_back(static_cast<float>(r.normal()));
+    for (isize i = 0; i < s.H * s.d; ++i) gate.push_back(static_cast<float>(0.2 * r.normal()));
+    return {.window = 9,
+            .first = 2,
+            .log_weight = bhnd<const float>(weight.data(), 1, s.H, 1, 1),
+            .query_gate = bhnd<const float>(gate.data(), 1, s.H, 1, s.d)};
+  }
+};
+struct windowed_maximum_case : windowed_base {
+  static constexpr const char* name = "windowed, Hedgehog, measured from the window's maximum";
+  static constexpr laws::promise promises{.causal = true, .lse = true, .streams = true, .c = 64};
+  windowed_attention make(const shape&) {
+    return {.window = 5, .first = 0, .map = hedgehog{}, .level = rest_level::window_maximum};
+  }
+};
+
+using law_cases =
+    std::tuple<elu_case, all_keys_case, decay_case, retention_case, gla_case, decay_extreme_case, gla_extreme_case,
+               gla_normalised_case, delta_case, gated_delta_case, gated_delta_extreme_case, kda_case, gdn2_case,
+               favor_case, cosformer_case, windowed_case, windowed_maximum_case>;
 
 }  // namespace
 

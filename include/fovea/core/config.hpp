@@ -50,7 +50,7 @@
 
 /// Compiled once. Where FOVEA_COMPILED is defined, the functions that hold the loops are declared and not defined: the objects of a
 /// program then compile in seconds in place of half a minute each. For each of softmax.hpp, linear.hpp, dijiang.hpp, linformer.hpp,
-/// efficient.hpp and hybrid.hpp that the program uses, an object of its own defines FOVEA_COMPILING, and not FOVEA_COMPILED, and
+/// efficient.hpp, hybrid.hpp and windowed.hpp that the program uses, an object of its own defines FOVEA_COMPILING, and not FOVEA_COMPILED, and
 /// includes that header; any_attention::make is compiled by registry.hpp. In CMake the target fovea::compiled does all of it, for
 /// the flags of the project. Without either macro everything is inline.
 #if defined(FOVEA_COMPILED)

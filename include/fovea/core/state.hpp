@@ -25,6 +25,13 @@ class state {
     if (bytes > 0) std::memset(data_.data(), 0, bytes);
   }
 
+  /// A state whose payload is a part of another's, or scratch; as it stands there.
+  static state over(std::uint64_t tag, const shape& sizes, isize tokens, std::span<std::byte> memory) {
+    state s;
+    s.tag_ = tag, s.sizes_ = sizes, s.tokens_ = tokens, s.data_ = buffer::over(memory);
+    return s;
+  }
+
   std::uint64_t tag() const { return tag_; }
   const shape& sizes() const { return sizes_; }
   isize tokens() const { return tokens_; }  ///< how many tokens it has seen

@@ -54,10 +54,18 @@ class buffer {
   explicit buffer(std::size_t bytes)
       : data_(bytes == 0 ? nullptr : static_cast<std::byte*>(::operator new (bytes, std::align_val_t{alignment}))),
         size_(bytes) {}
-  buffer(buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  /// Memory of somebody else, for as long as that lives. A copy owns what it copies.
+  static buffer over(std::span<std::byte> memory) {
+    buffer b;
+    b.data_ = memory.data(), b.size_ = memory.size(), b.owns_ = false;
+    return b;
+  }
+  buffer(buffer&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)), owns_(other.owns_) {}
   buffer& operator=(buffer&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
+    std::swap(owns_, other.owns_);
     return *this;
   }
   buffer(const buffer& other) : buffer(other.size_) {
@@ -68,7 +76,7 @@ class buffer {
     return *this;
   }
   ~buffer() {
-    if (data_ != nullptr) ::operator delete (data_, std::align_val_t{alignment});
+    if (owns_ && data_ != nullptr) ::operator delete (data_, std::align_val_t{alignment});
   }
   std::byte* data() const { return data_; }
   std::size_t size() const { return size_; }
@@ -77,6 +85,7 @@ class buffer {
  private:
   std::byte* data_ = nullptr;
   std::size_t size_ = 0;
+  bool owns_ = true;
 };
 
 }  // namespace FOVEA_ABI
