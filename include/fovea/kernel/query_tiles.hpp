@@ -35,10 +35,9 @@ struct key_run {
   bool masked;
 };
 
-template <class Arch, class Acc>
+/// T: the rows of a tile, the lanes of a vector, the keys of a block at most.
+template <class Arch, class Acc, class T = detail::gradient_tile<Arch, Acc>>
 class query_tiles {
-  using T = detail::gradient_tile<Arch, Acc>;
-
  public:
   static constexpr isize R = T::rows, W = T::W;
   struct segment {  // lanes [lane, lane + count) of a tile: rows i ... of head h

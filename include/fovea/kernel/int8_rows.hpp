@@ -1,0 +1,332 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  Keys and values of one KV head, rounded to 8 bits: once a call, for all queries of the group.
+///
+///   k8 [m][dp]        bytes of the turned key, a scale each, and -128 times their sum (q is kept as q8 + 128)
+///   v8 [m / 4][ep][4] bytes of four keys side by side, with 64 log2(scale), 1 / scale, and 1 / scale in two bytes
+///
+/// Contract   rows come from any source that kernels read: f32, f16, bf16, int8 with scales; one stretch, ring or pages. A key with a
+///            number that is not finite, or with values too small or large for a scale, is marked, its bytes are 0: rows that see it
+///            are computed in f32. Every key is rounded by itself (without `fold`: every block).
+/// Cost       about 0.2 ns an element; m (dp + ep + 26) bytes.
+
+#include <fovea/kernel/int8_recipe.hpp>
+#include <fovea/kernel/online_softmax.hpp>
+#include <fovea/simd/word_ops.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+namespace kernel {
+
+/// Everything that is kept of a head. Blocks of `keys` keys; the last one is filled up with keys of zeros.
+struct int8_head {
+  isize d = 0, e = 0, dp = 0, ep = 0, keys = 0, blocks = 0;
+  std::int8_t *k = nullptr, *v = nullptr;
+  std::uint8_t* weight = nullptr;  // [m / 4][2][4] low and high byte of round(unit / scale)
+  std::int32_t* offset = nullptr;  // and the bits of int8_magic
+  float *k_scale = nullptr, *k_shift = nullptr, *fold = nullptr, *inverse = nullptr;  // k_shift: -int8_magic k_scale
+  float* length = nullptr;                                                            // of the key; infinity: marked
+  float* channel = nullptr;  // without fold: [block][ep] scales
+  struct part {              // 16 keys
+    float step;              // weight * step = 1 / scale; 0: the scales differ too much, take `inverse`
+    float coarsest;          // largest `inverse`
+  };
+  part* parts = nullptr;
+  float* longest = nullptr;  // [block] of `length`
+
+  int8_head() = default;
+  int8_head(arena& memory, isize m, isize width, isize values, int block_keys, bool fold_values)
+      : d(width), e(values), dp(detail::int8_width(width)), ep(detail::int8_width(values)), keys(block_keys) {
+    blocks = ceil_div(m, keys);
+    const isize all = blocks * keys;
+    k = memory.take<std::int8_t>(all * dp), v = memory.take<std::int8_t>(all * ep);
+    weight = memory.take<std::uint8_t>(all * 2);
+    offset = memory.take<std::int32_t>(all);
+    k_scale = memory.take<float>(all), k_shift = memory.take<float>(all);
+    fold = memory.take<float>(all), inverse = memory.take<float>(all);
+    length = memory.take<float>(all);
+    channel = memory.take<float>(fold_values ? 0 : blocks * ep);
+    parts = memory.take<part>(all / detail::int8_part), longest = memory.take<float>(blocks);
+  }
+};
+
+namespace detail {
+
+/// log2 of a positive normal number, to 2e-7.
+FOVEA_INLINE float log2_near(float x) noexcept {
+  const auto bits = std::bit_cast<std::uint32_t>(x) - 0x3f3504f3U;  // mantissa in [sqrt(1/2), sqrt(2))
+  const auto whole = static_cast<float>(static_cast<std::int32_t>(bits) >> 23);
+  const float m = std::bit_cast<float>((bits & 0x7fffffU) + 0x3f3504f3U);
+  const float y = (m - 1.0F) / (m + 1.0F), z = y * y;
+  return whole + y * (2.88539008F + z * (0.961796694F + z * (0.577078016F + z * 0.41219858F)));
+}
+
+/// What rounding to 8 bits wants to know of a batch of W rows: largest magnitude, length, and what the row is multiplied by.
+template <class Arch>
+struct row_extents {
+  static constexpr isize W = simd::words<Arch>::size;
+  float most[W], length[W], factor[W];
+};
+template <class Arch>
+FOVEA_NOINLINE void measure_rows(const float* x, isize ld, isize n, row_extents<Arch>& to) noexcept {
+  using P = simd::pack<float, Arch>;
+  constexpr isize L = P::size;
+  const P zero(0.0F);
+  for (isize first = 0; first < row_extents<Arch>::W; first += L) {
+    P high[L], square[L];
+    for (isize l = 0; l < L; ++l) {
+      P up = zero, down = zero, sum = zero;
+      const float* row = x + (first + l) * ld;
+      for (isize c = 0; c < n; c += L) {
+        const P y = P::load(row + c);
+        up = simd::max(up, y), down = simd::min(down, y), sum = simd::fma(y, y, sum);
+      }
+      high[l] = simd::max(up, zero - down), square[l] = sum;
+    }
+    simd::sum_each(square).store(to.length + first);
+    simd::transpose(high);
+    P all = high[0];
+    for (isize l = 1; l < L; ++l) all = simd::max(all, high[l]);
+    all.store(to.most + first);
+  }
+  for (isize l = 0; l < row_extents<Arch>::W; ++l) {
+    const bool sound = to.length[l] < std::numeric_limits<float>::infinity(), some = sound && to.most[l] > 1e-30F;
+    to.length[l] = sound ? std::sqrt(to.length[l]) : std::numeric_limits<float>::infinity();
+    to.most[l] = some ? to.most[l] : 0.0F;  // rows of zeros, and those that are marked
+    to.factor[l] = some ? 127.0F / to.most[l] : 0.0F;
+  }
+}
+
+/// x factor + shift, rounded, in 32-bit lanes; 0 + shift where the factor is 0 and x may be anything.
+template <class Arch>
+FOVEA_INLINE simd::words<Arch> rounded_words(const float* x, simd::pack<float, Arch> factor, float shift) noexcept {
+  using P = simd::pack<float, Arch>;
+  P y[simd::float_packs<Arch>];
+  tile::unroll<simd::float_packs<Arch>>(
+      [&](auto i) FOVEA_INLINE_LAMBDA { y[i] = simd::fma(P::load(x + i * P::size), factor, P(shift)); });
+  return simd::to_nearest<Arch>(y);
+}
+
+/// Row j of any source as f32, behind it zeros up to `padded`.
+template <class Arch>
+FOVEA_INLINE void load_padded(const row_source& from, isize j, isize width, isize padded, float* to) noexcept {
+  if (from.form != row_form::plain) {
+    simd::load_packed_row<Arch, float>(from, j, width, to);
+  } else {
+    const stretch s = from.at(j);
+    if (from.type == dtype::i8)
+      simd::load_scaled_row<Arch, float>(s.data, s.scales, from.scale_row, width, to);
+    else
+      simd::load_row<Arch, float>(from.type, s.data, width, to);
+  }
+  for (isize c = width; c < padded; ++c) to[c] = 0.0F;
+}
+/// Are its integers what the products take?
+inline bool takes_codes(const row_source& s) { return s.type == dtype::i8 && s.scale_row == 1; }
+
+/// Rounds the keys and values of blocks, one at a time. R: the recipe.
+template <class Arch, int8_recipe R>
+class int8_rounding {
+  static constexpr isize W = simd::words<Arch>::size;
+  static_assert(R.keys % W == 0 && W % 4 == 0);
+
+ public:
+  int8_rounding(arena& memory, isize d, isize e) {
+    const isize dp = int8_width(d), ep = int8_width(e), wide = W * (dp > ep ? dp : ep);
+    rows_ = memory.take<float>(!R.fold && R.keys * ep > wide ? R.keys * ep : wide);
+    codes_ = memory.take<std::int8_t>(4 * ep);
+    for (int f = 0; f < int8_grid; ++f) powers_[f] = static_cast<float>(std::exp2(f / static_cast<double>(int8_grid)));
+  }
+
+  void block(const key_set<float>& set, int8_head& to, isize x) noexcept {
+    const isize first = x * R.keys, last = first + R.keys < set.count ? first + R.keys : set.count;
+    if (takes_codes(set.k) && (set.k.rotated || !R.rotate))
+      stored_keys(set.k, first, last, to);
+    else
+      keys(set.k, first, last, to);
+    if constexpr (!R.fold)
+      values_by_channel(set.v, first, last, x, to);
+    else if (takes_codes(set.v))
+      stored_values(set.v, first, last, to);
+    else
+      values(set.v, first, last, to);
+    for (isize j = first; j < first + R.keys; j += int8_part) weights(j, last, to);
+    to.longest[x] = 0;
+    for (isize j = first; j < first + R.keys; ++j)
+      to.k_shift[j] = -int8_magic * to.k_scale[j], to.offset[j] += std::bit_cast<std::int32_t>(int8_magic);
+    for (isize j = first; j < last; ++j) to.longest[x] = to.longest[x] > to.length[j] ? to.longest[x] : to.length[j];
+  }
+
+ private:
+  static constexpr float none = std::numeric_limits<float>::infinity();
+
+  void keys(const row_source& from, isize first, isize last, int8_head& to) noexcept {
+    using word = simd::words<Arch>;
+    row_extents<Arch> x;
+    for (isize j = first, end = first + R.keys; j < end; j += W) {
+      for (isize l = 0; l < W; ++l) {
+        float* row = rows_ + l * to.dp;
+        if (j + l >= last) {
+          std::memset(row, 0, static_cast<std::size_t>(to.dp) * sizeof(float));
+          continue;
+        }
+        load_padded<Arch>(from, j + l, to.d, to.dp, row);
+        if (R.rotate && !from.rotated) simd::rotate_row<Arch>(row, to.d);
+      }
+      measure_rows<Arch>(rows_, to.dp, to.dp, x);
+      word sums[W];
+      for (isize l = 0; l < W; ++l) {
+        word sum = word::splat(0);
+        const simd::pack<float, Arch> factor(x.factor[l]);
+        auto* out = reinterpret_cast<std::uint8_t*>(to.k + (j + l) * to.dp);
+        if (x.length[l] == none) std::memset(rows_ + l * to.dp, 0, static_cast<std::size_t>(to.dp) * sizeof(float));
+        for (isize c = 0; c < to.dp; c += W) {
+          const word y = rounded_words<Arch>(rows_ + l * to.dp + c, factor, 0.0F);
+          simd::store_low_bytes(y, out + c);
+          sum = simd::add_i32(sum, y);
+        }
+        sums[l] = sum;
+      }
+      simd::sum_each(sums).store(to.offset + j);
+      for (isize l = 0; l < W; ++l)
+        to.offset[j + l] *= -128, to.k_scale[j + l] = x.most[l] / 127.0F, to.length[j + l] = x.length[l];
+    }
+  }
+  /// Keys that are stored as they are wanted.
+  void stored_keys(const row_source& from, isize first, isize last, int8_head& to) noexcept {
+    std::memset(to.k + first * to.dp, 0, static_cast<std::size_t>(R.keys * to.dp));
+    gather_codes(from, first, last - first, to.d, to.k + first * to.dp, to.dp, to.k_scale + first);
+    for (isize j = first; j < first + R.keys; ++j) {
+      const std::int8_t* k = to.k + j * to.dp;
+      std::int32_t sum = 0, square = 0;
+      for (isize c = 0; c < to.dp; ++c) sum += k[c], square += k[c] * k[c];
+      if (j >= last) to.k_scale[j] = 0;
+      const float length = std::sqrt(static_cast<float>(square)) * std::abs(to.k_scale[j]);
+      to.offset[j] = -128 * sum, to.length[j] = length < none ? length : none;
+      if (!(length < none)) to.k_scale[j] = 0;
+    }
+  }
+
+  void values(const row_source& from, isize first, isize last, int8_head& to) noexcept {
+    using word = simd::words<Arch>;
+    using P = simd::pack<float, Arch>;
+    const word flip = simd::splat_i8<Arch>(128);
+    const isize ep = to.ep;
+    row_extents<Arch> x;
+    for (isize j = first, end = first + R.keys; j < end; j += W) {
+      for (isize l = 0; l < W; ++l)
+        if (j + l < last)
+          load_padded<Arch>(from, j + l, to.e, ep, rows_ + l * ep);
+        else
+          std::memset(rows_ + l * ep, 0, static_cast<std::size_t>(ep) * sizeof(float));
+      measure_rows<Arch>(rows_, ep, ep, x);
+      for (isize l = 0; l < W; ++l) {
+        // A row that is too long to be measured, or a broken one, is zeros. Scales are powers of 2^(1/64): no rounding in the score.
+        float scale = x.length[l] < none ? x.most[l] / 127.0F : none;
+        if (scale > 0 && scale < none) scale = on_grid(scale);
+        x.factor[l] = set_value(scale, j + l, to);
+        if (x.length[l] == none) std::memset(rows_ + l * ep, 0, static_cast<std::size_t>(ep) * sizeof(float));
+      }
+      for (isize y = 0; y < W; y += 4) {
+        auto* out = reinterpret_cast<std::uint8_t*>(to.v + (j + y) * ep);
+        for (isize c = 0; c < ep; c += W) {
+          word z[4];
+          tile::unroll<4>([&](auto i) FOVEA_INLINE_LAMBDA {
+            z[i] = rounded_words<Arch>(rows_ + (y + i) * ep + c, P(x.factor[y + i]), 128.0F);
+          });
+          const word four = simd::group4(simd::narrow_i16(z[0], z[1]), simd::narrow_i16(z[2], z[3]));
+          simd::xor_bits(four, flip).store(out + 4 * c);
+        }
+      }
+    }
+  }
+  void stored_values(const row_source& from, isize first, isize last, int8_head& to) noexcept {
+    const isize ep = to.ep;
+    std::memset(to.v + first * ep, 0, static_cast<std::size_t>(R.keys * ep));
+    for (isize j = first; j < last; j += 4) {
+      const isize count = last - j < 4 ? last - j : 4;
+      float scale[4];
+      gather_codes(from, j, count, to.e, codes_, ep, scale);
+      for (isize y = 0; y < count; ++y) {
+        const bool kept = set_value(scale[y], j + y, to) > 0;
+        std::int8_t* out = to.v + j * ep + y;
+        for (isize c = 0; c < to.e; ++c) out[4 * c] = kept ? codes_[y * ep + c] : std::int8_t{0};
+      }
+    }
+  }
+  /// The next power of 2^(1 / 64) above.
+  float on_grid(float x) const noexcept {
+    const int step = static_cast<int>(std::ceil(log2_near(x) * int8_grid)), octave = step >> 6;
+    if (octave < -120 || octave > 120) return x;  // no scale for the integers anyway
+    return powers_[step & 63] * std::bit_cast<float>(static_cast<std::uint32_t>(octave + 127) << 23);
+  }
+
+  /// What the scale of a value gives. Returns what the value is multiplied by. A value of zeros has the least
+  /// scale that there is: its own p is then 0, which is right, and the denominator counts it in f32.
+  static float set_value(float scale, isize j, int8_head& to) noexcept {
+    const float fold = scale > 1e-35F ? log2_near(scale) : 0.0F;
+    const bool sound =
+        scale == 0 || (scale > 1e-35F && scale < none && std::abs(fold) <= static_cast<float>(int8_most_fold));
+    if (!sound) to.length[j] = none;
+    const bool some = sound && scale > 0;
+    to.fold[j] = std::nearbyint(static_cast<float>(int8_grid) * (some ? fold : static_cast<float>(-int8_most_fold)));
+    to.inverse[j] = some ? 1.0F / scale : static_cast<float>(std::int64_t{1} << static_cast<int>(int8_most_fold));
+    return some ? 1.0F / scale : 0;
+  }
+
+  /// 1 / scale of 16 keys from j on, in 15 bits, where the scales are alike. Keys behind the last one count nothing.
+  static void weights(isize j, isize last, int8_head& to) noexcept {
+    const isize end = j + int8_part;
+    float most = 0, least = none;
+    for (isize y = j; y < end; ++y) {
+      if (y >= last) to.inverse[y] = 0, to.fold[y] = 0;
+      if (y >= last) continue;
+      most = most > to.inverse[y] ? most : to.inverse[y];
+      least = least < to.inverse[y] ? least : to.inverse[y];
+    }
+    const bool alike = most <= static_cast<float>(int8_most_spread) * least;
+    const float unit = !alike || most == 0 ? 0 : 32512.0F / most;
+    to.parts[j / int8_part] = {alike ? most / 32512.0F : 0, most};
+    for (isize y = j; y < end; ++y) {
+      const int w = static_cast<int>(std::nearbyint(to.inverse[y] * unit)), high = (w + 128) >> 8;
+      std::uint8_t* at = to.weight + y / 4 * 8 + y % 4;
+      at[0] = static_cast<std::uint8_t>(w - 256 * high), at[4] = static_cast<std::uint8_t>(high);
+    }
+  }
+
+  void values_by_channel(const row_source& from, isize first, isize last, isize x, int8_head& to) noexcept {
+    const isize ep = to.ep;
+    float* channel = to.channel + x * ep;
+    for (isize c = 0; c < ep; ++c) channel[c] = 0;
+    for (isize j = first; j < first + R.keys; ++j) {
+      float* row = rows_ + (j - first) * ep;
+      to.fold[j] = 0, to.inverse[j] = 1;
+      for (isize c = 0; j >= last && c < ep; ++c) row[c] = 0;
+      if (j >= last) continue;
+      load_padded<Arch>(from, j, to.e, ep, row);
+      float length = 0;
+      for (isize c = 0; c < ep; ++c) length += row[c] * row[c];
+      if (!(length < none)) {
+        to.length[j] = none;
+        for (isize c = 0; c < ep; ++c) row[c] = 0;
+      }
+      for (isize c = 0; c < ep; ++c) channel[c] = channel[c] > std::abs(row[c]) ? channel[c] : std::abs(row[c]);
+    }
+    for (isize c = 0; c < ep; ++c) channel[c] /= 127.0F;
+    for (isize j = first; j < first + R.keys; ++j)
+      for (isize c = 0; c < ep; ++c) {
+        const float y = rows_[(j - first) * ep + c];
+        to.v[(j / 4 * ep + c) * 4 + j % 4] =
+            static_cast<std::int8_t>(channel[c] > 0 ? std::nearbyint(y / channel[c]) : 0.0F);
+      }
+  }
+
+  float* rows_;
+  std::int8_t* codes_;
+  float powers_[int8_grid];
+};
+
+}  // namespace detail
+}  // namespace kernel
+}  // namespace FOVEA_ABI
+}  // namespace fovea
