@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""Runs the ONNX backend node tests of `Attention` (opset 23 and later) through the program `attend`.
+"""Runs the ONNX backend node tests of `Attention` (opset 23 and later) and `LinearAttention` (opset 27) through the program `attend`.
 
     run_onnx.py ATTEND [--packages DIR] [--onnx VERSION] [--only TEXT] [--verbose]
 
 The cases are read from the `onnx` package of PyPI, which is installed into DIR (pip --target; a build folder) unless Python has it. Exit code 77
 where it cannot be had, 1 if a case failed.
 
-How a node becomes a question:
+How an Attention node becomes a question:
   3-D inputs            [B, n, H d] are cut into heads
   past_key, past_value  are put before K and V; present_key and present_value are compared with what attend was given
   is_causal             offset: tokens in the past; nonpad_kv_seqlen - n with a cache of the caller's; 0 (top-left) else
@@ -16,6 +16,11 @@ How a node becomes a question:
   left_window_size, right_window_size, softcap, scale    left, right, softcap, scale
   qk_matmul_output      is no output of attend (the scores are never stored): the case is asked again in f64 with the identity for V, whose
                         output is the probabilities p, and scores are log p + lse
+
+How a LinearAttention node does:
+  [B, n, H d]           is cut into heads, decay and beta too; a beta of one head serves all
+  update_rule           linear, gated, delta, gated_delta: rule none, decay or gla, delta, gated_delta or kda by the width of decay
+  past_state            tensor S0; present_state is compared with S
 
 Bounds are those of the case (rtol, atol); where inputs are f16 or bf16 the wanted values were rounded at every step, and 4 units of that type are
 added. Cases in NOT_OFFERED are named with their reason.
@@ -38,6 +43,7 @@ except ImportError as error:
 
 VERSION = "1.23.2"
 NEEDS = ("protobuf", "ml_dtypes", "typing_extensions")  # what onnx imports besides numpy
+MODULES = {"Attention": "attention", "LinearAttention": "linear_attention"}  # where the package builds the cases of an operator
 SLOTS = ("Q", "K", "V", "attn_mask", "past_key", "past_value", "nonpad_kv_seqlen")
 OUTPUTS = ("Y", "present_key", "present_value", "qk_matmul_output")
 KNOWN = {"is_causal", "kv_num_heads", "q_num_heads", "qk_matmul_output_mode", "scale", "softcap", "softmax_precision", "left_window_size", "right_window_size"}
@@ -64,15 +70,24 @@ def find_onnx(packages, version):
         sys.exit(77)
 
 
-def attention_cases():
+def cases():
     node = importlib.import_module("onnx.backend.test.case.node")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        importlib.import_module("onnx.backend.test.case.node.attention")
-    return [c for c in node._NodeTestCases if len(c.model.graph.node) == 1 and c.model.graph.node[0].op_type == "Attention"]
+        for module in MODULES.values():
+            importlib.import_module("onnx.backend.test.case.node." + module)
+    return [c for c in node._NodeTestCases if len(c.model.graph.node) == 1 and c.model.graph.node[0].op_type in MODULES]
+
+
+def bits(x):
+    return bfloat16.of(x.astype(np.float32)) if x.dtype.name == "bfloat16" else x
 
 
 class Case:
+    """A node of `Attention`, its inputs and the outputs it wants."""
+
+    slots, results, known = SLOTS, OUTPUTS, KNOWN
+
     def __init__(self, onnx, case):
         n = case.model.graph.node[0]
         self.name, self.rtol, self.atol = case.name, case.rtol, case.atol
@@ -80,9 +95,9 @@ class Case:
         self.attributes = {a.name: onnx.helper.get_attribute_value(a) for a in n.attribute}
         inputs, outputs = case.data_sets[0]
         # Optional ones that are left out have an empty name and no value.
-        self.inputs = dict(zip([s for s, name in zip(SLOTS, n.input) if name], (np.asarray(x) for x in inputs)))
-        self.outputs = dict(zip([s for s, name in zip(OUTPUTS, n.output) if name], (np.asarray(x) for x in outputs)))
-        unknown = set(self.attributes) - KNOWN
+        self.inputs = dict(zip([s for s, name in zip(self.slots, n.input) if name], (np.asarray(x) for x in inputs)))
+        self.outputs = dict(zip([s for s, name in zip(self.results, n.output) if name], (np.asarray(x) for x in outputs)))
+        unknown = set(self.attributes) - self.known
         if unknown:
             raise Refused(f"attributes {sorted(unknown)} are not known to this runner")
 
@@ -139,7 +154,7 @@ class Case:
             return np.log(y["o"]) + np.where(np.isneginf(y["lse"]), 0, y["lse"])[..., None]
 
     def differs(self, name, got, want):
-        bound = self.rtol + {"float16": 4 * 2.0**-11, "bfloat16": 4 * 2.0**-8}.get(self.inputs["Q"].dtype.name, 0)
+        bound = self.rtol + {"float16": 4 * 2.0**-11, "bfloat16": 4 * 2.0**-8}.get(self.inputs[self.slots[0]].dtype.name, 0)
         got, want = np.asarray(got).astype(np.float64), want.astype(np.float64)
         if want.ndim == 3 and got.ndim == 4:
             got = got.transpose(0, 2, 1, 3).reshape(want.shape)
@@ -150,20 +165,47 @@ class Case:
             ok = (got == want) | (np.abs(got - want) <= self.atol + self.rtol * np.abs(want) + (bound - self.rtol) * scale)
         return None if ok.all() else f"{name}: {np.count_nonzero(~ok)} of {ok.size} differ, by up to {np.nanmax(np.abs(got - want)[~ok]):.3g}"
 
-    def run(self, program):
-        def ask(c, t):
-            bits = lambda x: bfloat16.of(x.astype(np.float32)) if x.dtype.name == "bfloat16" else x
-            return attend(c, binary=program, **{name: bits(x) for name, x in t.items()})
+    def ask(self, program, c, t):
+        return attend(c, binary=program, **{name: bits(x) for name, x in t.items()})
 
+    def answers(self, program):
         c, t = self.question()
-        got = {"Y": ask(c, t)["o"], "present_key": t["k"], "present_value": t["v"]}
+        got = {"Y": self.ask(program, c, t)["o"], "present_key": t["k"], "present_value": t["v"]}
         if "qk_matmul_output" in self.outputs:
-            got["qk_matmul_output"] = self.scores(ask, c, t)
-        for name, want in self.outputs.items():
-            problem = self.differs(name, got[name], want)
-            if problem:
-                return problem
-        return None
+            got["qk_matmul_output"] = self.scores(lambda c, t: self.ask(program, c, t), c, t)
+        return got
+
+    def run(self, program):
+        got = self.answers(program)
+        return next(filter(None, (self.differs(name, got[name], want) for name, want in self.outputs.items())), None)
+
+
+class LinearCase(Case):
+    """A node of `LinearAttention`."""
+
+    slots = ("query", "key", "value", "past_state", "decay", "beta")
+    results = ("output", "present_state")
+    known = {"update_rule", "scale", "q_num_heads", "kv_num_heads", "chunk_size"}
+
+    def question(self):
+        a, x = self.attributes, self.inputs
+        G, rule = a["kv_num_heads"], a.get("update_rule", b"gated_delta").decode()
+        t = {name: self.heads(x[slot], a["q_num_heads"] if name == "q" else G) for name, slot in zip("qkv", self.slots)}
+        if "decay" in x:
+            t["g"] = self.heads(x["decay"], G)
+        if "beta" in x:
+            beta = x["beta"] if x["beta"].shape[2] == G else np.repeat(x["beta"], G, 2)
+            t["beta"] = self.heads(beta, G)
+        if "past_state" in x:
+            t["S0"] = x["past_state"].astype(np.float32)
+        by_channel = "g" in t and t["g"].shape[3] > 1
+        rules = {"linear": "none", "gated": "gla" if by_channel else "decay", "delta": "delta", "gated_delta": "kda" if by_channel else "gated_delta"}
+        scale = float(a.get("scale", 0.0)) or t["q"].shape[3] ** -0.5
+        return {"mechanism": "linear", "rule": rules[rule], "map": "identity", "normalise": False, "scale": scale}, t
+
+    def answers(self, program):
+        got = self.ask(program, *self.question())
+        return {"output": got["o"], "present_state": got["S"]}
 
 
 def main():
@@ -173,7 +215,7 @@ def main():
     a = p.parse_args()
     onnx = find_onnx(a.packages, a.onnx)
     passed, failed, listed, opsets = 0, 0, 0, {}
-    for case in attention_cases():
+    for case in cases():
         if a.only not in case.name:
             continue
         if case.name in NOT_OFFERED:
@@ -181,7 +223,7 @@ def main():
             print(f"not offered  {case.name}: {NOT_OFFERED[case.name]}")
             continue
         try:
-            it = Case(onnx, case)
+            it = (LinearCase if case.model.graph.node[0].op_type == "LinearAttention" else Case)(onnx, case)
             opsets[it.opset] = opsets.get(it.opset, 0) + 1
             problem = it.run(a.attend)
         except Refused as line:
