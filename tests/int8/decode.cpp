@@ -278,6 +278,29 @@ TEST_CASE("decode_int8: NaN and infinity reach the rows that see them, as in f32
     }
 }
 
+TEST_CASE("decode_int8: a state that is packed and rotated gives the bits of a store") {
+  test::random r(9);
+  constexpr isize G = 2, H = 6, d = 32, e = 40, m = 77;
+  const tensor k = test::normal(r, dtype::f32, 1, G, m, d), v = test::normal(r, dtype::f32, 1, G, m, e),
+               q = test::normal(r, dtype::f32, 1, H, m, d);
+  const contiguous_store store = filled(shape_of(G, d, e, true, true), k, v);
+  softmax_attention a{.mask = causal{}};
+  const answer want = attend(in_int8(a), test::rows_of(q, m - 1, 1), store.view());
+  a.store = {.type = dtype::i8, .layout = kv_form::packed, .rotated = true};
+  state held = a.make_state({1, H, G, m, m, d, e, dtype::f32});
+  answer past(H, m - 1, e), got(H, 1, e);
+  prefill(serial, a, test::rows_of(q, 0, m - 1), test::rows_of(k, 0, m - 1), test::rows_of(v, 0, m - 1), past.out,
+          held);
+  step(serial, in_int8(a), test::rows_of(q, m - 1, 1), test::rows_of(k, m - 1, 1), test::rows_of(v, m - 1, 1), got.out,
+       held, {.lse = got.lse});
+  CHECK_SAME_BITS(got.out, want.out);
+  CHECK_SAME_BITS(got.lse, want.lse);
+  a.store.scale = scale_per::group;
+  CHECK_SAYS(test::refusal([&] { a.make_state({1, H, G, m, m, d, e, dtype::f32}); }), "packed rows are int8");
+  a.store = {.rotated = true};
+  CHECK_SAYS(test::refusal([&] { a.make_state({1, H, G, m, m, d, e, dtype::f32}); }), "rotated keys are int8");
+}
+
 TEST_CASE("packed and rotated stores: what they refuse") {
   const auto says = [](const kv_shape& s) { return test::refusal([&] { contiguous_store(s, 4); }); };
   kv_shape s = shape_of(1, 8, 8, true, false);

@@ -3,8 +3,8 @@
 /// @file  softmax_attention from a configuration.
 ///
 /// Keys       scale, causal, align, offset, window (own key included), left / right, first, chunk, prefix, softcap, max_distance,
-///            bidirectional, relative_left, rope_theta and rope_*, store, store_type, store_scale, store_chunk, precision
-///            ("f32" or "int8"), skip (with int8).
+///            bidirectional, relative_left, rope_theta and rope_*, store, store_type, store_scale, store_layout,
+///            store_rotated, store_chunk, precision ("f32" or "int8"), skip (with int8).
 /// Tensors    mask (u8 or bool, broadcast to [B, H, n, m], 1 = may see), bias (float, likewise), slopes [H], sinks [H],
 ///            t5 [buckets, H], relative [H or 1, distances], cu or cu_q and cu_k (cumulative lengths of packed sequences), offsets [B],
 ///            prefixes [B], lengths [B], parents [n] or [B, n], rope_factors [width / 2]; with each call: positions [B, n] or [n].
@@ -93,6 +93,8 @@ inline state_store configure_store(configuration_reader& c) {
         {{"f32", dtype::f32}, {"f64", dtype::f64}, {"bf16", dtype::bf16}, {"f16", dtype::f16}, {"i8", dtype::i8}},
         dtype::f32);
   s.scale = c.choice("store_scale", {{"row", scale_per::row}, {"group", scale_per::group}}, s.scale);
+  s.layout = c.choice("store_layout", {{"rows", kv_form::rows}, {"packed", kv_form::packed}}, s.layout);
+  s.rotated = c.flag("store_rotated", s.rotated);
   s.chunk = c.integer("store_chunk", s.chunk);
   require(s.chunk >= 1, "store_chunk is ", s.chunk, "; it must be at least 1");
   return s;

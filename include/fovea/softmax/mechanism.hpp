@@ -23,6 +23,8 @@ struct state_store {
   std::optional<dtype> type = {};    ///< none: the type of the call; i8: int8 with scales
   scale_per scale = scale_per::row;  ///< int8 only
   isize chunk = 256;  ///< ring: a longer prefill is cut into calls of so many tokens, and so much more is kept
+  kv_form layout = kv_form::rows;  ///< packed: int8 with a scale a row only
+  bool rotated = false;            ///< int8 only: as kv_shape::rotated
 };
 
 struct softmax_attention {

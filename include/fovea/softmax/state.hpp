@@ -23,7 +23,13 @@ class state_rows {
       const kept_keys kept = m.mask.kept();
       index_.first = kept.first, index_.size = (kept.bounded() ? kept.window : s.m) + m.store.chunk - 1;
     }
-    layout_ = kv_layout({.heads = s.B * s.G, .d = s.d, .e = s.e, .type = type, .scale = m.store.scale},
+    layout_ = kv_layout({.heads = s.B * s.G,
+                         .d = s.d,
+                         .e = s.e,
+                         .type = type,
+                         .scale = m.store.scale,
+                         .form = m.store.layout,
+                         .rotated = m.store.rotated},
                         ring_ ? index_.slots() : s.m);
   }
   /// Throws unless a state for calls of this type can be kept as `store` says.
@@ -31,6 +37,10 @@ class state_rows {
     const dtype type = m.store.type ? *m.store.type : call;
     require(type <= dtype::i8 && (type == dtype::f64) == (call == dtype::f64), "store.type is ", name_of(type),
             " for a call of ", name_of(call), "; f64 goes with f64 only");
+    require(m.store.layout == kv_form::rows || (type == dtype::i8 && m.store.scale == scale_per::row),
+            "store is packed; packed rows are int8 with a scale a row (store.type, store.scale)");
+    require(!m.store.rotated || type == dtype::i8, "store is rotated and its type ", name_of(type),
+            "; rotated keys are int8");
     if (m.store.kind != state_store::form::ring) return;
     require(m.mask.kept().bounded(),
             "store is a ring; the mask must say how far back it looks: window or chunked_local, bottom-right");
@@ -125,6 +135,8 @@ inline std::uint64_t softmax_attention::tag() const {
   detail::fingerprint f;
   f.text(name).number(static_cast<double>(store.kind)).number(store.type ? static_cast<double>(*store.type) : -1);
   f.number(static_cast<double>(store.scale)).number(turn != nullptr ? 1 : 0);
+  if (store.layout != kv_form::rows || store.rotated)
+    f.number(static_cast<double>(store.layout)).number(store.rotated ? 1 : 0);
   if (store.kind == state_store::form::ring) {
     const kept_keys kept = mask.kept();
     f.number(static_cast<double>(kept.window)).number(static_cast<double>(kept.first));
