@@ -12,7 +12,7 @@
 
 #include <fovea/kernel/int8_recipe.hpp>
 #include <fovea/kernel/online_softmax.hpp>
-#include <fovea/simd/word_ops.hpp>
+#include <fovea/simd/word_moves.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -122,7 +122,7 @@ FOVEA_INLINE void load_padded(const row_source& from, isize j, isize width, isiz
   for (isize c = width; c < padded; ++c) to[c] = 0.0F;
 }
 /// Are its integers what the products take?
-inline bool takes_codes(const row_source& s) { return s.type == dtype::i8 && s.scale_row == 1; }
+inline bool has_codes(const row_source& s) { return s.type == dtype::i8 && s.scale_row == 1; }
 
 /// Rounds the keys and values of blocks, one at a time. R: the recipe.
 template <class Arch, int8_recipe R>
@@ -140,13 +140,13 @@ class int8_rounding {
 
   void block(const key_set<float>& set, int8_head& to, isize x) noexcept {
     const isize first = x * R.keys, last = first + R.keys < set.count ? first + R.keys : set.count;
-    if (takes_codes(set.k) && (set.k.rotated || !R.rotate))
+    if (has_codes(set.k) && (set.k.rotated || !R.rotate))
       stored_keys(set.k, first, last, to);
     else
       keys(set.k, first, last, to);
     if constexpr (!R.fold)
       values_by_channel(set.v, first, last, x, to);
-    else if (takes_codes(set.v))
+    else if (has_codes(set.v))
       stored_values(set.v, first, last, to);
     else
       values(set.v, first, last, to);

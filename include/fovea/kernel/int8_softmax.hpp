@@ -143,8 +143,9 @@ class int8_softmax {
         if (here && direct) to[x] = static_cast<float*>(row[x]);
         if (here && lse)
           *static_cast<float*>(lse.row(b, h, i)) = m_[r + x] * 0.69314718055994530942F + std::log(l / 255.0F);
-        if (here && skipped)
-          *static_cast<float*>(skipped.row(b, h, i)) = lost_[r + x] > 0 ? lost_[r + x] / (lost_[r + x] + l) : 0.0F;
+        if (skipped && r + x < count)
+          *static_cast<float*>(skipped.row(b, h, i)) =
+              here && lost_[r + x] > 0 ? lost_[r + x] / (lost_[r + x] + l) : 0.0F;
         if (++i == n) ++h, i = 0;
       }
       simd::columns_to_rows<float, Arch>(o_ + r / T::rows * T::rows * e_ + r % T::rows, T::rows, e_, inverse, to);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 #pragma once
-/// @file  Moves inside words<Arch> (simd/words.hpp) that scores of 16 bits need.
+/// @file  Moves inside words<Arch> (simd/words.hpp) that rounded rows and scores of 16 bits need.
 ///
 ///   bits_of(x), as_floats(w)   registers of floats as words, and back, bit by bit
 ///   join_i16(a, b)             lane l: the low 16 bits of a[l], then those of b[l]
