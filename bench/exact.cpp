@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Names: decode/<store>/<type>/D<d>/N<keys>/H<h>/G<g>[/n<queries>][/T<threads>], prefill/softmax/<type>/<variant>/... as in bench.cpp.
+// Names: decode/<store>/<type>[_<rows>][_<arithmetic>]/D<d>/N<keys>/H<h>/G<g>[/n<queries>][/T<threads>], prefill/softmax/<type>/<variant>/... as in bench.cpp.
 #include "exact.hpp"
 
 #include <fovea/cache/contiguous_store.hpp>
@@ -19,12 +19,17 @@ struct decode_case {
   fovea::kv_shape rows;
   isize keys = 32768, H = 8, n = 1, page = 0;  ///< page 0: one stretch
   int threads = 1;
+  fovea::precision arithmetic = fovea::precision::f32;
 
   std::string name() const {
     const auto number = [](const char* what, isize x) { return std::string(what) + std::to_string(x); };
     std::string s = "decode/" + (page > 0 ? number("pages_of_", page) : std::string("contiguous")) + "/";
     s += fovea::name_of(rows.type);
-    if (rows.type == dtype::i8) s += rows.scale == fovea::scale_per::row ? "_by_row" : "_by_group";
+    if (rows.form == fovea::kv_form::packed)
+      s += "_packed";
+    else if (rows.type == dtype::i8)
+      s += rows.scale == fovea::scale_per::row ? "_by_row" : "_by_group";
+    if (arithmetic == fovea::precision::int8) s += "_int8";
     s += number("/D", rows.d) + (rows.e != rows.d ? number("e", rows.e) : "") + number("/N", keys) + number("/H", H) +
          number("/G", rows.heads);
     if (n > 1) s += number("/n", n);
@@ -58,12 +63,35 @@ struct filled_store {
   std::size_t bytes() const { return block ? block->bytes() : table.pages.size() * pool->page_bytes(); }
 };
 
+/// Time of f32 arithmetic over plain rows of the same numbers, over the time of `a` over its store; alternating, the median.
+double over_f32(decode_case c, const fovea::softmax_attention& a, const tensors& t,
+                std::span<const fovea::kv_sequence> kv) {
+  c.rows.form = fovea::kv_form::rows;
+  const filled_store plain(c);
+  const fovea::kv_sequence rows[] = {plain.view()};
+  fovea::softmax_attention f32 = a;
+  f32.arithmetic = fovea::precision::f32;
+  fovea::buffer memory(fovea::workspace_size(f32, t.Q(), rows, 1) + fovea::workspace_size(a, t.Q(), kv, 1) + 64);
+  const int calls = static_cast<int>(std::max<isize>(1, (isize{1} << 21) / (c.keys * c.H)));
+  const auto time = [&](const fovea::softmax_attention& m, std::span<const fovea::kv_sequence> x) {
+    const double start = machine::now();
+    for (int i = 0; i < calls; ++i) fovea::prefill(fovea::serial, m, t.Q(), x, t.O(), {.workspace = memory.span()});
+    return machine::now() - start;
+  };
+  std::vector<double> found;
+  for (int i = 0; i < 15; ++i) {
+    const double before = time(f32, rows), own = time(a, kv);
+    found.push_back(before / own);
+  }
+  return median(found);
+}
+
 void decode(benchmark::State& b, const decode_case& c, fovea::exec_ref exec) {
   const filled_store store(c);
   const fovea::kv_sequence kv[] = {store.view()};
   const dtype type = c.rows.type == dtype::i8 ? dtype::f32 : c.rows.type;
   const tensors t({1, c.H, c.rows.heads, c.n, c.n, c.rows.d, c.rows.e, type});
-  const fovea::softmax_attention a{.mask = fovea::causal{}};
+  const fovea::softmax_attention a{.mask = fovea::causal{}, .arithmetic = c.arithmetic};
   fovea::buffer memory(fovea::workspace_size(a, t.Q(), kv, c.threads) + 64);
   // The rate of reading as much memory; the store's own where it is one block.
   const std::size_t bytes = store.bytes();
@@ -79,6 +107,7 @@ void decode(benchmark::State& b, const decode_case& c, fovea::exec_ref exec) {
       [&] { return machine::stream_read(read, bytes); },
       [&](double seconds, double rate) { return static_cast<double>(bytes) / seconds / rate; });
   b.counters["store"] = static_cast<double>(bytes);
+  if (c.arithmetic == fovea::precision::int8) b.counters["over_f32"] = over_f32(c, a, t, kv);
 }
 
 /// [B, n, H, d] in memory: the heads of a token side by side.
@@ -123,6 +152,16 @@ std::vector<decode_case> decode_cases() {
   for (const isize d : {64, 128}) {
     all.push_back({.rows = shape(1, dtype::f32, scale_per::row, d), .keys = 128, .H = 1});
     all.push_back({.rows = shape(1, dtype::f32, scale_per::row, d), .keys = 1024, .H = 4});
+  }
+  for (const fovea::kv_form form : {fovea::kv_form::rows, fovea::kv_form::packed}) {  // integers
+    const auto codes = [&](isize G, isize d) {
+      return fovea::kv_shape{.heads = G, .d = d, .e = d, .type = dtype::i8, .form = form, .rotated = true};
+    };
+    constexpr auto int8 = fovea::precision::int8;
+    for (const isize H : {8, 32, 64}) all.push_back({.rows = codes(8, 128), .H = H, .arithmetic = int8});
+    all.push_back({.rows = codes(8, 64), .H = 32, .arithmetic = int8});
+    for (const isize page : {16, 64}) all.push_back({.rows = codes(8, 128), .H = 32, .page = page, .arithmetic = int8});
+    for (const isize G : {1, 8}) all.push_back({.rows = codes(G, 128), .keys = 1024, .H = 4 * G, .arithmetic = int8});
   }
   all.push_back({.rows = shape(1, dtype::f32), .keys = 131072, .H = 1});
   all.push_back({.rows = shape(1, dtype::f32), .keys = 131072, .H = 1, .threads = 2});
