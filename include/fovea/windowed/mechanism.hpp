@@ -15,7 +15,7 @@
 /// Cost       2 (window + first) (d + e) + 4 r e flops a row and the map; state: window + first rows of K and V and r (e + 1) numbers
 ///            a KV head, independent of n.
 /// Numerics   the two parts share one running maximum; docs/numerics.md.
-/// Reference  windowed/reference.hpp.   Source  LoLCATs (2410.10254) window_maximum without first keys; Based (2402.18668).
+/// Reference  windowed/reference.hpp.   Source  LoLCATs' code (window_maximum, no first keys); Based (2402.18668).
 
 #include <optional>
 
