@@ -12,6 +12,7 @@
 #include "cases.hpp"
 #include "exact.hpp"
 #include "measure.hpp"
+#include "windowed.hpp"
 
 namespace {
 
@@ -88,6 +89,7 @@ int main(int argc, char** argv) {
   }
   bench::register_exact();
   bench::register_backward();
+  bench::register_windowed();
   benchmark::AddCustomContext("fovea_arch", fovea::simd::name_of_arch<fovea::simd::native>);
   benchmark::AddCustomContext("cpu", machine::cpu_name());
   // Names stay as they are above: a minimum time set on the cases would be added to each.
