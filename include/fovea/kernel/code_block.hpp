@@ -21,13 +21,14 @@ inline bool takes_codes(const row_source& s) { return s.type == dtype::i8 && s.s
 struct code_block {
   static constexpr isize keys = 64;
   isize first = 0, count = 0, lead = 0;
+  bool packed = false;
   const std::byte *k[keys], *v[keys];  // plain: rows, up to a multiple of 16; packed: k tiles of 16, v groups of 4
 
   /// The block that begins with key j and ends before `last`.
   template <bool Packed>
   void find(const row_source& ks, const row_source& vs, isize j, isize last) noexcept {
     const slot_place at = ks.place(j);
-    first = j, lead = Packed ? at.slot % packed_rows : 0;
+    first = j, lead = Packed ? at.slot % packed_rows : 0, packed = Packed;
     count = keys - lead < last - j ? keys - lead : last - j;
     if (Packed && ks.ring > 0 && at.count < count) count = at.count;  // seams need not lie between tiles
     if constexpr (Packed) {
@@ -41,6 +42,11 @@ struct code_block {
     } else {
       find_rows(ks, k), find_rows(vs, v);
     }
+  }
+
+  /// Lane x: its row, or as many bytes of its tile; all lanes' together are the block's keys.
+  const std::byte* key(isize x, isize d) const noexcept {
+    return packed ? k[x / packed_rows] + x % packed_rows * d : k[x];
   }
 
  private:

@@ -35,6 +35,7 @@ class decode_int8 {
   static constexpr isize W = word::size, B = 4 * W, PW = P::size;  // lanes, bytes, floats of a register
   static constexpr int parts = simd::float_packs<Arch>;            // packs of float that a register makes
   static constexpr isize keys = code_block::keys;
+  static constexpr isize early = 32;                                // keys that are asked for while weights are made
   static constexpr isize sum_rows = Arch::registers >= 32 ? 4 : 2;  // rows that share the reads of values
 
  public:
@@ -150,7 +151,10 @@ class decode_int8 {
     });
     // Each step for all rows: what one waits for, the next one covers.
     for (isize r = 0; r < count_; ++r) finish_scores(set, b, r, seen[r], m[r]);
-    for (isize r = 0; r < count_; ++r) exponentials(r, l[r]);
+    const isize steps = 2 * count_ * keys / PW;
+    early_ = steps < early ? steps : early;
+    if (!ahead || next == nullptr || next->count < early) early_ = 0;
+    for (isize r = 0; r < count_; ++r) exponentials(r, early_ > 0 ? next : nullptr, l[r]);
     for (isize r = 0; r < count_; ++r) round_weights(s_[r], steps_[r], p_[r]);
     for_groups<sum_rows>([&](auto R, isize r) {
       if constexpr (Packed)
@@ -287,11 +291,14 @@ class decode_int8 {
     if ((scales_.bad_values & seen) != 0) poisoned_[r] = std::numeric_limits<float>::quiet_NaN();
   }
   /// Exponentials of one row, their sum, and what their largest product with a scale of V is.
-  void exponentials(isize r, float& l) noexcept {
+  void exponentials(isize r, const code_block* next, float& l) noexcept {
     float* const s = s_[r];
     const P shift(shift_[r]);
     P sum(0.0F), most(0.0F);
     for (isize x = 0; x < keys; x += PW) {
+      // The next block's first keys: memory would have nothing to do otherwise.
+      if (const isize y = 2 * (r * keys + x) / PW; next != nullptr && y < early)
+        simd::prefetch(next->key(y, d_), d_), simd::prefetch(next->key(y + 1, d_), d_);
       const P e = simd::exp2(P::load(s + x) - shift), p = e * P::load(scales_.v + x);
       p.store(s + x);
       sum = sum + e, most = simd::max(p, most);
@@ -350,21 +357,20 @@ class decode_int8 {
     });
     const isize ahead = next != nullptr && c < d_ ? ceil_div(next->lead + next->count, packed_rows) * 4 : 0;
     const isize groups = ceil_div(b.lead + b.count, 4);
-    const auto step = [&](isize x) FOVEA_INLINE_LAMBDA {
-      const std::byte* const v = b.v[x] + 4 * c;
+    const auto step = [&](isize x, auto ask) FOVEA_INLINE_LAMBDA {
+      const std::byte *const v = b.v[x] + 4 * c, *const k = ask ? next->k[x / 4] + x % 4 * 4 * d_ + 4 * c : nullptr;
       word p[R];
       tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA { p[z] = simd::splat4<Arch>(p_[r + z] + 4 * x); });
       tile::unroll<N>([&](auto i) FOVEA_INLINE_LAMBDA {
+        if (ask) simd::prefetch(k + i * B, B);  // one line at a time: a burst would fill the core's few line buffers
         const word y = Edge ? load_edge(v, 4 * (e_ - c)) : word::load(v + i * B);
         tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA { acc[z][i] = simd::dot4(acc[z][i], p[z], y); });
       });
     };
     isize x = 0;
-    for (; x < ahead && x < groups; ++x) {
-      simd::prefetch(next->k[x / 4] + x % 4 * 4 * d_ + 4 * c, N * B);
-      step(x);
-    }
-    for (; x < groups; ++x) step(x);
+    for (; 4 * x < early_ && x < groups; ++x) step(x, std::false_type{});
+    for (; x < ahead && x < groups; ++x) step(x, std::true_type{});
+    for (; x < groups; ++x) step(x, std::false_type{});
     add_sums<R, N>(acc, r, c);
   }
 
@@ -396,12 +402,13 @@ class decode_int8 {
       });
     };
     isize x = 0;
+    for (; x < early_ && x < b.count; x += 4) step(x, std::false_type{});
     for (; x + 4 <= ahead && x < b.count; x += 4) step(x, std::true_type{});
     for (; x < b.count; x += 4) step(x, std::false_type{});
     add_sums<R, 4>(acc, r, c);
   }
 
-  isize d_, e_, dp_, ep_, count_ = 0;
+  isize d_, e_, dp_, ep_, count_ = 0, early_ = 0;
   bool far_ = false;
   query_rows rows_;
   std::int8_t* q_;  // [most_rows][dp_]
