@@ -11,16 +11,30 @@
 #if defined(FOVEA_FORCE_SCALAR)
 #define FOVEA_ABI abi_scalar
 #elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#if defined(__AVX512VNNI__)
+#define FOVEA_ABI abi_avx512_vnni
+#else
 #define FOVEA_ABI abi_avx512
+#endif
 #define FOVEA_HAS_AVX512 1
 #elif defined(__AVX2__) && defined(__FMA__)
+#if defined(__AVXVNNI__)
+#define FOVEA_ABI abi_avx2_vnni
+#else
 #define FOVEA_ABI abi_avx2
+#endif
 #define FOVEA_HAS_AVX2 1
 #elif defined(__SSE2__)
 #define FOVEA_ABI abi_sse2
 #define FOVEA_HAS_SSE2 1
 #elif defined(__aarch64__)
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define FOVEA_ABI abi_neon64_i8mm
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define FOVEA_ABI abi_neon64_dotprod
+#else
 #define FOVEA_ABI abi_neon64
+#endif
 #define FOVEA_HAS_NEON64 1
 #else
 #define FOVEA_ABI abi_scalar
