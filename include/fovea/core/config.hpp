@@ -58,6 +58,15 @@
 #define FOVEA_RESTRICT __restrict__
 #endif
 
+/// Before a loop of constant length that is to have no branch.
+#if defined(__clang__)
+#define FOVEA_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define FOVEA_UNROLL _Pragma("GCC unroll 32")
+#else
+#define FOVEA_UNROLL
+#endif
+
 #if defined(__cpp_exceptions) || defined(__EXCEPTIONS) || defined(_CPPUNWIND)
 #define FOVEA_HAS_EXCEPTIONS 1
 #endif

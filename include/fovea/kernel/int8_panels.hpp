@@ -19,14 +19,6 @@ inline namespace FOVEA_ABI {
 namespace kernel {
 namespace detail {
 
-#if defined(__clang__)
-#define FOVEA_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define FOVEA_UNROLL _Pragma("GCC unroll 32")
-#else
-#define FOVEA_UNROLL
-#endif
-
 template <class Arch>
 struct int8_tile {
   static constexpr bool wide = Arch::registers >= 32;

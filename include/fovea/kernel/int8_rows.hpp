@@ -25,7 +25,7 @@ struct int8_head {
   std::uint8_t* weight = nullptr;  // [m / 4][2][4] low and high byte of round(unit / scale)
   std::int32_t* offset = nullptr;  // and the bits of int8_magic
   float *k_scale = nullptr, *k_shift = nullptr, *fold = nullptr, *inverse = nullptr;  // k_shift: -int8_magic k_scale
-  float* length = nullptr;                                                            // of the key; infinity: marked
+  float* length = nullptr;   // of the key, squared; infinity: marked
   float* channel = nullptr;  // without fold: [block][ep] scales
   struct part {              // 16 keys
     float step;              // weight * step = 1 / scale; 0: the scales differ too much, take `inverse`
@@ -52,16 +52,15 @@ struct int8_head {
 
 namespace detail {
 
-/// log2 of a positive normal number, to 2e-7.
-FOVEA_INLINE float log2_near(float x) noexcept {
-  const auto bits = std::bit_cast<std::uint32_t>(x) - 0x3f3504f3U;  // mantissa in [sqrt(1/2), sqrt(2))
-  const auto whole = static_cast<float>(static_cast<std::int32_t>(bits) >> 23);
-  const float m = std::bit_cast<float>((bits & 0x7fffffU) + 0x3f3504f3U);
-  const float y = (m - 1.0F) / (m + 1.0F), z = y * y;
-  return whole + y * (2.88539008F + z * (0.961796694F + z * (0.577078016F + z * 0.41219858F)));
+/// A whole number y with 2^(y / 64) in [x, 1.035 x), for positive normal x: the logarithm of the mantissa by a parabola.
+FOVEA_INLINE float grid_above(float x) noexcept {
+  const auto bits = std::bit_cast<std::int32_t>(x);
+  const float whole = static_cast<float>((bits >> 23) - 127), f = static_cast<float>(bits & 0x7fffff) * 0x1p-23F;
+  return std::ceil((whole + f + 0.3463F * f * (1.0F - f) + 0.0095F) * static_cast<float>(int8_grid));
 }
 
-/// What rounding to 8 bits wants to know of a batch of W rows: largest magnitude, length, and what the row is multiplied by.
+/// What rounding to 8 bits wants to know of a batch of W rows: largest magnitude, squared length (infinite: a number is not finite, or
+/// too large), and what the row is multiplied by.
 template <class Arch>
 struct row_extents {
   static constexpr isize W = simd::words<Arch>::size;
@@ -91,7 +90,7 @@ FOVEA_NOINLINE void measure_rows(const float* x, isize ld, isize n, row_extents<
   }
   for (isize l = 0; l < row_extents<Arch>::W; ++l) {
     const bool sound = to.length[l] < std::numeric_limits<float>::infinity(), some = sound && to.most[l] > 1e-30F;
-    to.length[l] = sound ? std::sqrt(to.length[l]) : std::numeric_limits<float>::infinity();
+    to.length[l] = sound ? to.length[l] : std::numeric_limits<float>::infinity();
     to.most[l] = some ? to.most[l] : 0.0F;  // rows of zeros, and those that are marked
     to.factor[l] = some ? 127.0F / to.most[l] : 0.0F;
   }
@@ -135,7 +134,6 @@ class int8_rounding {
     const isize dp = int8_width(d), ep = int8_width(e), wide = W * (dp > ep ? dp : ep);
     rows_ = memory.take<float>(!R.fold && R.keys * ep > wide ? R.keys * ep : wide);
     codes_ = memory.take<std::int8_t>(4 * ep);
-    for (int f = 0; f < int8_grid; ++f) powers_[f] = static_cast<float>(std::exp2(f / static_cast<double>(int8_grid)));
   }
 
   void block(const key_set<float>& set, int8_head& to, isize x) noexcept {
@@ -201,7 +199,7 @@ class int8_rounding {
       std::int32_t sum = 0, square = 0;
       for (isize c = 0; c < to.dp; ++c) sum += k[c], square += k[c] * k[c];
       if (j >= last) to.k_scale[j] = 0;
-      const float length = std::sqrt(static_cast<float>(square)) * std::abs(to.k_scale[j]);
+      const float length = static_cast<float>(square) * to.k_scale[j] * to.k_scale[j];
       to.offset[j] = -128 * sum, to.length[j] = length < none ? length : none;
       if (!(length < none)) to.k_scale[j] = 0;
     }
@@ -213,6 +211,7 @@ class int8_rounding {
     const word flip = simd::splat_i8<Arch>(128);
     const isize ep = to.ep;
     row_extents<Arch> x;
+    float folds[W];
     for (isize j = first, end = first + R.keys; j < end; j += W) {
       for (isize l = 0; l < W; ++l)
         if (j + l < last)
@@ -222,11 +221,13 @@ class int8_rounding {
       measure_rows<Arch>(rows_, ep, ep, x);
       for (isize l = 0; l < W; ++l) {
         // A row that is too long to be measured, or a broken one, is zeros. Scales are powers of 2^(1/64): no rounding in the score.
-        float scale = x.length[l] < none ? x.most[l] / 127.0F : none;
-        if (scale > 0 && scale < none) scale = on_grid(scale);
-        x.factor[l] = set_value(scale, j + l, to);
-        if (x.length[l] == none) std::memset(rows_ + l * ep, 0, static_cast<std::size_t>(ep) * sizeof(float));
+        const bool broken = x.length[l] == none, some = x.most[l] > 0;
+        const float fold = some ? grid_above(x.most[l] * (1.0F / 127.0F)) : 0.0F;
+        folds[l] = broken ? none : some ? fold : -none;
+        if (broken) std::memset(rows_ + l * ep, 0, static_cast<std::size_t>(ep) * sizeof(float));
       }
+      for (isize l = 0; l < W; l += P::size) simd::exp2(P::load(folds + l) * P(-1.0F / int8_grid)).store(x.factor + l);
+      for (isize l = 0; l < W; ++l) x.factor[l] = set_value(folds[l], x.factor[l], j + l, to);
       for (isize y = 0; y < W; y += 4) {
         auto* out = reinterpret_cast<std::uint8_t*>(to.v + (j + y) * ep);
         for (isize c = 0; c < ep; c += W) {
@@ -248,30 +249,30 @@ class int8_rounding {
       float scale[4];
       gather_codes(from, j, count, to.e, codes_, ep, scale);
       for (isize y = 0; y < count; ++y) {
-        const bool kept = set_value(scale[y], j + y, to) > 0;
+        const bool kept = set_scale(scale[y], j + y, to) > 0;
         std::int8_t* out = to.v + j * ep + y;
         for (isize c = 0; c < to.e; ++c) out[4 * c] = kept ? codes_[y * ep + c] : std::int8_t{0};
       }
     }
   }
-  /// The next power of 2^(1 / 64) above.
-  float on_grid(float x) const noexcept {
-    const int step = static_cast<int>(std::ceil(log2_near(x) * int8_grid)), octave = step >> 6;
-    if (octave < -120 || octave > 120) return x;  // no scale for the integers anyway
-    return powers_[step & 63] * std::bit_cast<float>(static_cast<std::uint32_t>(octave + 127) << 23);
+  /// What a value's scale gives: `fold` = 64 log2 of it, -infinity for a value of zeros, +infinity for one without a scale. Returns
+  /// 1 / scale, or 0. A value of zeros has the least scale that there is: its own p is then 0, which is right, and the denominator
+  /// counts it in f32.
+  static float set_value(float fold, float inverse, isize j, int8_head& to) noexcept {
+    constexpr float most = static_cast<float>(int8_most_fold * int8_grid);
+    const bool some = fold >= -most && fold <= most;
+    if (!some && fold != -none) to.length[j] = none;
+    to.fold[j] = some ? fold : -most;
+    to.inverse[j] = some ? inverse : static_cast<float>(std::int64_t{1} << static_cast<int>(int8_most_fold));
+    return some ? inverse : 0;
   }
-
-  /// What the scale of a value gives. Returns what the value is multiplied by. A value of zeros has the least
-  /// scale that there is: its own p is then 0, which is right, and the denominator counts it in f32.
-  static float set_value(float scale, isize j, int8_head& to) noexcept {
-    const float fold = scale > 1e-35F ? log2_near(scale) : 0.0F;
-    const bool sound =
-        scale == 0 || (scale > 1e-35F && scale < none && std::abs(fold) <= static_cast<float>(int8_most_fold));
-    if (!sound) to.length[j] = none;
-    const bool some = sound && scale > 0;
-    to.fold[j] = std::nearbyint(static_cast<float>(int8_grid) * (some ? fold : static_cast<float>(-int8_most_fold)));
-    to.inverse[j] = some ? 1.0F / scale : static_cast<float>(std::int64_t{1} << static_cast<int>(int8_most_fold));
-    return some ? 1.0F / scale : 0;
+  /// The same for a scale that is given. Its fold is rounded: at most half a step of the score.
+  static float set_scale(float scale, isize j, int8_head& to) noexcept {
+    const bool some = scale > 0 && scale < none;
+    const float fold = some         ? std::nearbyint(std::log2(scale) * static_cast<float>(int8_grid))
+                       : scale == 0 ? -none
+                                    : none;
+    return set_value(fold, 1.0F / scale, j, to);
   }
 
   /// 1 / scale of 16 keys from j on, in 15 bits, where the scales are alike. Keys behind the last one count nothing.
@@ -323,7 +324,6 @@ class int8_rounding {
 
   float* rows_;
   std::int8_t* codes_;
-  float powers_[int8_grid];
 };
 
 }  // namespace detail

@@ -74,7 +74,7 @@ class int8_softmax {
         const isize y = r + l;
         const bool sound = x.length[l] < none;
         m_[y] = -none, l_[y] = 0, lost_[y] = 0;
-        length_[y] = x.length[l] * factor, q_scale_[y] = x.most[l] * (factor * detail::int8_grid / 127.0F);
+        length_[y] = x.length[l] * factor * factor, q_scale_[y] = x.most[l] * (factor * detail::int8_grid / 127.0F);
         if (sinks != nullptr && y < count) m_[y] = sinks[at_.head(y)] * log2e, l_[y] = 255;
         if (!(length_[y] <= longest_)) longest_ = sound ? length_[y] : none;
         float* row = rows_of_ + l * wide_;
@@ -88,7 +88,8 @@ class int8_softmax {
 
   /// Which rows of the superblock have to be computed in f32: `rows` [row], when it returns true; else none.
   bool in_floats(const key_set<float>& set, const int8_head& head, std::uint8_t* rows) const noexcept {
-    const float limit = static_cast<float>(detail::int8_most_score(d_));
+    const auto limit =
+        static_cast<float>(detail::int8_most_score(d_) * detail::int8_most_score(d_));  // lengths: squared
     float longest = 0;
     const range all = hull(set);
     for (isize x = all.first / K; x < ceil_div(all.last, K); ++x)

@@ -54,6 +54,40 @@ FOVEA_INLINE isize rotate_inside([[maybe_unused]] float* x, [[maybe_unused]] isi
 #endif
   return 1;
 }
+#if defined(FOVEA_HAS_AVX512)
+/// 16 * N elements that stay in registers, in the same order of additions.
+template <int N>
+FOVEA_INLINE void rotate_registers(float* x) {
+  // a + turned, and turned - a in lanes that are second of their pair: one fma, nothing is rounded that would not be.
+  const auto step = [](__m512 a, __m512 turned, int second) FOVEA_INLINE_LAMBDA {
+    const __m512 one = _mm512_set1_ps(1.0F);
+    return _mm512_fmadd_ps(a, _mm512_mask_sub_ps(one, static_cast<__mmask16>(second), _mm512_setzero_ps(), one),
+                           turned);
+  };
+  __m512 r[N];
+  FOVEA_UNROLL
+  for (int i = 0; i < N; ++i) {
+    __m512 a = _mm512_loadu_ps(x + 16 * i);
+    a = step(a, _mm512_permute_ps(a, 0xb1), 0xaaaa);
+    a = step(a, _mm512_permute_ps(a, 0x4e), 0xcccc);
+    a = step(a, _mm512_shuffle_f32x4(a, a, 0xb1), 0xf0f0);
+    r[i] = step(a, _mm512_shuffle_f32x4(a, a, 0x4e), 0xff00);
+  }
+  const auto apart = [&]<int Distance>(std::integral_constant<int, Distance>) FOVEA_INLINE_LAMBDA {
+    FOVEA_UNROLL
+    for (int i = 0; i < N; ++i) {
+      if ((i & Distance) != 0 || Distance >= N) continue;
+      const __m512 a = r[i], b = r[i + Distance];
+      r[i] = _mm512_add_ps(a, b), r[i + Distance] = _mm512_sub_ps(a, b);
+    }
+  };
+  apart(std::integral_constant<int, 1>{}), apart(std::integral_constant<int, 2>{});
+  if constexpr (N == 8) apart(std::integral_constant<int, 4>{});
+  const __m512 size = _mm512_set1_ps(1.0F / std::sqrt(16.0F * N));
+  FOVEA_UNROLL
+  for (int i = 0; i < N; ++i) _mm512_storeu_ps(x + 16 * i, _mm512_mul_ps(r[i], size));
+}
+#endif
 }  // namespace detail
 
 template <class Arch>
@@ -61,6 +95,12 @@ FOVEA_NOINLINE void rotate_row(float* x, isize n) noexcept {
   using P = pack<float, Arch>;
   const isize block = rotation_block(n);
   if (block < 2) return;
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<Arch, avx512>) {
+    if (n == 64) return detail::rotate_registers<4>(x);
+    if (n == 128) return detail::rotate_registers<8>(x);
+  }
+#endif
   for (isize apart = detail::rotate_inside<Arch>(x, n, block); apart < block; apart *= 2)
     for (isize first = 0; first < n; first += 2 * apart) {
       float *low = x + first, *high = low + apart;
