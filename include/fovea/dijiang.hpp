@@ -10,5 +10,6 @@
 /// dijiang/weights.hpp. As a map of linear_attention: dijiang/features.hpp. Reference: dijiang/reference.hpp.
 /// Limits     untrained it approximates nothing: docs/mechanisms/dijiang.md.
 
+#include <fovea/dijiang/backward.hpp>
 #include <fovea/dijiang/mechanism.hpp>
 #include <fovea/dijiang/prefill.hpp>

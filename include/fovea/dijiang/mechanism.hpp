@@ -18,6 +18,7 @@
 /// Source     Chen, Liu, Wang, Tian and Wang, DiJiang: Efficient Large Language Models through
 ///            Compact Kernelization, ICML 2024.
 
+#include <fovea/core/backward.hpp>
 #include <fovea/core/mechanism.hpp>
 #include <fovea/dijiang/features.hpp>
 
@@ -48,6 +49,10 @@ struct dijiang_attention {
   void prefill(exec_ref exec, const problem& p, state& s, arena scratch) const;
   /// Joins the states of two neighbouring stretches; not with gains, which know absolute positions.
   void merge(state& earlier, const state& later) const;
+
+  void check(const backward_problem& p) const;
+  std::size_t workspace_size_backward(const shape& s, int threads) const;
+  void backward(exec_ref exec, const backward_problem& p, arena scratch) const;
 
   double macs(const shape& s) const;
   double step_macs(const shape& s) const;

@@ -31,7 +31,8 @@ struct backward_chunk {
   isize rows = 0;
   const Acc *k = nullptr, *u = nullptr, *v = nullptr, *a = nullptr, *beta = nullptr;  // a: [rows], or [rows][ld]
   const Acc *q = nullptr, *dout = nullptr;  // [R][...], q_head and dout_head apart; null: no queries here
-  isize q_head = 0, dout_head = 0, row_head = 0;
+  isize q_head = 0, dout_head = 0, row_head = 0, v_row = 0,
+        dout_row = 0;  ///< distances of heads, and of rows of v and dout
   const Acc *delta = nullptr, *gain = nullptr, *add = nullptr, *floor = nullptr, *key_eps = nullptr;  // [R][row_head]
   Acc *dq = nullptr, *dk = nullptr, *du = nullptr, *dv = nullptr, *dbeta = nullptr, *dlog = nullptr;  // dlog as a
 };
@@ -63,7 +64,7 @@ class linear_backward {
     prepare(b);
     const Acc* values = f.erases ? solve_values(b, S) : b.v;
     fade(b.rows, S, z);
-    tile::gemm<Arch, Acc>(f.r, f.e, b.rows, right, 1, f.ld, values, f.le, S, f.e, true);
+    tile::gemm<Arch, Acc>(f.r, f.e, b.rows, right, 1, f.ld, values, f.erases ? f.le : b.v_row, S, f.e, true);
     for (isize j = 0; f.normalised && j < b.rows; ++j)
       for (isize c = 0; c < f.r; ++c) z[c] += right[j * f.ld + c];
   }
@@ -74,12 +75,13 @@ class linear_backward {
     prepare(b);
     const isize n = b.rows;
     const Acc* values = f.erases ? solve_values(b, S) : b.v;
+    const isize v_row = f.erases ? f.le : b.v_row;
     if (b.dlog != nullptr) carry_over(S_end, z_end, dS, dz);
-    turn(values, n, f.e, f.le, x_turned, rows_), turn(S, f.r, f.e, f.e, state_turned, f.r);
+    turn(values, n, f.e, v_row, x_turned, rows_), turn(S, f.r, f.e, f.e, state_turned, f.r);
     turn(dS, f.r, f.e, f.e, dstate_turned, f.r);
     tile::gemm<Arch, Acc>(n, f.e, f.r, right, f.ld, 1, dS, f.e, dx, f.le, false);  // dX from later tokens
     // dk from later tokens: w k is linear in dS x
-    tile::gemm<Arch, Acc>(n, f.r, f.e, values, f.le, 1, dstate_turned, f.r, part, f.ld, false);
+    tile::gemm<Arch, Acc>(n, f.r, f.e, values, v_row, 1, dstate_turned, f.r, part, f.ld, false);
     for (isize j = 0; j < n; ++j)
       add_product(b.dk + j * f.ld, part + j * f.ld, f.normalised ? dz : nullptr, fall(j), j);
     fade(n, dS, dz);
@@ -156,7 +158,7 @@ class linear_backward {
     tile::gemm<Arch, Acc>(n, f.e, f.r, left, f.ld, 1, S, f.e, miss, f.le, false);
     for (isize i = 0; i < n; ++i)
       for (isize c = 0; c < f.e; ++c) {
-        miss[i * f.le + c] = b.v[i * f.le + c] - miss[i * f.le + c];
+        miss[i * f.le + c] = b.v[i * b.v_row + c] - miss[i * f.le + c];
         x[i * f.le + c] = b.beta[i] * miss[i * f.le + c];
       }
     for (isize i = 0; i < n; ++i)
@@ -175,7 +177,7 @@ class linear_backward {
     fade_rows(q, n, left);
     for (isize i = 0; i < n; ++i) {
       const Acc g = f.normalised ? normalise(b, h, i, z) : b.gain[h * b.row_head + i];
-      for (isize c = 0; c < f.e; ++c) dn[i * f.le + c] = g * dout[i * f.le + c];
+      for (isize c = 0; c < f.e; ++c) dn[i * f.le + c] = g * dout[i * b.dout_row + c];
     }
     pairs::lower_product(n, f.e, dn, f.le, x_turned, rows_, dp, ld_pairs);
     for (isize i = 0; f.normalised && i < n; ++i)
@@ -208,10 +210,7 @@ class linear_backward {
   /// What multiplies dout; dd[i], the gradient by the denominator.
   Acc normalise(const backward_chunk<Acc>& b, isize h, isize i, const Acc* z) {
     const isize at = h * b.row_head + i;
-    Acc den(0);
-    for (isize c = 0; c < f.r; ++c) den += left[i * f.ld + c] * z[c];
-    for (isize j = 0; j <= i; ++j) den += p[i * ld_pairs + j];
-    den += b.add[at];
+    Acc den = pairs::dot(left + i * f.ld, z, f.r) + pairs::sum(p + i * ld_pairs, i + 1) + b.add[at];
     const bool held = den < b.floor[at];
     if (held) den = b.floor[at];
     dd[h * rows_ + i] = held || den == Acc(0) ? Acc(0) : -b.delta[at] / den;
@@ -224,10 +223,9 @@ class linear_backward {
     pairs::solve_upper(n, f.e, solver, ld_pairs, dx, f.le);
     pairs::lower_product(n, f.e, dx, f.le, x_turned, rows_, dp, ld_pairs);
     for (isize i = 0; i < n; ++i) {
-      Acc sum(0);
-      for (isize c = 0; c < f.e; ++c) sum += dx[i * f.le + c] * miss[i * f.le + c];
-      for (isize j = 0; j < i; ++j) sum -= dp[i * ld_pairs + j] * m[i * ld_pairs + j];
-      if (b.dbeta != nullptr) b.dbeta[i] = sum;
+      if (b.dbeta != nullptr)
+        b.dbeta[i] =
+            pairs::dot(dx + i * f.le, miss + i * f.le, f.e) - pairs::dot(dp + i * ld_pairs, m + i * ld_pairs, i);
       for (isize j = 0; j <= i; ++j) dp[i * ld_pairs + j] = j < i ? -b.beta[i] * dp[i * ld_pairs + j] : Acc(0);
       for (isize c = 0; c < f.e; ++c) dx[i * f.le + c] *= b.beta[i];
     }
@@ -247,11 +245,7 @@ class linear_backward {
   void carry_over(const Acc* S_end, const Acc* z_end, const Acc* dS, const Acc* dz) {
     Acc all(0);
     for (isize c = 0; c < f.r; ++c) {
-      P sum(Acc(0));
-      const Acc *one = S_end + c * f.e, *two = dS + c * f.e;
-      for (isize y = 0; y < f.e; y += P::size)
-        sum = simd::fma(simd::load_n<P>(one + y, f.e - y), simd::load_n<P>(two + y, f.e - y), sum);
-      carry[c] = simd::reduce_add(sum) + (f.normalised ? z_end[c] * dz[c] : Acc(0));
+      carry[c] = pairs::dot(S_end + c * f.e, dS + c * f.e, f.e) + (f.normalised ? z_end[c] * dz[c] : Acc(0));
       all += carry[c];
     }
     if (!f.channel) carry[0] = all;
@@ -272,7 +266,7 @@ class linear_backward {
         for (isize c = 0; c < f.r; ++c) b.dlog[at + c] = b.a[at + c] == Acc(0) ? Acc(0) : carry[c];
         continue;
       }
-      for (isize c = 0; c < f.r; ++c) carry[0] += sum[c];
+      carry[0] += pairs::sum(sum, f.r);
       b.dlog[i] = b.a[i] == Acc(0) ? Acc(0) : carry[0];  // nothing passes
     }
   }

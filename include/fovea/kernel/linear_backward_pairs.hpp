@@ -22,6 +22,17 @@ struct chunk_pairs {
   static constexpr isize stripe = 16;
   static isize last_of(isize first, isize n) { return first + stripe < n ? first + stripe : n; }
 
+  static FOVEA_INLINE Acc dot(const Acc* a, const Acc* b, isize n) {
+    P sum(Acc(0));
+    for (isize c = 0; c < n; c += P::size)
+      sum = simd::fma(simd::load_n<P>(a + c, n - c), simd::load_n<P>(b + c, n - c), sum);
+    return simd::reduce_add(sum);
+  }
+  static FOVEA_INLINE Acc sum(const Acc* a, isize n) {
+    P all(Acc(0));
+    for (isize c = 0; c < n; c += P::size) all = all + simd::load_n<P>(a + c, n - c);
+    return simd::reduce_add(all);
+  }
   /// to[c][i] = from[i][c]
   FOVEA_NOINLINE static void turn(const Acc* from, isize rows, isize columns, isize ld, Acc* to, isize to_ld) {
     isize i = 0;

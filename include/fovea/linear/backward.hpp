@@ -122,6 +122,10 @@ class linear_backward_run {
   feature_block<Acc> rows(const tensor_ref& from, isize b, isize head, isize first, isize count, Acc* to) const {
     feature_block<Acc> x;
     x.rows = count, x.width = from.width, x.x = to, x.x_stride = from.width;
+    if (from.type == dtype_of<Acc>) {
+      x.x = static_cast<const Acc*>(from.row(b, head, first)), x.x_stride = from.row_stride;
+      return x;
+    }
     for (isize i = 0; i < count; ++i)
       simd::load_row<native, Acc>(from.type, from.row(b, head, first + i), from.width, to + i * from.width);
     return x;
@@ -165,8 +169,12 @@ class linear_backward_run {
     x = key_block(at, t.first, t.rows);
     map_.apply(x, s.map);
     kernel::backward_chunk<Acc> c;
-    c.rows = t.rows, c.k = s_.log_scaled ? s.k : s.phi_k, c.u = c.k, c.v = s.v, c.a = s.a, c.beta = s.beta;
-    rows_of_values(at, t);
+    c.rows = t.rows, c.k = s_.log_scaled ? s.k : s.phi_k, c.u = c.k, c.v = s.v, c.v_row = s_.le, c.a = s.a,
+    c.beta = s.beta;
+    if (p_.v.type == dtype_of<Acc> && !p_.gates.write)
+      c.v = static_cast<const Acc*>(p_.v.row(at.b, at.head, t.first)), c.v_row = p_.v.row_stride;
+    else
+      rows_of_values(at, t);
     decays(at, t);
     if (s_.log_scaled) log_scales(at, t, peak);
     if (!s_.erases) return c;
@@ -227,12 +235,14 @@ class linear_backward_run {
       const isize head = at.head * s_.R + h;
       for (isize i = 0; i < count; ++i) {
         const isize row = h * tokens + i;
-        Acc* g = s.dout + row * s_.le;
-        simd::load_row<native, Acc>(p_.dout.type, p_.dout.row(at.b, head, first + i), s_.e, g);
-        simd::load_row<native, Acc>(p_.out.type, p_.out.row(at.b, head, first + i), s_.e, s.line);
-        s.delta[row] = Acc(0);
-        for (isize c = 0; c < s_.e; ++c) s.delta[row] += g[c] * s.line[c];
         factors(at, row, s_.causal ? s.peaks[i] : at.peak, x[h].out + i * s_.ld);
+        Acc* g = s.dout + row * s_.le;
+        if (p_.dout.type != dtype_of<Acc>)
+          simd::load_row<native, Acc>(p_.dout.type, p_.dout.row(at.b, head, first + i), s_.e, g);
+        if (!s_.normalised) continue;
+        const auto* given = static_cast<const Acc*>(p_.dout.row(at.b, head, first + i));
+        const Acc* o = simd::row_as<native, Acc>(p_.out.type, p_.out.row(at.b, head, first + i), s_.e, s.line);
+        s.delta[row] = kernel::chunk_pairs<native, Acc>::dot(p_.dout.type == dtype_of<Acc> ? given : g, o, s_.e);
       }
     }
   }
@@ -247,8 +257,14 @@ class linear_backward_run {
     s.key_eps[row] = static_cast<Acc>(m_.key_sum_eps) * (s_.log_scaled ? std::exp(-peak) : Acc(1));
     for (isize f = 0; f < s_.r; ++f) s.add[row] += s.key_eps[row] * q[f];
   }
-  void attach(kernel::backward_chunk<Acc>& c, scratch& s) const {
-    c.q = s.phi_q, c.q_head = tokens * s_.ld, c.dout = s.dout, c.dout_head = tokens * s_.le, c.row_head = tokens;
+  void attach(kernel::backward_chunk<Acc>& c, site& at, isize first) const {
+    scratch& s = *at.s;
+    c.q = s.phi_q, c.q_head = tokens * s_.ld, c.row_head = tokens;
+    c.dout = s.dout, c.dout_head = tokens * s_.le, c.dout_row = s_.le;
+    if (p_.dout.type == dtype_of<Acc>) {
+      c.dout = static_cast<const Acc*>(p_.dout.row(at.b, at.head * s_.R, first));
+      c.dout_head = p_.dout.head_stride, c.dout_row = p_.dout.row_stride;
+    }
     c.delta = s.delta, c.gain = s.gain, c.add = s.add, c.floor = s.floor, c.dq = s.dq;
     c.key_eps = m_.key_sum_eps > 0 ? s.key_eps : nullptr;
     for (isize i = 0; i < s_.R * tokens * s_.ld; ++i) s.dq[i] = Acc(0);
@@ -263,8 +279,8 @@ class linear_backward_run {
   kernel::backward_chunk<Acc> part(kernel::backward_chunk<Acc> c, isize first, isize rows) const {
     const auto move = [&](auto*& x, isize step) { x = x == nullptr ? nullptr : x + first * step; };
     c.rows = rows;
-    move(c.k, s_.ld), move(c.u, s_.ld), move(c.v, s_.le), move(c.beta, 1), move(c.a, s_.channel ? s_.ld : 1);
-    move(c.q, s_.ld), move(c.dout, s_.le), move(c.delta, 1), move(c.gain, 1), move(c.add, 1), move(c.floor, 1);
+    move(c.k, s_.ld), move(c.u, s_.ld), move(c.v, c.v_row), move(c.beta, 1), move(c.a, s_.channel ? s_.ld : 1);
+    move(c.q, s_.ld), move(c.dout, c.dout_row), move(c.delta, 1), move(c.gain, 1), move(c.add, 1), move(c.floor, 1);
     move(c.key_eps, 1), move(c.dq, s_.ld), move(c.dk, s_.ld), move(c.du, s_.ld), move(c.dv, s_.le), move(c.dbeta, 1);
     move(c.dlog, s_.channel ? s_.ld : 1);
     return c;
@@ -291,7 +307,7 @@ class linear_backward_run {
     Acc peak = s.saved_peak[i];
     auto c = keys(at, t, peak, x);
     gradients_of(c, s);
-    if (t.query >= 0 && s_.causal) queries(at, t.query, t.rows, y), attach(c, s);
+    if (t.query >= 0 && s_.causal) queries(at, t.query, t.rows, y), attach(c, at, t.query);
     Acc* before = saved(at, i);
     for (isize j = 0; j + 1 < parts; ++j) {  // states inside the span
       Acc *from = j == 0 ? before : s.inner + j * s_.states(), *to = s.inner + (j + 1) * s_.states();
@@ -315,9 +331,9 @@ class linear_backward_run {
     kernel::backward_chunk<Acc> c;
     for (isize i = 0; i < tokens * s_.ld; ++i) s.phi_k[i] = Acc(0);
     for (isize i = 0; i < tokens * s_.le; ++i) s.v[i] = Acc(0);
-    c.rows = count, c.k = c.u = s.phi_k, c.v = s.v, c.beta = s.beta;
+    c.rows = count, c.k = c.u = s.phi_k, c.v = s.v, c.v_row = s_.le, c.beta = s.beta;
     gradients_of(c, s);
-    queries(at, first, count, y), attach(c, s);
+    queries(at, first, count, y), attach(c, at, first);
     const Acc* S = saved(at, s_.spans());
     s.run.backward(c, S, S + s_.r * s_.e, S, S + s_.r * s_.e, s.dS, s.dz);
     for (isize h = 0; h < s_.R; ++h) query_gradient(at, h, first, y[h]);
