@@ -8,6 +8,7 @@
 /// The formula and the contract: windowed/mechanism.hpp. Reference: windowed/reference.hpp. What it is worth, and how the map is
 /// learned: docs/mechanisms/windowed.md.
 
+#include <fovea/windowed/backward.hpp>
 #include <fovea/windowed/mechanism.hpp>
 #include <fovea/windowed/prefill.hpp>
 #include <fovea/windowed/state.hpp>

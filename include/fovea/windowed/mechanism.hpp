@@ -56,6 +56,10 @@ struct windowed_attention {
   void check(const problem& p, const state& s) const;
   void prefill(exec_ref exec, const problem& p, state& s, arena scratch) const;
 
+  void check(const backward_problem& p) const;
+  std::size_t workspace_size_backward(const shape& s, int threads) const;
+  void backward(exec_ref exec, const backward_problem& p, arena scratch) const;
+
   double macs(const shape& s) const;
   double step_macs(const shape& s) const;
   std::size_t state_bytes(const shape& s) const;

@@ -8,9 +8,8 @@
 #include <fovea/core/partial.hpp>
 #include <fovea/linear/partial.hpp>
 #include <fovea/linear/prefill.hpp>
-#include <fovea/simd/convert.hpp>
 #include <fovea/softmax/state.hpp>
-#include <fovea/windowed/mechanism.hpp>
+#include <fovea/windowed/level.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -41,14 +40,14 @@ class windowed_run {
  public:
   /// `chunk`: the most queries at once; `sizes.m`: the most keys that the exact part is given at once.
   windowed_run(arena& memory, const windowed_attention& m, const shape& sizes, isize chunk, int threads)
-      : m_(m), exact_(m.exact()), rest_(m.rest()), s_(sizes), chunk_(chunk) {
+      : m_(m), exact_(m.exact()), rest_(m.rest()), level_(m, sizes), s_(sizes), chunk_(chunk) {
     const auto take = [&](isize heads, isize width) {
       return tensor_mut(memory.take<Acc>(s_.B * heads * chunk * width), acc, s_.B, heads, chunk, width,
                         heads * chunk * width, chunk * width, width);
     };
     near_ = take(s_.H, s_.e), lse_ = take(s_.H, 1), far_ = take(s_.H, s_.e), sums_ = take(s_.H, 1),
     peaks_ = take(s_.H, 1);
-    row_ = memory.take<Acc>(threads * 2 * s_.d);
+    row_ = memory.take<Acc>(threads * level_.scratch(s_.d));
     shape exact = s_, rest = s_;
     exact.n = chunk, rest.n = rest.m = chunk;
     own_ = std::max(exact_.workspace_size(exact, threads), rest_.workspace_size(rest, threads));
@@ -99,7 +98,7 @@ class windowed_run {
     const isize c = p.q.length;
     exec.for_tasks(s_.B * s_.H, [&](isize task, isize slot) {
       const isize b = task / s_.H, h = task % s_.H;
-      for (isize x = 0; x < c; ++x) join(p, k, b, h, x, x >= x0, row_ + slot * 2 * s_.d);
+      for (isize x = 0; x < c; ++x) join(p, k, b, h, x, x >= x0, row_ + slot * level_.scratch(s_.d));
     });
   }
 
@@ -116,35 +115,6 @@ class windowed_run {
   isize chunk() const { return chunk_; }
 
  private:
-  Acc dot(const tensor_ref& t, isize b, isize h, isize i, const Acc* with, Acc* scratch) const {
-    const Acc* x = simd::row_as<Arch, Acc>(t.type, t.row(b, h, i), s_.d, scratch);
-    using P = simd::pack<Acc, Arch>;
-    P sum = P(Acc(0));
-    for (isize c = 0; c < s_.d; c += P::size)
-      sum = simd::fma(simd::load_n<P>(x + c, s_.d - c), simd::load_n<P>(with + c, s_.d - c), sum);
-    return simd::reduce_add(sum);
-  }
-
-  /// a_i of a row: what the weights of its rest are multiplied by, as a logarithm.
-  Acc level(const problem& p, const tensor_ref& k, isize b, isize h, isize x, Acc* scratch) const {
-    Acc a = m_.log_weight.data != nullptr ? static_cast<Acc>(*m_.log_weight.row(0, h, 0)) : Acc(0);
-    Acc* gate = scratch + s_.d;
-    if (m_.query_gate.data != nullptr) {
-      const float* w = m_.query_gate.row(0, h, 0);
-      for (isize c = 0; c < s_.d; ++c) gate[c] = static_cast<Acc>(w[c]);
-      a += dot(p.q, b, h, x, gate, scratch);
-    }
-    if (m_.level == rest_level::absolute) return a;
-    simd::load_row<Arch, Acc>(p.q.type, p.q.row(b, h, x), s_.d, gate);
-    const isize last = k.length - p.q.length + x, from = last - m_.window + 1;
-    Acc top = -std::numeric_limits<Acc>::infinity();
-    for (isize j = from < 0 ? 0 : from; j <= last; ++j) {
-      const Acc s = dot(k, b, h / s_.group(), j, gate, scratch);
-      top = top > s ? top : s;
-    }
-    return a + static_cast<Acc>(exact_.scale_for(s_)) * top;
-  }
-
   /// The partials of row x under one denominator: (lse, 1, near) and (level + peak, sum, far).
   void join(const problem& p, const tensor_ref& k, isize b, isize h, isize x, bool has_rest, Acc* scratch) const {
     Acc* o = static_cast<Acc*>(near_.row(b, h, x));
@@ -153,7 +123,9 @@ class windowed_run {
       const Acc* other = static_cast<const Acc*>(far_.row(b, h, x));
       const Acc weight = *static_cast<const Acc*>(sums_.row(b, h, x)),
                 peak = *static_cast<const Acc*>(peaks_.row(b, h, x));
-      const Acc rest = level(p, k, b, h, x, scratch) + peak + std::log(std::abs(weight)), top = lse > rest ? lse : rest;
+      const Acc rest =
+                    level_.of(p.q, k, b, h, x, k.length - p.q.length + x, scratch) + peak + std::log(std::abs(weight)),
+                top = lse > rest ? lse : rest;
       if (top > -std::numeric_limits<Acc>::infinity() || top != top) {
         // weight e^(a - top) is at most 1 in size; the numerators are as far from 1 as the values are.
         const Acc one = std::exp(lse - top), two = weight == Acc(0) ? Acc(0) : std::exp(rest - top) / std::abs(weight);
@@ -169,6 +141,7 @@ class windowed_run {
   const windowed_attention& m_;
   softmax_attention exact_;
   linear_attention rest_;
+  windowed_level<Acc> level_;
   shape s_;
   isize chunk_;
   tensor_mut near_, lse_, far_, sums_, peaks_;
