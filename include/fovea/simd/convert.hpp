@@ -67,8 +67,10 @@ FOVEA_INLINE isize narrow(const float*, isize, bf16*) {
 template <class Arch, class From, class To>
 FOVEA_INLINE void copy_row(const From* p, isize n, To* out) {
   isize i = 0;
-  if constexpr (std::is_same_v<From, To>)  // in whole registers: what reads them next finds each in one store
-    for (using P = pack<To, Arch>; i + P::size <= n; i += P::size) P::load(p + i).store(out + i);
+  if constexpr (std::is_same_v<From, To>) {  // in whole registers: what reads them next finds each in one store
+    using P = pack<To, Arch>;
+    for (; i + P::size <= n; i += P::size) P::load(p + i).store(out + i);
+  }
   if constexpr (sizeof(From) == 2 && std::is_same_v<To, float>) i = widen<Arch>(p, n, out);
   if constexpr (sizeof(To) == 2 && std::is_same_v<From, float>) i = narrow<Arch>(p, n, out);
   p += i, out += i;
