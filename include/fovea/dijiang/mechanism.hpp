@@ -43,6 +43,8 @@ struct dijiang_attention {
   void prefill(exec_ref exec, const problem& p, arena scratch) const;
 
   bool streaming() const { return is_causal; }
+  static constexpr bool items_apart = true;  ///< core/packed.hpp
+  bool positional() const { return tables != nullptr && tables->gains(); }
   state make_state(const shape& s) const;
   std::uint64_t tag() const;
   void check(const problem& p, const state& s) const;

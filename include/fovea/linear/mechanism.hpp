@@ -64,6 +64,8 @@ struct linear_attention {
 
   /// False where a map needs a number from all keys (its `surveys()`), or where all keys are summed first (is_causal = false).
   bool streaming() const { return is_causal && !phi().surveys(); }
+  static constexpr bool items_apart = true;  ///< core/packed.hpp
+  bool positional() const { return phi().positional(); }
   state make_state(const shape& s) const;
   void clear(state& s) const;  ///< as it was made
   std::uint64_t tag() const;
