@@ -29,7 +29,7 @@ struct options {
   std::string folder = ".", policy_file, error_of = "median", cost_of = "prefill", only, extra;
   double budget = 0, seconds = 0.6;
   int threads = 1, repeats = 5;
-  isize tokens = 0;
+  isize tokens = 0, from = 0;
   bool pictures = true;
 };
 
@@ -166,8 +166,14 @@ void print_budget(const report& r) {
 int run(const options& o, const std::string& command) {
   report r;
   r.command = command;
-  for (const std::string& file : o.files.empty() ? built_in_files() : o.files)
+  for (const std::string& file : o.files.empty() ? built_in_files() : o.files) {
     r.inputs.push_back(read_input(file, o.tokens));
+    input& in = r.inputs.back();
+    if (o.from >= in.n)
+      throw fovea::file_error(file, "has " + std::to_string(in.n) + " tokens; --from " + std::to_string(o.from) +
+                                        " leaves no row to judge");
+    in.from = o.from;
+  }
   std::vector<setting> all = built_in_settings();
   if (!o.extra.empty()) add_settings(o.extra, all);
   for (setting& s : all)
@@ -213,6 +219,8 @@ int main(int argc, char** argv) {
                  "JSON file with more settings: [{\"label\": ..., \"attention\": {...}, \"weights\": FILE}]");
   app.add_option("--only", o.only, "only settings of this family, or with this text in their label (and exact)");
   app.add_option("--tokens", o.tokens, "use the first TOKENS tokens of each file")->check(CLI::Range(1, 1 << 30));
+  app.add_option("--from", o.from, "measure errors on rows from this one on (what calibrate has not seen)")
+      ->check(CLI::Range(0, 1 << 30));
   app.add_option("--threads", o.threads, "threads of each call")->check(CLI::Range(1, 1024));
   app.add_option("--repeats", o.repeats, "timed runs of each setting")->check(CLI::Range(1, 1000));
   app.add_option("--seconds", o.seconds, "at most this long for the timed runs of one setting")

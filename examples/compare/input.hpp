@@ -19,6 +19,7 @@ struct input {
   bool causal = true;
   double scale = 0;
   isize H = 0, G = 0, n = 0, d = 0, e = 0;
+  isize from = 0;  ///< the first row that errors are measured on
   std::vector<float> q, k, v;
   std::vector<double> exact;  ///< [H, n, e], computed in double
 

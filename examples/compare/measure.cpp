@@ -100,7 +100,7 @@ void compare_rows(const input& in, const std::vector<float>& out, figures& f) {
   for (isize h = 0; h < in.H; ++h) {
     std::vector<double> errors;
     double cosine = 0;
-    for (isize i = 0; i < in.n; ++i) {
+    for (isize i = in.from; i < in.n; ++i) {
       const float* o = out.data() + (h * in.n + i) * in.e;
       const double* want = in.exact.data() + (h * in.n + i) * in.e;
       double diff = 0, norm = 0, own = 0, dot = 0;
@@ -113,7 +113,7 @@ void compare_rows(const input& in, const std::vector<float>& out, figures& f) {
     }
     head_figures g;
     g.error_median = median(errors), g.error_p95 = quantile(errors, 0.95),
-    g.cosine = cosine / static_cast<double>(in.n);
+    g.cosine = cosine / static_cast<double>(in.n - in.from);
     every.insert(every.end(), errors.begin(), errors.end());
     cosine_sum += g.cosine;
     if (h == 0 || !(g.error_median <= f.worst_error))
