@@ -12,4 +12,5 @@
 
 #include <fovea/dijiang/backward.hpp>
 #include <fovea/dijiang/mechanism.hpp>
+#include <fovea/dijiang/merge.hpp>
 #include <fovea/dijiang/prefill.hpp>

@@ -3,8 +3,10 @@
 
 #include <cmath>
 
+#include <fovea/dijiang.hpp>
 #include <fovea/feature/configure.hpp>
 #include <fovea/feature/custom.hpp>
+#include <fovea/feature/merge_map.hpp>
 
 #include "support/catch.hpp"
 #include "support/errors.hpp"
@@ -188,4 +190,86 @@ TEST_CASE("maps: from a configuration") {
   CHECK_SAYS(test::refusal([&] { configured({"linear", {{"map", "t2r"}}}, {{"b", b}}); }), "without W");
   CHECK_SAYS(test::refusal([&] { configured({"linear", {{"map", "elu1"}}}, {{"W", W}}); }), "not supported");
   CHECK_SAYS(test::refusal([&] { configured({"linear", {{"map", "relu"}}}, {}); }), "one of");
+}
+
+TEST_CASE("merged maps: a projection that holds the map gives what the map gives behind the projection") {
+  test::random r(31);
+  const isize H = 4, G = 2, d = 12, model = 20, n = 9, rows = 7;
+  const auto numbers = [&](isize count) {
+    std::vector<float> x(static_cast<std::size_t>(count));
+    for (float& f : x) f = static_cast<float>(0.4 * r.normal());
+    return x;
+  };
+  const std::vector<float> h = numbers(n * model), Pq = numbers(H * d * model), cq = numbers(H * d),
+                           Pk = numbers(G * d * model), ck = numbers(G * d), wq = numbers(H * rows * d),
+                           bq = numbers(H * rows), wk = numbers(G * rows * d), bk = numbers(G * rows);
+  const projection query(wq.data(), H, rows, d, bq.data()), key(wk.data(), G, rows, d, bk.data()),
+      shared(wk.data(), G, rows, d);
+  const auto view_of = [&](const std::vector<float>& P, isize heads) {
+    return bhnd<const float>(P.data(), 1, heads, d, model);
+  };
+  // Row t of head h of a layer [heads * width][model] with a bias.
+  const auto layer = [&](const std::vector<float>& weight, const std::vector<float>& bias, isize head, isize width,
+                         isize t) {
+    std::vector<double> out(static_cast<std::size_t>(width));
+    for (isize x = 0; x < width; ++x) {
+      double sum = bias.empty() ? 0.0 : static_cast<double>(bias[static_cast<std::size_t>(head * width + x)]);
+      for (isize m = 0; m < model; ++m)
+        sum += static_cast<double>(weight[static_cast<std::size_t>((head * width + x) * model + m)]) *
+               static_cast<double>(h[static_cast<std::size_t>(t * model + m)]);
+      out[static_cast<std::size_t>(x)] = sum;
+    }
+    return out;
+  };
+  const auto check = [&](const feature_map& map, const feature_map& bare, const merged_projection& merged,
+                         bool is_key) {
+    const isize heads = is_key ? G : H;
+    std::vector<double> want(static_cast<std::size_t>(map.features(d))), got(want.size());
+    CHECK(static_cast<isize>(want.size()) == bare.features(merged.rows));
+    for (isize head = 0; head < heads; ++head)
+      for (isize t = 0; t < n; ++t) {
+        const feature_site at{is_key ? head * (H / G) : head, is_key ? head : head / (H / G), t, is_key, 0.0};
+        map.define(at, (is_key ? layer(Pk, ck, head, d, t) : layer(Pq, cq, head, d, t)).data(), d, want.data());
+        bare.define(at, layer(merged.weight, merged.bias, head, merged.rows, t).data(), merged.rows, got.data());
+        for (std::size_t f = 0; f < want.size(); ++f)
+          CHECK(std::fabs(got[f] - want[f]) < 1e-5 * (1 + std::fabs(want[f])));
+      }
+  };
+  const t2r one{query.ref(), key.ref(), 0.3}, tied{shared.ref(), shared.ref(), 0.3};
+  for (const t2r& map : {one, tied}) {
+    check(map, relu_map{}, merge_query_map(map, H, G, view_of(Pq, H), cq.data()), false);
+    check(map, relu_map{}, merge_key_map(map, H, G, view_of(Pk, G), ck.data()), true);
+  }
+  for (const hedgehog_form form : {hedgehog_form::joint, hedgehog_form::separate, hedgehog_form::paired}) {
+    const hedgehog map{query.ref(), key.ref(), form};
+    check(map, hedgehog{{}, {}, form}, merge_query_map(map, H, G, view_of(Pq, H), cq.data()), false);
+    check(map, hedgehog{{}, {}, form}, merge_key_map(map, H, G, view_of(Pk, G), ck.data()), true);
+  }
+  CHECK_SAYS(test::refusal([&] { merge_query_map(one, H, G, view_of(Pk, G), ck.data()); }), "one for each query head");
+  CHECK_SAYS(test::refusal([&] { merge_key_map(hedgehog{}, H, G, view_of(Pk, G)); }), "no weights");
+}
+
+TEST_CASE("merged maps: DiJiang's signs in the projection") {
+  test::random r(32);
+  const isize heads = 2, d = 8, model = 5;
+  std::vector<float> P(static_cast<std::size_t>(heads * d * model)), h(static_cast<std::size_t>(model));
+  for (float& x : P) x = static_cast<float>(r.normal());
+  for (float& x : h) x = static_cast<float>(r.normal());
+  const dijiang_attention m = dijiang_attention::make({.head_dim = d, .seed = 5}), bare = without_signs(m);
+  const merged_projection merged = merge_map(m, bhnd<const float>(P.data(), 1, heads, d, model));
+  for (isize head = 0; head < heads; ++head) {
+    std::vector<double> x(static_cast<std::size_t>(d)), y(x), want(x), got(x);
+    for (isize c = 0; c < d; ++c)
+      for (isize i = 0; i < model; ++i) {
+        const auto at = static_cast<std::size_t>((head * d + c) * model + i);
+        x[static_cast<std::size_t>(c)] +=
+            static_cast<double>(P[at]) * static_cast<double>(h[static_cast<std::size_t>(i)]);
+        y[static_cast<std::size_t>(c)] +=
+            static_cast<double>(merged.weight[at]) * static_cast<double>(h[static_cast<std::size_t>(i)]);
+      }
+    m.tables->define(head, x.data(), want.data()), bare.tables->define(head, y.data(), got.data());
+    CHECK(got == want);
+  }
+  CHECK_SAYS(test::refusal([&] { merge_map(dijiang_attention::make({.head_dim = 8, .features = 16}), {}); }),
+             "2 blocks");
 }

@@ -3,7 +3,7 @@
 /// @file  A feature map from a configuration: key "map" and the weights it names.
 ///
 ///   map              tensors                                              keys
-///   identity, elu1
+///   identity, elu1, relu
 ///   t2r              W [H, r, d] or [r, d], b; or Wq, Wk, bq, bk          query_scale (default d^-1/2 with W, 1 with Wq and Wk)
 ///   mlp              W1, b1, W2, b2; or W1q, b1q, W2q, b2q, W1k, ...      query_scale (the same)
 ///   hedgehog         W, b; or Wq, Wk, bq, bk; none: the identity          (joint softmax)
@@ -24,6 +24,7 @@
 #include <fovea/feature/cosformer.hpp>
 #include <fovea/feature/favor.hpp>
 #include <fovea/feature/learned.hpp>
+#include <fovea/feature/merge_map.hpp>
 #include <fovea/feature/polynomial.hpp>
 
 namespace fovea {
@@ -87,6 +88,7 @@ inline std::optional<feature_map> configure_map(configuration_reader& c, std::sh
     none,
     identity,
     elu1,
+    relu,
     t2r,
     mlp,
     hedgehog,
@@ -103,6 +105,7 @@ inline std::optional<feature_map> configure_map(configuration_reader& c, std::sh
   const kind k = c.choice<kind>("map",
                                 {{"identity", kind::identity},
                                  {"elu1", kind::elu1},
+                                 {"relu", kind::relu},
                                  {"t2r", kind::t2r},
                                  {"mlp", kind::mlp},
                                  {"hedgehog", kind::hedgehog},
@@ -120,6 +123,7 @@ inline std::optional<feature_map> configure_map(configuration_reader& c, std::sh
     case kind::none: return std::nullopt;
     case kind::identity: return identity_map{};
     case kind::elu1: return elu1{};
+    case kind::relu: return relu_map{};
     case kind::cosformer: return cosformer{c.integer("M", 0)};
     case kind::taylor2: return taylor2{};
     case kind::taylor2_packed: return taylor2{true};
