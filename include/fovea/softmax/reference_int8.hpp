@@ -155,9 +155,10 @@ class int8_twin {
 
   /// Keys [j0, j1), whose largest score is `high` and counts `below` of the running maximum.
   void block(isize b, isize h, isize i, isize j0, isize j1, double high, double below, const std::vector<double>& t,
-             std::vector<double>& height, std::vector<double>& o, double& sum) const {
+             std::vector<double>& height, std::vector<double>& o, double& sum) {
     const isize lane = (h % s_.group() * s_.n + i) % 16;
     double near = 0, exact = 0, coarsest = 0;
+    counted_.resize(t.size());
     for (isize j = j0; j < j1; ++j) {
       const auto x = static_cast<std::size_t>(j);
       if (t[x] == -std::numeric_limits<double>::infinity()) continue;
@@ -173,9 +174,12 @@ class int8_twin {
       exact += fine;
       const bool integers = in_integers(b, h, i, j / 16 * 16);
       near += integers ? p8 * inverse(j) : fine;
+      counted_[x] = integers ? 1 : 0;
       if (integers) coarsest = std::fmax(coarsest, coarsest_of(j / 16 * 16));
     }
-    sum += below * (near < 32 * coarsest ? exact : near);
+    const bool again = near < 32 * coarsest;
+    sum += below * (again ? exact : near);
+    for (isize j = j0; again && j < j1; ++j) counted_[static_cast<std::size_t>(j)] = 0;
   }
   double coarsest_of(isize j) const {
     double most = 0;
@@ -195,7 +199,7 @@ class int8_twin {
       const double vs = v_[j].scale, w = std::exp2(t[j] / 64 - lse) / vs, step = std::exp2(height[j] / 64 - lse) / 255;
       double apart = 0, apart8 = 0;
       for (std::size_t c = 0; c < e; ++c) {
-        const double x = v_[j].exact[c] - o[c], y = v_[j].codes[c] - o[c] / vs;
+        const double x = v_[j].exact[c] - o[c], y = v_[j].codes[c] - (counted_[j] != 0 ? o[c] / vs : 0.0);
         apart += x * x, apart8 += y * y;
         for (std::size_t z = 0; z < d; ++z) turned[c * d + z] += w * x * k_[j].exact[z];
       }
@@ -211,6 +215,7 @@ class int8_twin {
   shape s_;
   std::vector<int8_row> k_, v_;
   std::vector<int> fold_;
+  std::vector<char> counted_;  // of a row: the rounded p of a key is in the denominator, too
 };
 
 }  // namespace reference
