@@ -159,6 +159,7 @@ std::vector<decode_case> decode_cases() {
     };
     constexpr auto int8 = fovea::precision::int8;
     for (const isize H : {8, 32, 64}) all.push_back({.rows = codes(8, 128), .H = H, .arithmetic = int8});
+    all.push_back({.rows = codes(32, 128), .H = 128, .arithmetic = int8});
     all.push_back({.rows = codes(8, 64), .H = 32, .arithmetic = int8});
     for (const isize page : {16, 64}) all.push_back({.rows = codes(8, 128), .H = 32, .page = page, .arithmetic = int8});
     for (const isize G : {1, 8}) all.push_back({.rows = codes(G, 128), .keys = 1024, .H = 4 * G, .arithmetic = int8});
