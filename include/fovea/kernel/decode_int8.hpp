@@ -91,7 +91,8 @@ class decode_int8 {
       const range x = meet(set.visible->keys(site(set, r), query(r), query(r) + 1), {j0, j1});
       if (!x.empty()) seen = {x.first < seen.first ? x.first : seen.first, x.last > seen.last ? x.last : seen.last};
     }
-    far_ = set.count * (set.k.row_bytes + set.v.row_bytes) > (1 << 17);  // less is in the L2 cache already, whatever other heads read
+    far_ = set.count * (set.k.row_bytes + set.v.row_bytes) >
+           (1 << 17);  // less is in the L2 cache, whatever other heads read
     if (set.k.form == row_form::plain)
       all_blocks<false>(set, seen, m, l);
     else
