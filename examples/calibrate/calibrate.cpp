@@ -52,7 +52,7 @@ nlohmann::json setting(const std::string& label, const options& o, const compare
   else
     a = {{"mechanism", "linear"}, {"map", o.map}, {"causal", in.causal}, {"eps", 1e-6}};
   if (o.map == "t2r") a["query_scale"] = 1.0;
-  return {{"label", label}, {"attention", a}, {"weights", weights}};
+  return {{"label", label}, {"file", in.file}, {"attention", a}, {"weights", weights}};
 }
 
 void calibrate(const std::string& file, const options& o, nlohmann::json& settings) {
@@ -92,6 +92,21 @@ void calibrate(const std::string& file, const options& o, nlohmann::json& settin
   settings.push_back(setting(o.map + window + ", untrained", o, in, stem + ".untrained.safetensors"));
   settings.push_back(setting(o.map + window + ", calibrated", o, in, stem + ".safetensors"));
   std::printf("  written: %s.safetensors\n", stem.c_str());
+}
+
+/// What an earlier run left in the list stays, in front, unless it is of the same label and file.
+void merge_settings(const std::string& path, nlohmann::json& now) {
+  if (!std::filesystem::exists(path)) return;
+  const auto before = fovea::parse_json(fovea::read_text(path, 1 << 24), path);
+  nlohmann::json all = nlohmann::json::array();
+  for (const auto& old : before) {
+    const auto same = [&](const nlohmann::json& x) {
+      return x["label"] == old.value("label", "") && x["file"] == old.value("file", "");
+    };
+    if (std::none_of(now.begin(), now.end(), same)) all.push_back(old);
+  }
+  for (const auto& x : now) all.push_back(x);
+  now = all;
 }
 
 int complain(const std::string& what) {
@@ -154,9 +169,17 @@ int main(int argc, char** argv) {
     o.how.loss.relative = o.loss == "relative" || o.loss == "both" ? 1.0 : 0.0;
     std::filesystem::create_directories(o.folder);
     nlohmann::json settings = nlohmann::json::array();
-    for (const std::string& file : o.files.empty() ? built_in_files() : o.files) calibrate(file, o, settings);
-    fovea::write_whole(o.folder + "/settings.json", [&](std::ostream& out) { out << settings.dump(1) << "\n"; });
-    std::printf("written: %s/settings.json\n", o.folder.c_str());
+    const std::string list = o.folder + "/settings.json";
+    for (const std::string& file : o.files.empty() ? built_in_files() : o.files) {
+      try {
+        calibrate(file, o, settings);
+      } catch (const fovea::contract_error& e) {
+        throw fovea::file_error(file, e);
+      }
+    }
+    merge_settings(list, settings);
+    fovea::write_whole(list, [&](std::ostream& out) { out << settings.dump(1) << "\n"; });
+    std::printf("written: %s\n", list.c_str());
     return 0;
   } catch (const std::bad_alloc&) {
     return complain("not enough memory");

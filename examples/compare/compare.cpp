@@ -61,7 +61,8 @@ std::vector<std::string> built_in_files() {
   return files;
 }
 
-/// The user's own settings: a JSON list of {"label", "family"?, "note"?, "attention": {...}, "weights"?: FILE}.
+/// The user's own settings: a JSON list of {"label", "family"?, "note"?, "file"?, "attention": {...}, "weights"?: FILE}. With "file" a
+/// setting is for the input of that name alone.
 void add_settings(const std::string& path, std::vector<setting>& all) {
   const auto list = fovea::parse_json(fovea::read_text(path, 1 << 24), path);
   if (!list.is_array()) throw fovea::file_error(path, "wanted a list of {\"label\": ..., \"attention\": {...}}");
@@ -69,15 +70,20 @@ void add_settings(const std::string& path, std::vector<setting>& all) {
     if (!item.is_object() || !item.contains("label") || !item["label"].is_string() || !item.contains("attention"))
       throw fovea::file_error(path, "every setting needs \"label\" (a text) and \"attention\" (a configuration)");
     for (const auto& [key, value] : item.items())
-      if (key != "label" && key != "attention" && key != "weights" && key != "note" && key != "family")
-        throw fovea::file_error(path,
-                                "key \"" + key + "\" is not known; known: label, attention, weights, note, family");
+      if (key != "label" && key != "attention" && key != "weights" && key != "note" && key != "family" && key != "file")
+        throw fovea::file_error(
+            path, "key \"" + key + "\" is not known; known: label, attention, weights, note, family, file");
     const auto c = fovea::configuration_from_json(item["attention"]);
     auto weights = std::make_shared<fovea::arrays>();
     if (item.contains("weights")) *weights = fovea::read_safetensors(item["weights"].get<std::string>()).tensors;
+    const std::string file = item.value("file", "");
     const std::string family = item.value("family", c.mechanism == "softmax" ? "window" : c.mechanism);
     all.push_back({static_cast<int>(all.size()), item["label"].get<std::string>(), family, "", item.value("note", ""),
-                   [c](const input&) { return c; }, [weights](const input&) { return *weights; }});
+                   [c, file](const input& in) {
+                     if (!file.empty() && in.file != file) throw not_applicable{"its weights were learned for " + file};
+                     return c;
+                   },
+                   [weights](const input&) { return *weights; }});
   }
 }
 

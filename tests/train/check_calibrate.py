@@ -1,0 +1,53 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""check_calibrate.py CALIBRATE COMPARE DATA: the program learns, resumes with the same bits, is read by compare, and refuses with one line and code 2."""
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+calibrate, compare, data = sys.argv[1:4]
+layer = pathlib.Path(data) / "smollm2_layer29.safetensors"
+small = ["--tokens", "640", "--steps", "40", "--rows", "16", "--look-every", "20"]
+
+
+def run(*command, code=0):
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=200)
+    assert done.returncode == code, f"{command}: exit code {done.returncode}\n{done.stdout}{done.stderr}"
+    return done
+
+
+def refused(text, *command):
+    done = run(*command, code=2)
+    assert done.stderr.count("\n") == 1 and text in done.stderr, f"{command}: {done.stderr!r} lacks {text!r}"
+
+
+with tempfile.TemporaryDirectory() as tmp:
+    tmp = pathlib.Path(tmp)
+    run(calibrate, layer, *small, "--out", tmp / "a")
+    weights = tmp / "a" / "smollm2_layer29.hedgehog_two.safetensors"
+    state = tmp / "a" / "smollm2_layer29.hedgehog_two.checkpoint.safetensors"
+    (tmp / "b").mkdir()
+    shutil.copy(state, tmp / "b")  # finished: nothing is left to do
+    run(calibrate, layer, *small, "--out", tmp / "b", "--resume", "--threads", "2")
+    assert (tmp / "b" / weights.name).read_bytes() == weights.read_bytes(), "a resumed run gives other weights"
+
+    run(compare, layer, "--from", "640", "--settings", tmp / "a" / "settings.json", "--only", "linear", "--no-pictures", "--repeats", "1",
+        "--report", tmp)
+    report = json.loads((tmp / "report.json").read_text())
+    error = {s["label"]: r["error_median"] for s in report["settings"] for r in report["results"] if r["setting"] == s["id"] and "error_median" in r}
+    before, after = error["hedgehog_two, untrained"], error["hedgehog_two, calibrated"]
+    assert after < 0.9 * before, f"median error on rows never seen: {before} untrained, {after} calibrated"
+
+    refused("no such file", calibrate, tmp / "none.safetensors", "--out", tmp)
+    broken = tmp / "broken.safetensors"
+    broken.write_bytes(layer.read_bytes()[:1000])
+    refused("broken.safetensors", calibrate, broken, "--out", tmp)
+    refused("too few", calibrate, layer, "--tokens", "20", "--out", tmp)
+    refused("window needs causal", calibrate, pathlib.Path(data) / "minilm_layer2.safetensors", "--window", "64", "--out", tmp)
+    refused("--map", calibrate, layer, "--map", "other", "--out", tmp)
+    refused("--first goes with --window", calibrate, layer, "--first", "4", "--out", tmp)
+    refused("other options", calibrate, layer, *small, "--rate", "0.02", "--out", tmp / "b", "--resume")
+print("calibrate: learned, resumed, compared, refused")
