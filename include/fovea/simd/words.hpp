@@ -8,7 +8,7 @@
 ///
 /// Contract   every operation gives the same integers on every instruction set, for all inputs: dot4 never saturates. Loads and stores
 ///            need no alignment. A register is a multiple of quarters of four 32-bit lanes (16 bytes).
-/// Cost       dot4: 1 instruction with VNNI (AVX-512 or AVX), 11 with plain AVX2; dot4_small, for u <= 127, 3 there.
+/// Cost       dot4: 1 instruction with VNNI (AVX-512 or AVX), 9 with plain AVX2; dot4_small, for u <= 127, 3 there.
 
 #include <bit>
 #include <cstring>
