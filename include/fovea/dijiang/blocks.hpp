@@ -12,20 +12,17 @@ namespace detail {
 
 template <class Arch, class Acc>
 struct dijiang_scratch {
-  static constexpr int T = kernel::sweep_shape<Arch, false>::T;
-  static constexpr isize tokens = feature_rows, rows = tokens / T * T,
-                         steps = rows / T;  // rows of a block: whole steps
+  static constexpr isize tokens = feature_rows;
 
   isize stride, q_head, e_stride;
-  Acc *x, *map;               // converted rows; the transforms' own
-  Acc *k, *q;                 // [tokens][stride]; q [heads]
-  Acc *v, *out;               // [tokens][e_stride]; out [heads]
-  Acc *decay, *gain, *zeros;  // [tokens]; gain and zeros [heads][tokens]
-  Acc *factor, *products;     // [heads][tokens]; of the steps
-  Acc *fade, *scale, *keep;   // [stride], [stride], [steps][stride]
-  Acc* state;                 // where the caller keeps none
-  kernel::step_weights<Acc>* step;
-  kernel::read_weights<Acc>* read;
+  Acc *x, *map;                      // converted rows; the transforms' own
+  Acc *k, *q;                        // [tokens][stride]; q [heads]
+  Acc *v, *out;                      // [tokens][e_stride]; out [heads]
+  Acc *decay, *gain, *zeros;         // [tokens]; gain and zeros [heads][tokens]
+  Acc *factor, *sums, *x_gain;       // [heads][tokens] twice, [tokens]
+  Acc *fade, *scale, *spare, *keep;  // [stride] three times, [tokens]
+  Acc* state;                        // where the caller keeps none
+  unsigned char* settles;            // [tokens]
 
   dijiang_scratch(arena& a, const dijiang_sizes& n, isize d) {
     stride = n.rows * static_cast<isize>(sizeof(Acc)) % 1024 == 0 ? n.rows + 16
@@ -35,10 +32,10 @@ struct dijiang_scratch {
     k = a.take<Acc>(q_head), q = a.take<Acc>(n.R * q_head);
     v = a.take<Acc>(feature_rows * e_stride), out = a.take<Acc>(n.R * feature_rows * e_stride);
     decay = a.take<Acc>(tokens), gain = a.take<Acc>(n.R * tokens), zeros = a.take<Acc>(n.R * tokens);
-    factor = a.take<Acc>(n.R * tokens), products = a.take<Acc>(kernel::product_room);
-    fade = a.take<Acc>(stride), scale = a.take<Acc>(stride), keep = a.take<Acc>(steps * stride);
+    factor = a.take<Acc>(n.R * tokens), sums = a.take<Acc>(n.R * tokens), x_gain = a.take<Acc>(tokens);
+    fade = a.take<Acc>(stride), scale = a.take<Acc>(stride), spare = a.take<Acc>(stride), keep = a.take<Acc>(tokens);
     state = a.take<Acc>(n.head_elements());
-    step = a.take<kernel::step_weights<Acc>>(steps), read = a.take<kernel::read_weights<Acc>>(n.R * steps);
+    settles = a.take<unsigned char>(tokens);
   }
   /// Kernels read whole vectors: zeros behind r and behind e.
   void clear(const dijiang_sizes& n) {

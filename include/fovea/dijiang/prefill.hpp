@@ -30,7 +30,6 @@ class dijiang_sweeper {
 
  private:
   using scratch_type = dijiang_scratch<Arch, Acc>;
-  static constexpr int T = scratch_type::T;
 
   struct site {
     scratch_type& s;
@@ -56,10 +55,10 @@ class dijiang_sweeper {
     absorb(here, 0, first);
     const isize empty = n > m ? n - m : 0;  // queries that see none
     for (isize i = 0; i < empty; ++i) zero_row(here, i);
-    for (isize i = empty, most = scratch_type::rows; i < n;) {
+    for (isize i = empty, most = scratch_type::tokens; i < n;) {
       const isize done = block(here, i, i + m - n, std::min(most, n - i));
       most = std::min(
-          scratch_type::rows,
+          scratch_type::tokens,
           done == most ? 2 * most : std::max(isize{4}, 2 * done));  // rising exponents: shorter blocks waste less
       i += done;
     }
@@ -139,7 +138,7 @@ class dijiang_sweeper {
     isize done = 0;
     do settle(at, done, j + done);
     while (++done < count && !rises(at, done, j + done));
-    load_values(at, j, done, ceil_div(done, isize{T}) * T);
+    load_values(at, j, done);
     if (count == 1)
       single(at, i);
     else
@@ -149,38 +148,20 @@ class dijiang_sweeper {
 
   void sweep(site& at, isize i, isize count) const {
     auto& s = at.s;
-    const isize padded = ceil_div(count, isize{T}) * T;
     const bool decays = rate(at.g) != 1.0;
-    for (isize t = 0; t < padded; ++t) s.decay[t] = t < count ? static_cast<Acc>(rate(at.g)) : Acc(1);
-    for (isize t = count; t < padded; ++t) {
-      clear_row(s.k + t * s.stride);
-      for (isize h = 0; h < n_.R; ++h)
-        clear_row(s.q + h * s.q_head + t * s.stride), s.gain[h * feature_rows + t] = Acc(0);
-    }
-    const kernel::sweep_block<Acc> b{padded / T, n_.r, s.k,      s.k,      s.stride, s.stride,           s.step,
-                                     n_.R,       s.q,  s.stride, s.q_head, s.read,   scratch_type::steps};
-    Acc none;  // decays: the state does not count them
-    const kernel::weight_block<Acc> w{count,
-                                      decays ? s.decay : nullptr,
-                                      nullptr,
-                                      nullptr,
-                                      m_.normalise ? kernel::row_sum::divide : kernel::row_sum::none,
-                                      s.gain,
-                                      s.zeros,
-                                      s.zeros,
-                                      s.factor,
-                                      nullptr,
-                                      scratch_type::tokens,
-                                      at.head.z,
-                                      &none,
-                                      s.scale,
-                                      s.keep,
-                                      s.products,
-                                      s.stride};
-    if (decays)
-      kernel::scalar_weights<Arch, Acc, false, true>(b, w, s.step, s.read);
-    else
-      kernel::scalar_weights<Arch, Acc, false, false>(b, w, s.step, s.read);
+    for (isize t = 0; t < count; ++t) s.decay[t] = static_cast<Acc>(rate(at.g));
+    kernel::sweep_block<Acc> b{};
+    b.tokens = count, b.r = n_.r, b.heads = n_.R;
+    b.k = b.u = s.k, b.q = s.q, b.k_stride = b.u_stride = b.q_stride = s.stride, b.q_head_stride = s.q_head;
+    kernel::weight_block<Acc> w{};
+    w.decay = decays ? s.decay : nullptr;
+    w.sum = m_.normalise ? kernel::row_sum::divide : kernel::row_sum::none;
+    w.gain = s.gain, w.add = w.floor = s.zeros, w.factor = s.factor, w.sums = s.sums,
+    w.head_tokens = scratch_type::tokens;
+    w.z = at.head.z, w.x_gain = s.x_gain, w.scale = s.scale, w.spare = s.spare, w.keep = s.keep, w.settles = s.settles,
+    w.stride = s.stride;
+    kernel::row_weights<Arch, Acc, false>(b, w, 0, count, nullptr, nullptr, nullptr);
+    kernel::token_weights<Arch, Acc, false>(b, w);
     kernel::sweep_panels<Arch, Acc, false>(b, at.head.S, 0, n_.panels,
                                            {s.v, s.e_stride, s.out, s.e_stride, scratch_type::tokens * s.e_stride});
     for (isize h = 0; h < n_.R; ++h)
@@ -188,14 +169,10 @@ class dijiang_sweeper {
         simd::store_row<Arch, Acc>(p_.out.type, s.out + (h * feature_rows + t) * s.e_stride, n_.e,
                                    p_.out.row(at.b, at.g * n_.R + h, i + t));
   }
-  void clear_row(Acc* x) const {
-    for (isize f = 0; f < n_.rows; ++f) x[f] = Acc(0);
-  }
-  void load_values(site& at, isize j, isize count, isize padded) const {
+  void load_values(site& at, isize j, isize count) const {
     auto& s = at.s;
     for (isize t = 0; t < count; ++t)
       simd::load_row<Arch, Acc>(p_.v.type, p_.v.row(at.b, at.g, j + t), n_.e, s.v + t * s.e_stride);
-    for (isize c = count * s.e_stride; c < padded * s.e_stride; ++c) s.v[c] = Acc(0);
   }
 
   /// A block of one token: the decode step.
@@ -241,7 +218,7 @@ class dijiang_sweeper {
         if (own != 1) feature::row_scale<Arch, Acc>(k, n_.r, static_cast<Acc>(own));
         for (isize f = 0; f < n_.r; ++f) at.head.z[f] += k[f];
       }
-      load_values(at, j, count, count);
+      load_values(at, j, count);
       for (isize panel = 0; panel < n_.panels; ++panel)
         tile::gemm<Arch, Acc>(n_.r, n_.width, count, s.k, isize{1}, s.stride, s.v + panel * n_.width, s.e_stride,
                               at.head.S + panel * n_.r * n_.width, n_.width, true);

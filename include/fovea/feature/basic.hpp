@@ -58,29 +58,16 @@ struct elu1 {
   template <class Arch, class Acc>
   void apply(const feature_block<Acc>& b, Acc*) const noexcept {
     using P = simd::pack<Acc, Arch>;
-    const P zero(Acc(0));
+    const auto phi = [](P y) FOVEA_INLINE_LAMBDA {
+      return simd::max(P(Acc(0)), y) + simd::exp(simd::min(P(Acc(0)), y));  // y second: NaN survives
+    };
+    const isize whole = b.width / P::size * P::size, left = b.width - whole;
     for (isize t = 0; t < b.rows; ++t) {
       const Acc* x = b.x + t * b.x_stride;
       Acc* out = b.out + t * b.out_stride;
-      for (isize c = 0; c < b.width; c += P::size) {
-        const P y = simd::load_n<P>(x + c, b.width - c);
-        const P phi = simd::max(zero, y) + simd::exp(simd::min(zero, y));  // y second: NaN survives
-        simd::store_n(out + c, phi, b.width - c);
-      }
+      for (isize c = 0; c < whole; c += P::size) phi(P::load(x + c)).store(out + c);
+      if (left > 0) simd::store_n(out + whole, phi(simd::load_n<P>(x + whole, left)), left);
     }
-  }
-  isize derive_scratch(isize) const { return 0; }
-  isize weights(isize) const { return 0; }
-  template <class Arch, class Acc>
-  void derive(const feature_block<Acc>& b, const feature_gradient<Acc>& g, Acc*) const noexcept {
-    using P = simd::pack<Acc, Arch>;
-    const P one(Acc(1));
-    for (isize t = 0; t < b.rows; ++t)
-      for (isize c = 0; c < b.width; c += P::size) {  // the slope is e^x = phi below 0, 1 above, where phi > 1
-        const P slope = simd::min(simd::load_n<P>(b.out + t * b.out_stride + c, b.width - c), one);
-        simd::store_n(g.dx + t * g.dx_stride + c, slope * simd::load_n<P>(g.dphi + t * g.dphi_stride + c, b.width - c),
-                      b.width - c);
-      }
   }
   double define(const feature_site&, const double* x, isize d, double* out) const {
     for (isize c = 0; c < d; ++c) out[c] = x[c] > 0.0 ? x[c] + 1.0 : std::exp(x[c]);

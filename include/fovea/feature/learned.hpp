@@ -177,15 +177,29 @@ struct hedgehog {
   /// y [r] -> features [2 r], in place.
   template <class Arch, class Acc>
   FOVEA_INLINE void pair(Acc* y, isize r) const {
+    using P = simd::pack<Acc, Arch>;
     const Acc scale = form == hedgehog_form::joint ? Acc(2) : Acc(1);
-    Acc top = feature::row_max<Arch, Acc>(y, r), low = feature::row_max<Arch, Acc>(y, r, Acc(-1));
-    if (form == hedgehog_form::joint) top = low = top > low ? top : low;
-    Acc down = feature::row_exp<Arch, Acc>(y, r, -scale, scale * low, y + r);
-    Acc up = feature::row_exp<Arch, Acc>(y, r, scale, scale * top, y);
+    Acc top, low;  // the largest of y and of -y
+    feature::row_range<Arch, Acc>(y, r, top, low);
+    if (form == hedgehog_form::joint) top = low = top > low || top != top ? top : low;
+    const P s(scale), back(-scale), rise(-scale * top), fall(-scale * low), zero(Acc(0));
+    P up = zero, down = zero;
+    const auto both = [&](isize c, isize count) FOVEA_INLINE_LAMBDA {
+      const P x = simd::load_n<P>(y + c, count);
+      const P a = simd::exp(simd::fma(x, s, rise)), b = simd::exp(simd::fma(x, back, fall));
+      simd::store_n(y + c, a, count), simd::store_n(y + r + c, b, count);
+      const simd::lane_bits real = (1U << (count < P::size ? count : 0)) - 1U;
+      up = up + (count < P::size ? simd::select(real, a, zero) : a);
+      down = down + (count < P::size ? simd::select(real, b, zero) : b);
+    };
+    isize c = 0;
+    for (; c + P::size <= r; c += P::size) both(c, P::size);
+    if (c < r) both(c, r - c);
     if (form == hedgehog_form::paired) return;
-    if (form == hedgehog_form::joint) up = down = up + down;
-    feature::row_scale<Arch, Acc>(y, r, 1 / up);
-    feature::row_scale<Arch, Acc>(y + r, r, 1 / down);
+    Acc first = simd::reduce_add(up), second = simd::reduce_add(down);
+    if (form == hedgehog_form::joint) first = second = first + second;
+    feature::row_scale<Arch, Acc>(y, r, 1 / first);
+    feature::row_scale<Arch, Acc>(y + r, r, 1 / second);
   }
 };
 

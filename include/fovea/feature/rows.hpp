@@ -27,6 +27,25 @@ FOVEA_INLINE Acc row_max(const Acc* x, isize n, Acc scale = Acc(1)) {
   return simd::reduce_max(top);
 }
 
+/// The largest of x and of -x, in one pass.
+template <class Arch, class Acc>
+FOVEA_INLINE void row_range(const Acc* x, isize n, Acc& top, Acc& low) {
+  using P = simd::pack<Acc, Arch>;
+  const P least(-std::numeric_limits<Acc>::infinity()), most(std::numeric_limits<Acc>::infinity());
+  P up = least, down = most;
+  isize c = 0;
+  for (; c + P::size <= n; c += P::size) {
+    const P y = P::load(x + c);
+    up = simd::max(y, up), down = simd::min(y, down);
+  }
+  if (c < n) {
+    const simd::lane_bits real = (1U << (n - c)) - 1U;
+    const P y = simd::load_n<P>(x + c, n - c);
+    up = simd::max(simd::select(real, y, least), up), down = simd::min(simd::select(real, y, most), down);
+  }
+  top = simd::reduce_max(up), low = simd::reduce_max(P(Acc(0)) - down);
+}
+
 /// out = max(scale * x + bias, 0)
 template <class Arch, class Acc>
 FOVEA_INLINE void row_relu(const Acc* x, const Acc* bias, isize n, Acc scale, Acc* out) {

@@ -49,8 +49,8 @@ class linear_bidirectional {
       log_q = a.take<Acc>(tokens), peaks = a.take<Acc>(tokens);
       gain = a.take<Acc>(tokens), add = a.take<Acc>(tokens), floor = a.take<Acc>(tokens);
     }
-    void fill_factors(isize, isize count, Acc g, Acc b, Acc f) {
-      for (isize i = 0; i < count; ++i) gain[i] = g, add[i] = b, floor[i] = f;
+    void fill_factors(isize, isize first, isize count, Acc g, Acc b, Acc f) {
+      for (isize i = first; i < first + count; ++i) gain[i] = g, add[i] = b, floor[i] = f;
     }
   };
   static isize head_elements(const linear_sizes& n) { return n.r * n.e + n.rows + 16; }  // S [r][e], z, peak
@@ -123,7 +123,7 @@ class linear_bidirectional {
     x.out = s.q, x.out_stride = s.stride, x.log_scale = s.log_q;
     rows_.map.apply(x, s.map);
     for (isize i = 0; i < count; ++i) s.peaks[i] = z[n_.rows];
-    rows_.template output_factors<Arch, Acc>(s, 0, n_.r, count);
+    rows_.template output_factors<Arch, Acc>(s, 0, n_.r, 0, count);
     tile::gemm<Arch, Acc>(count, n_.e, n_.r, s.q, s.stride, 1, S, n_.e, s.out, n_.e, false);
     for (isize i = 0; i < count; ++i) {
       Acc gain = s.gain[i], den(0);

@@ -25,7 +25,7 @@ struct linear_site {
 /// Keys [t, t + count) (t < 0: none), query i of the block is query `query` + i of the call (query < 0: none).
 template <class Acc>
 struct linear_block {
-  isize t, count, padded, query;
+  isize t, count, query;
   kernel::sweep_block<Acc> sweep;
   const Acc* v;
   isize v_stride;
@@ -63,98 +63,105 @@ class linear_blocks {
   }
 
   void prepare(scratch_type& s, linear_site<Acc>& at, linear_block<Acc>& x) const {
-    const isize T = step_of<Arch>(delta_);
-    x.padded = ceil_div(x.count, T) * T;
     const bool reads = x.query >= 0;
-    x.sweep = {
-        x.padded / T, n_.r,     s.k,    own_erase_ ? s.u : s.k, s.stride, s.stride, s.step, reads ? n_.R : 1, s.q,
-        s.stride,     s.q_head, s.read, scratch_type::steps};
-    keys(s, at, x);
+    auto& b = x.sweep;
+    b = {};
+    b.tokens = x.count, b.r = n_.r, b.heads = reads ? n_.R : 1;
+    b.k = s.k, b.u = own_erase_ ? s.u : s.k, b.k_stride = b.u_stride = s.stride;
+    b.q = s.q, b.q_stride = s.stride, b.q_head_stride = s.q_head;
+    lay_rows(at, x);
     gates(s, at, x);
-    if (rows_.map.log_scaled() && x.t >= 0) log_scales(s, at, x.count);
-    for (isize h = 0; h < x.sweep.heads; ++h) queries(s, at, h, x);
-    if (!own_erase_) x.sweep.u = x.sweep.k, x.sweep.u_stride = x.sweep.k_stride;
-    for (isize i = x.count; i < x.padded; ++i) {
-      if (x.sweep.k == s.k) s.clear_key(i);
-      if (x.sweep.q == s.q) s.clear_query(i);
-    }
     values(s, at, x);
-    look_ahead(at, x);
-    if (x.count == 1 && reads)
-      single(s, at, x);
-    else
-      weigh(s, at, x);
+    const auto w = weights_of(s, at, x);
+    const isize piece =
+        n_.r <= 64 ? 32 : 16;  // rows of k and q that stay in the first-level cache from their map to their sums
+    for (isize i = 0; i < x.count; i += piece) {
+      const isize count = std::min(piece, x.count - i);
+      if (channel_ && x.t >= 0) channel_gates(s, at, x, i, count);
+      keys(s, at, x, i, count);
+      if (rows_.map.log_scaled()) log_scales(s, at, x, i, count);
+      if (delta_ && own_erase_) erase_rows(s, at, x, i, count);
+      for (isize h = 0; h < b.heads; ++h) queries(s, at, h, x, i, count);
+      if (one_token(x)) return single(s, at, x);
+      delta_ ? kernel::row_weights<Arch, Acc, true>(b, w, i, count, s.k, s.q, s.u)
+             : kernel::row_weights<Arch, Acc, false>(b, w, i, count, s.k, s.q, s.u);
+    }
+    delta_ ? kernel::token_weights<Arch, Acc, true>(b, w) : kernel::token_weights<Arch, Acc, false>(b, w);
+    if (w.sum == kernel::row_sum::none && !s.decays && !channel_ && m_.scale == 1.0 && !rows_.map.log_scaled() && reads)
+      b.y_gain = nullptr;  // ones
+    if (w.sum == kernel::row_sum::report) report(at, x, s.sums);
   }
 
  private:
   bool one_token(const linear_block<Acc>& x) const { return x.count == 1 && x.query >= 0; }
 
-  /// May the sweep read these rows where they lie?
-  bool lies_ready(const tensor_ref& from, const linear_block<Acc>& x) const {
-    return rows_.map.identity() && !channel_ && from.type == dtype_of<Acc> && n_.r % 16 == 0 && x.count == x.padded &&
-           !one_token(x) && from.row_stride * static_cast<isize>(sizeof(Acc)) <= 2048 &&
-           !(rows_.normalised && m_.key_sum_eps > 0.0);
+  /// Rows that the sweep can read where they lie stay there.
+  void lay_rows(const linear_site<Acc>& at, linear_block<Acc>& x) const {
+    const auto ready = [&](const tensor_ref& from) {
+      return rows_.map.identity() && !channel_ && from.type == dtype_of<Acc> && n_.r % 16 == 0 && !one_token(x) &&
+             from.row_stride * static_cast<isize>(sizeof(Acc)) <= 2048 && !(rows_.normalised && m_.key_sum_eps > 0.0);
+    };
+    auto& b = x.sweep;
+    if (x.t >= 0 && ready(p_.k))
+      b.k = static_cast<const Acc*>(p_.k.row(at.b, at.k_head, x.t)), b.k_stride = p_.k.row_stride;
+    if (!own_erase_) b.u = b.k, b.u_stride = b.k_stride;
+    if (x.query >= 0 && ready(p_.q)) {
+      b.q = static_cast<const Acc*>(p_.q.row(at.b, query_head(at, 0), x.query));
+      b.q_stride = p_.q.row_stride, b.q_head_stride = p_.q.head_stride;
+    }
+  }
+  isize query_head(const linear_site<Acc>& at, isize h) const {
+    return p_.q.heads >= n_.S ? at.head * n_.R + h : at.k_head;
   }
 
-  void keys(scratch_type& s, const linear_site<Acc>& at, linear_block<Acc>& x) const {
-    if (x.t < 0) {
-      for (isize i = 0; i < x.count; ++i) s.clear_key(i);
-      return;
+  /// Tokens [i, i + count) of the block, here and below.
+  void keys(scratch_type& s, const linear_site<Acc>& at, const linear_block<Acc>& x, isize i, isize count) const {
+    for (isize t = i; x.t < 0 && t < i + count; ++t) s.clear_key(t);
+    if (x.t < 0 || x.sweep.k != s.k) return;
+    auto f = rows_.template block<Arch, Acc>(p_.k, s.x, at.b, at.k_head, x.t + i, count);
+    f.head = at.head * n_.R, f.kv_head = at.k_head, f.position = first_position_ + x.t + i, f.key = true;
+    f.out = s.k + i * s.stride, f.out_stride = s.stride, f.log_scale = s.log_k + i, f.survey = at.survey;
+    rows_.map.apply(f, s.map);
+  }
+
+  void queries(scratch_type& s, const linear_site<Acc>& at, isize h, const linear_block<Acc>& x, isize i,
+               isize count) const {
+    Acc* q = s.q + h * s.q_head + i * s.stride;
+    if (x.query < 0) {
+      for (isize c = 0; c < count * s.stride; ++c) q[c] = Acc(0);
+      return s.fill_factors(h, i, count, Acc(0), Acc(0), Acc(0));
     }
-    if (lies_ready(p_.k, x)) {
-      x.sweep.k = static_cast<const Acc*>(p_.k.row(at.b, at.k_head, x.t)), x.sweep.k_stride = p_.k.row_stride;
-      return;
-    }
-    for (isize i = 0; i < x.count; i += feature_rows) {
-      auto f =
-          rows_.template block<Arch, Acc>(p_.k, s.x, at.b, at.k_head, x.t + i, std::min(feature_rows, x.count - i));
-      f.head = at.head * n_.R, f.kv_head = at.k_head, f.position = first_position_ + x.t + i, f.key = true;
-      f.out = s.k + i * s.stride, f.out_stride = s.stride, f.log_scale = s.log_k + i, f.survey = at.survey;
+    const isize head = query_head(at, h);
+    if (x.sweep.q == s.q) {
+      auto f = rows_.template block<Arch, Acc>(p_.q, s.x, at.b, head, x.query + i, count);
+      f.head = head, f.kv_head = at.k_head, f.position = first_position_ + x.query + i + p_.k.length - p_.q.length;
+      f.out = q, f.out_stride = s.stride, f.log_scale = s.log_q + i;
       rows_.map.apply(f, s.map);
     }
+    if (partial_ == nullptr) return rows_.template output_factors<Arch, Acc>(s, h, n_.r, i, count);
+    s.fill_factors(h, i, count, Acc(1), Acc(0), Acc(0));
+    for (isize t = i; partial_->m && t < i + count; ++t)
+      partial_->template row<Acc>(partial_->m, at.b, head, x.query + t) =
+          rows_.map.log_scaled() ? s.log_q[t] + s.peaks[t] : Acc(0);
   }
 
-  void queries(scratch_type& s, const linear_site<Acc>& at, isize h, linear_block<Acc>& x) const {
-    Acc* q = s.q + h * s.q_head;
-    if (x.query < 0) {
-      for (isize i = 0; i < x.count * s.stride; ++i) q[i] = Acc(0);
-      s.fill_factors(h, x.count, Acc(0), Acc(0), Acc(0));
-      return;
+  /// a_t by channel.
+  void channel_gates(scratch_type& s, const linear_site<Acc>& at, const linear_block<Acc>& x, isize i,
+                     isize count) const {
+    const auto& g = p_.gates.log_decay;
+    for (isize t = i; t < i + count; ++t) {
+      Acc* row = s.channel + t * s.stride;
+      simd::load_row<Arch, Acc>(g.type, g.row(at.b, at.head, x.t + t), n_.r, row);
+      exponentials<Arch>(row, n_.r);
     }
-    const isize head = p_.q.heads >= n_.S ? at.head * n_.R + h : at.k_head;
-    if (lies_ready(p_.q, x)) {
-      if (h == 0) x.sweep.q = static_cast<const Acc*>(p_.q.row(at.b, head, x.query));
-      x.sweep.q_stride = p_.q.row_stride, x.sweep.q_head_stride = p_.q.head_stride;
-    } else {
-      for (isize i = 0; i < x.count; i += feature_rows) {
-        auto f =
-            rows_.template block<Arch, Acc>(p_.q, s.x, at.b, head, x.query + i, std::min(feature_rows, x.count - i));
-        f.head = head, f.kv_head = at.k_head, f.position = first_position_ + x.query + i + p_.k.length - p_.q.length;
-        f.out = q + i * s.stride, f.out_stride = s.stride, f.log_scale = s.log_q + i;
-        rows_.map.apply(f, s.map);
-      }
-    }
-    if (x.t < 0 && rows_.map.log_scaled())
-      for (isize i = 0; i < x.count; ++i) s.peaks[i] = *at.tail.peak;
-    if (partial_ == nullptr) return rows_.template output_factors<Arch, Acc>(s, h, n_.r, x.count);
-    s.fill_factors(h, x.count, Acc(1), Acc(0), Acc(0));
-    for (isize i = 0; partial_->m && i < x.count; ++i)
-      partial_->template row<Acc>(partial_->m, at.b, head, x.query + i) =
-          rows_.map.log_scaled() ? s.log_q[i] + s.peaks[i] : Acc(0);
   }
 
-  /// a_t, beta and the rows that erase.
+  /// a_t and beta.
   void gates(scratch_type& s, const linear_site<Acc>& at, const linear_block<Acc>& x) const {
     const auto& g = p_.gates;
-    const isize count = x.t < 0 ? 0 : x.count;  // tokens without a key have been cleared
+    const isize count = x.t < 0 ? 0 : x.count;  // tokens without a key: cleared with it
     s.decays = false;
-    if (channel_) {
-      for (isize i = 0; i < count; ++i) {
-        Acc* row = s.channel + i * s.stride;
-        simd::load_row<Arch, Acc>(g.log_decay.type, g.log_decay.row(at.b, at.head, x.t + i), n_.r, row);
-        exponentials<Arch>(row, n_.r);
-      }
-    } else if (g.log_decay || !m_.gamma.empty()) {
+    if (!channel_ && (g.log_decay || !m_.gamma.empty())) {
       s.decays = true;
       if (g.log_decay) {
         for (isize i = 0; i < count; ++i)
@@ -166,46 +173,52 @@ class linear_blocks {
       }
       for (isize i = 0; keeps_ && i < count; ++i) at.tail.faded[0] *= s.decay[i];
     }
-    if (s.decays || rows_.map.log_scaled())
-      for (isize i = s.decays ? count : 0; i < x.padded; ++i) s.decay[i] = Acc(1);
-    if (!delta_) return;
-    const Acc* keys = x.sweep.k;
-    for (isize i = 0; i < count; ++i) {
+    if (rows_.map.log_scaled() && x.t >= 0) {
+      for (isize i = s.decays ? count : 0; i < x.count; ++i) s.decay[i] = Acc(1);
+      s.decays = true;
+    }
+    for (isize i = 0; delta_ && i < count; ++i) {
       s.beta[i] = Acc(1);
       if (g.beta) simd::load_row<Arch, Acc>(g.beta.type, g.beta.row(at.b, at.head, x.t + i), 1, s.beta + i);
-      if (!own_erase_) continue;
-      Acc* u = s.u + i * s.stride;
-      const Acc* k = keys + i * x.sweep.k_stride;
-      if (g.erase) simd::load_row<Arch, Acc>(g.erase.type, g.erase.row(at.b, at.head, x.t + i), n_.r, u);
-      for (isize e = 0; e < n_.r; ++e) u[e] = g.erase ? u[e] * k[e] : k[e];
     }
-    for (isize i = count; i < x.padded; ++i) s.beta[i] = Acc(0);
+  }
+
+  /// The rows that erase, where they are not the keys.
+  void erase_rows(scratch_type& s, const linear_site<Acc>& at, const linear_block<Acc>& x, isize i, isize count) const {
+    const auto& g = p_.gates.erase;
+    for (isize t = i; x.t >= 0 && t < i + count; ++t) {
+      Acc* u = s.u + t * s.stride;
+      const Acc* k = x.sweep.k + t * x.sweep.k_stride;
+      if (g) simd::load_row<Arch, Acc>(g.type, g.row(at.b, at.head, x.t + t), n_.r, u);
+      for (isize e = 0; e < n_.r; ++e) u[e] = g ? u[e] * k[e] : k[e];
+    }
   }
 
   /// Key features leave their common factor behind; the running maximum of the factors acts as a decay.
-  void log_scales(scratch_type& s, const linear_site<Acc>& at, isize count) const {
-    alignas(64) Acc fade[scratch_type::tokens + 16], own[scratch_type::tokens + 16];
-    for (isize i = 0; i < count; ++i) {
-      const Acc before = *at.tail.peak, now = s.log_k[i] > before ? s.log_k[i] : before;
-      fade[i] = before == now ? Acc(0) : before - now;
-      own[i] = s.log_k[i] == now ? Acc(0) : s.log_k[i] - now;
-      *at.tail.peak = s.peaks[i] = now;
+  void log_scales(scratch_type& s, const linear_site<Acc>& at, const linear_block<Acc>& x, isize i, isize count) const {
+    if (x.t < 0) {
+      for (isize t = i; t < i + count; ++t) s.peaks[t] = *at.tail.peak;
+      return;
+    }
+    alignas(64) Acc fade[48], own[48];
+    for (isize t = 0; t < count; ++t) {
+      const Acc before = *at.tail.peak, now = s.log_k[i + t] > before ? s.log_k[i + t] : before;
+      fade[t] = before == now ? Acc(0) : before - now;
+      own[t] = s.log_k[i + t] == now ? Acc(0) : s.log_k[i + t] - now;
+      *at.tail.peak = s.peaks[i + t] = now;
     }
     exponentials<Arch>(fade, count), exponentials<Arch>(own, count);
-    for (isize i = 0; i < count; ++i) {
-      s.decay[i] *= fade[i];
-      Acc* k = s.k + i * s.stride;
-      for (isize e = 0; e < n_.r; ++e) k[e] *= own[i];
+    for (isize t = 0; t < count; ++t) {
+      s.decay[i + t] *= fade[t];
+      feature::row_scale<Arch, Acc>(s.k + (i + t) * s.stride, n_.r, own[t]);
     }
-    s.decays = true;
   }
 
-  /// The value rows: the caller's memory, or scratch [padded][panels * width] with zeros behind them.
+  /// The value rows: the caller's memory, or scratch [count][panels * width] with zeros behind them.
   void values(scratch_type& s, const linear_site<Acc>& at, linear_block<Acc>& x) const {
     const isize stride = s.e_stride, count = x.t < 0 ? 0 : x.count;
     x.v = s.v, x.v_stride = stride;
-    if (count > 0 && p_.v.type == dtype_of<Acc> && !p_.gates.write && (x.count == x.padded || one_token(x)) &&
-        n_.e == stride) {
+    if (count > 0 && p_.v.type == dtype_of<Acc> && !p_.gates.write && n_.e == stride) {
       x.v = static_cast<const Acc*>(p_.v.row(at.b, at.head, x.t)), x.v_stride = p_.v.row_stride;
       return;
     }
@@ -216,19 +229,7 @@ class linear_blocks {
       simd::load_row<Arch, Acc>(p_.gates.write.type, p_.gates.write.row(at.b, at.head, x.t + i), n_.e, s.w);
       for (isize c = 0; c < n_.e; ++c) row[c] *= s.w[c];
     }
-    for (isize i = count * stride; i < x.padded * stride; ++i) s.v[i] = Acc(0);
-  }
-
-  /// The next block's rows, where it has as many.
-  void look_ahead(const linear_site<Acc>& at, linear_block<Acc>& x) const {
-    const isize next = x.t + x.count, row = x.query + x.count;
-    if (x.t < 0 || x.query < 0 || next + x.count > p_.k.length) return;
-    const auto ask = [&](int i, const auto& t, isize head, isize first) {
-      const isize bytes = static_cast<isize>(size_of(t.type));
-      x.sweep.ahead[i] = {t.row(at.b, head, first), t.row_stride * bytes, t.width * bytes};
-    };
-    ask(0, p_.k, at.k_head, next), ask(1, p_.v, at.head, next);
-    ask(2, p_.q, p_.q.heads >= n_.S ? at.head * n_.R : at.k_head, row), ask(3, p_.out, at.head * n_.R, row);
+    for (isize i = count * stride; i < x.count * stride; ++i) s.v[i] = Acc(0);
   }
 
   kernel::row_sum wanted_sum(bool reads) const {
@@ -236,35 +237,15 @@ class linear_blocks {
     return m_.normalised() ? kernel::row_sum::divide : kernel::row_sum::none;
   }
 
-  void weigh(scratch_type& s, const linear_site<Acc>& at, const linear_block<Acc>& x) const {
-    const auto& b = x.sweep;
-    const kernel::weight_block<Acc> w{x.count,
-                                      s.decays ? s.decay : nullptr,
-                                      channel_ ? s.channel : nullptr,
-                                      s.beta,
-                                      wanted_sum(x.query >= 0),
-                                      s.gain,
-                                      s.add,
-                                      s.floor,
-                                      s.factor,
-                                      s.sums,
-                                      scratch_type::tokens,
-                                      at.tail.z,
-                                      at.tail.faded,
-                                      s.scale,
-                                      s.keep,
-                                      s.products,
-                                      s.stride};
-    if (channel_)
-      delta_ ? kernel::channel_weights<Arch, Acc, true>(b, w, s.k, s.q, s.u, s.step, s.read)
-             : kernel::channel_weights<Arch, Acc, false>(b, w, s.k, s.q, s.u, s.step, s.read);
-    else if (s.decays)
-      delta_ ? kernel::scalar_weights<Arch, Acc, true, true>(b, w, s.step, s.read)
-             : kernel::scalar_weights<Arch, Acc, false, true>(b, w, s.step, s.read);
-    else
-      delta_ ? kernel::scalar_weights<Arch, Acc, true, false>(b, w, s.step, s.read)
-             : kernel::scalar_weights<Arch, Acc, false, false>(b, w, s.step, s.read);
-    if (w.sum == kernel::row_sum::report) report(at, x, s.sums);
+  kernel::weight_block<Acc> weights_of(const scratch_type& s, const linear_site<Acc>& at,
+                                       const linear_block<Acc>& x) const {
+    kernel::weight_block<Acc> w;
+    w.decay = s.decays ? s.decay : nullptr, w.channel = channel_ ? s.channel : nullptr, w.beta = s.beta;
+    w.sum = wanted_sum(x.query >= 0), w.gain = s.gain, w.add = s.add, w.floor = s.floor;
+    w.factor = s.factor, w.sums = s.sums, w.head_tokens = scratch_type::tokens;
+    w.z = at.tail.z, w.faded = at.tail.faded, w.x_gain = s.x_gain, w.u_gain = s.u_gain, w.A = s.A;
+    w.scale = s.scale, w.spare = s.spare, w.keep = s.keep, w.settles = s.settles, w.stride = s.stride;
+    return w;
   }
   void report(const linear_site<Acc>& at, const linear_block<Acc>& x, const Acc* sums) const {
     for (isize h = 0; h < n_.R; ++h)

@@ -162,7 +162,7 @@ class linear_sweeper {
     if (x.count == 0) return;
     if (x.count == 1 && reads) return single(s, at, x, first, last);
     kernel::sweep_columns<Acc> to{x.v, x.v_stride, s.out, s.e_stride, most * s.e_stride};
-    const bool in_place = reads && p_.out.type == dtype_of<Acc> && x.count == x.padded && n_.e == s.e_stride;
+    const bool in_place = reads && p_.out.type == dtype_of<Acc> && n_.e == s.e_stride;
     if (in_place) {
       to.out = static_cast<Acc*>(p_.out.row(at.b, at.head * n_.R, x.query));
       to.out_stride = p_.out.row_stride, to.out_head_stride = p_.out.head_stride;

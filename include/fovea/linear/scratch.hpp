@@ -28,16 +28,10 @@ isize feature_stride(isize r) {
   return rows * static_cast<isize>(sizeof(Acc)) % 1024 == 0 ? rows + 16 : rows;
 }
 
-/// Tokens per step of a rule's sweep.
-template <class Arch>
-constexpr isize step_of(bool delta) {
-  return delta ? kernel::sweep_shape<Arch, true>::T : kernel::sweep_shape<Arch, false>::T;
-}
-
 template <class Arch, class Acc>
 struct linear_scratch {
-  static constexpr isize rows = kernel::sweep_tokens, tokens = 128, steps = rows / 2;  // 128: whole vectors by token
-  static_assert(tokens >= rows && rows % 2 == 0 && rows % 3 == 0);
+  static constexpr isize rows = kernel::sweep_tokens, tokens = 128;  // 128: whole vectors by token
+  static_assert(tokens >= rows);
 
   Acc *x, *map;                   // converted input rows; the map's own
   Acc *k, *u, *q, *channel;       // [rows][stride]: features, erase rows, [heads] query features, decays by channel
@@ -45,13 +39,13 @@ struct linear_scratch {
   Acc *log_k, *log_q, *peaks;     // [tokens]
   Acc *decay, *beta;              // [tokens]
   Acc *gain, *add, *floor;        // [heads][tokens]
-  Acc *factor, *sums, *products;  // [heads][tokens] twice; of the steps
-  Acc *scale, *keep;              // [stride], [steps][stride]
+  Acc *factor, *sums;             // [heads][tokens]
+  Acc *x_gain, *u_gain, *A;       // [tokens]
+  Acc *scale, *spare, *keep;      // [stride] twice; [rows][stride] where decays are by channel, else [tokens]
   Acc *lines, *y, *x_row;         // one token: [heads + 1][stride], [heads + 1][e_stride], [e_stride]
   Acc *single_gain, *single_dot;  // [heads]
   Acc* state;                     // a head's state where the caller keeps none
-  kernel::step_weights<Acc>* step;
-  kernel::read_weights<Acc>* read;
+  unsigned char* settles;         // [tokens]
   isize stride, q_head, e_stride;
   bool decays = false, has_erase = false, has_channel = false;
 
@@ -65,17 +59,17 @@ struct linear_scratch {
     log_k = a.take<Acc>(tokens), log_q = a.take<Acc>(tokens), peaks = a.take<Acc>(tokens);
     decay = a.take<Acc>(tokens), beta = a.take<Acc>(tokens);
     gain = a.take<Acc>(n.R * tokens), add = a.take<Acc>(n.R * tokens), floor = a.take<Acc>(n.R * tokens);
-    factor = a.take<Acc>(n.R * tokens), sums = a.take<Acc>(n.R * tokens), products = a.take<Acc>(kernel::product_room);
-    scale = a.take<Acc>(stride), keep = a.take<Acc>(steps * stride);
+    factor = a.take<Acc>(n.R * tokens), sums = a.take<Acc>(n.R * tokens);
+    x_gain = a.take<Acc>(tokens), u_gain = a.take<Acc>(tokens), A = a.take<Acc>(tokens);
+    scale = a.take<Acc>(stride), spare = a.take<Acc>(stride), keep = a.take<Acc>(by_channels ? q_head : tokens);
     lines = a.take<Acc>((n.R + 1) * stride), y = a.take<Acc>((n.R + 1) * e_stride), x_row = a.take<Acc>(e_stride);
     single_gain = a.take<Acc>(n.R), single_dot = a.take<Acc>(n.R);
     state = a.take<Acc>(n.head_elements());
-    step = a.take<kernel::step_weights<Acc>>(steps), read = a.take<kernel::read_weights<Acc>>(n.R * steps);
+    settles = a.take<unsigned char>(tokens);
   }
 
   /// Zeros behind r in the rows in use (ones for decays), zeros behind e: kernels read whole vectors.
   void clear_padding(const linear_sizes& n, isize count) {
-    count = std::min(rows, ceil_div(count, isize{6}) * 6);
     for (isize i = 0; i < count; ++i)
       for (isize e = n.r; e < n.rows; ++e) {
         k[i * stride + e] = Acc(0);
@@ -85,9 +79,9 @@ struct linear_scratch {
       }
     for (isize i = 0; i < count && n.e < e_stride; ++i)
       for (isize c = n.e; c < e_stride; ++c) v[i * e_stride + c] = Acc(0);
-    r_ = n.r, heads_ = n.R;
+    r_ = n.r;
   }
-  /// A token behind the last one of a step, or none before a query: no key, no decay.
+  /// No key and no decay, for a query before all keys of a call.
   void clear_key(isize i) {
     for (isize e = 0; e < r_; ++e) {
       k[i * stride + e] = Acc(0);
@@ -96,16 +90,12 @@ struct linear_scratch {
     }
     decay[i] = Acc(1), beta[i] = Acc(0);
   }
-  void clear_query(isize i) {
-    for (isize h = 0; h < heads_; ++h)
-      for (isize e = 0; e < r_; ++e) q[h * q_head + i * stride + e] = Acc(0);
-  }
-  void fill_factors(isize h, isize, Acc g, Acc a, Acc f) {
-    for (isize i = h * tokens; i < (h + 1) * tokens; ++i) gain[i] = g, add[i] = a, floor[i] = f;
+  void fill_factors(isize h, isize first, isize count, Acc g, Acc a, Acc f) {
+    for (isize i = h * tokens + first; i < h * tokens + first + count; ++i) gain[i] = g, add[i] = a, floor[i] = f;
   }
 
  private:
-  isize r_ = 0, heads_ = 0;
+  isize r_ = 0;
 };
 
 /// Rows of a problem as Acc, and the factors that turn phi(q) S into an output row.
@@ -148,13 +138,13 @@ struct linear_rows {
   /// gain, add and floor of each row: what the numerator is multiplied by, what joins the denominator. Where features lack factors
   /// e^{log_q} and e^{peak}, eps and clamp are divided by them, so that they mean what they say.
   template <class Arch, class Acc, class Scratch>
-  void output_factors(Scratch& s, isize h, isize r, isize count) const {
+  void output_factors(Scratch& s, isize h, isize r, isize first, isize count) const {
     const Acc scale = static_cast<Acc>(m.scale), eps = static_cast<Acc>(m.eps),
               least = -std::numeric_limits<Acc>::infinity();
     const Acc clamp = m.clamp > 0.0 ? static_cast<Acc>(m.clamp) : least, key_eps = static_cast<Acc>(m.key_sum_eps);
-    s.fill_factors(h, count, scale, eps, clamp);
+    s.fill_factors(h, first, count, scale, eps, clamp);
     const isize at = h * Scratch::tokens;
-    for (isize i = 0; map.log_scaled() && i < count; ++i) {
+    for (isize i = first; map.log_scaled() && i < first + count; ++i) {
       const Acc lacks = s.log_q[i] + s.peaks[i];
       if (!normalised) {
         s.gain[at + i] = scale * std::exp(lacks);
@@ -164,7 +154,7 @@ struct linear_rows {
       s.add[at + i] = m.eps > 0.0 ? eps * rise : Acc(0);
       s.floor[at + i] = m.clamp > 0.0 ? clamp * rise : least;
     }
-    for (isize i = 0; normalised && m.key_sum_eps > 0.0 && i < count; ++i) {
+    for (isize i = first; normalised && m.key_sum_eps > 0.0 && i < first + count; ++i) {
       Acc sum(0);
       for (isize e = 0; e < r; ++e) sum += s.q[h * s.q_head + i * s.stride + e];
       s.add[at + i] += key_eps * sum * (map.log_scaled() ? std::exp(-s.peaks[i]) : Acc(1));

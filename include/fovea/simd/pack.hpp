@@ -341,6 +341,12 @@ FOVEA_INLINE T highest(pack<T, A> x) {
 /// The largest lane; NaN if any lane is NaN.
 template <class T, class A>
 FOVEA_INLINE T reduce_max(pack<T, A> x) {
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<pack<T, A>, pack<float, avx512>>) {
+    const __mmask16 broken = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+    return broken != 0 ? _mm512_mask_reduce_add_ps(broken, x.v) : _mm512_reduce_max_ps(x.v);
+  }
+#endif
   T lanes[pack<T, A>::size];
   x.store(lanes);
   T top = lanes[0];
