@@ -11,6 +11,7 @@
 #include "backward.hpp"
 #include "cases.hpp"
 #include "exact.hpp"
+#include "linear.hpp"
 #include "int8.hpp"
 #include "measure.hpp"
 #include "windowed.hpp"
@@ -89,6 +90,7 @@ int main(int argc, char** argv) {
     })->Unit(benchmark::kMicrosecond);
   }
   bench::register_exact();
+  bench::register_linear();
   bench::register_int8();
   bench::register_backward();
   bench::register_windowed();

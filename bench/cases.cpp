@@ -102,12 +102,19 @@ void linear_cases(std::vector<attention_case>& all) {
     auto gated = delta;
     gated.variant = "gated_delta", gated.config.values["rule"] = std::string("gated_delta"), gated.gate_width = 1;
     all.push_back(gated);
+    auto kda = gated;
+    kda.variant = "kda", kda.config.values["rule"] = std::string("kda"), kda.gate_width = d;
+    all.push_back(kda);
     if (d == 128) step(none), step(elu), step(gated);
   }
   auto hedgehog =
       recurrence(prefill("hedgehog", "linear", with("hedgehog_two", {{"normalise", true}}), 64, 2048), 4, 128);
   hedgehog.weight_rows = 64;
   all.push_back(hedgehog);
+  all.push_back(
+      recurrence(prefill("hedgehog_merged", "linear", with("hedgehog_two", {{"normalise", true}}), 64, 2048), 4, 128));
+  all.push_back(recurrence(
+      prefill("t2r_merged", "linear", with("relu", {{"normalise", true}, {"clamp", 0.01}}), 64, 2048), 4, 64));
   auto t2r = recurrence(prefill("t2r", "linear", with("t2r", {{"normalise", true}, {"clamp", 0.01}}), 64, 2048), 4, 64);
   t2r.weight_rows = 64;
   all.push_back(t2r);

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: MIT
+// Names: state/<rule>          one step of 32 heads, D = r = 128, states of 64 layers in turn (130 MB): `of_pass` is the time of
+//                              reading, scaling and writing the same memory once over the time of the step
+//        threads/<rule>        one head, N = 16384: time with one thread over time with two (`speedup`), the same bits demanded
+//        dijiang/decode/N<n>   one step of 8 heads of width 64 behind n tokens: time of an exact step over 8192 keys over it (`of_exact`)
+#include "linear.hpp"
+
+#include <cstring>
+
+#include <fovea/core/kv_cache.hpp>
+#include <fovea/dijiang.hpp>
+#include <fovea/linear.hpp>
+#include <fovea/softmax.hpp>
+
+#include "measure.hpp"
+
+namespace bench {
+namespace {
+
+using fovea::linear_attention, fovea::rule, fovea::state;
+
+std::vector<float> gate(isize count, float value) { return std::vector<float>(static_cast<std::size_t>(count), value); }
+
+/// Gates of `rows` tokens for the rules used here.
+struct gate_rows {
+  std::vector<float> g, beta;
+  gate_rows(isize G, isize rows, isize width) : g(gate(G * rows * width, -0.05F)), beta(gate(G * rows, 0.5F)) {}
+  fovea::gates views(const linear_attention& m, isize G, isize rows, isize width) const {
+    fovea::gates out;
+    if (m.rule == rule::decay || m.rule == rule::gla || m.rule == rule::gated_delta)
+      out.log_decay = fovea::bhnd(g.data(), 1, G, rows, width);
+    if (fovea::is_delta(m.rule)) out.beta = fovea::bhnd(beta.data(), 1, G, rows, 1);
+    return out;
+  }
+};
+
+/// Seconds of reading, scaling and writing all states once.
+double pass_over(std::vector<state>& layers) {
+  using P = fovea::simd::pack<float, fovea::simd::native>;
+  const double t = machine::now();
+  for (state& s : layers) {
+    auto* x = s.as<float>();
+    const isize count = static_cast<isize>(s.bytes() / sizeof(float));
+    for (isize i = 0; i + P::size <= count; i += P::size) (P::load(x + i) * P(0.999F)).store(x + i);
+  }
+  return machine::now() - t;
+}
+
+void step_of_state(benchmark::State& b, rule u) {
+  const isize heads = 32, d = 128, width = u == rule::gla ? d : 1;
+  const fovea::shape s{1, heads, heads, 1, 1, d, d, fovea::dtype::f32};
+  linear_attention m{.map = fovea::identity_map{}, .rule = u, .scale = 0.01, .normalise = false};
+  const tensors t(s);
+  const gate_rows rows(heads, 1, width);
+  std::vector<state> layers(64);
+  for (state& layer : layers) layer = m.make_state(s);
+  fovea::buffer memory(m.workspace_size(s, 1) + 64);
+  const fovea::call_options options{.lse = {}, .gates = rows.views(m, heads, 1, width), .workspace = memory.span()};
+  const auto steps = [&] {
+    for (state& layer : layers) fovea::step(fovea::serial, m, t.Q(), t.K(), t.V(), t.O(), layer, options);
+  };
+  b.counters["of_pass"] = samples(
+      b, steps, [&] { return pass_over(layers); }, [](double seconds, double pass) { return pass / seconds; });
+}
+
+void two_threads(benchmark::State& b, rule u, isize d) {
+  const isize n = 16384;
+  const fovea::shape s{1, 1, 1, n, n, d, d, fovea::dtype::f32};
+  linear_attention m{.rule = u, .scale = u == rule::none ? 1.0 : 0.01};
+  const tensors t(s);
+  const gate_rows rows(1, n, 1);
+  const fovea::threads two(2);
+  fovea::buffer memory(m.workspace_size(s, 2) + m.workspace_size(s, 1) + 64), first(t.out.size());
+  const fovea::call_options options{.lse = {}, .gates = rows.views(m, 1, n, 1), .workspace = memory.span()};
+  const auto call = [&](fovea::exec_ref exec) { fovea::prefill(exec, m, t.Q(), t.K(), t.V(), t.O(), options); };
+  call(fovea::serial);
+  std::memcpy(first.data(), t.out.data(), t.out.size());
+  call(two);
+  if (std::memcmp(first.data(), t.out.data(), t.out.size()) != 0) return b.SkipWithError("two threads give other bits");
+  b.counters["speedup"] = samples(
+      b, [&] { call(two); },
+      [&] {
+        const double start = machine::now();
+        call(fovea::serial);
+        return machine::now() - start;
+      },
+      [](double seconds, double one) { return one / seconds; });
+}
+
+void dijiang_decode(benchmark::State& b, isize held) {
+  const isize heads = 8, d = 64, keys = 8192;
+  const fovea::shape s{1, heads, heads, 512, 512, d, d, fovea::dtype::f32};
+  fovea::shape room = s;
+  room.m = keys + 8;
+  const auto m = fovea::dijiang_attention::make({.head_dim = d});
+  const fovea::softmax_attention exact{.mask = fovea::causal{}};
+  const tensors t(s);
+  state mine = m.make_state(s), cache = exact.make_state(room);
+  for (isize n = 0; n + 512 <= keys; n += 512) fovea::kv_cache::append({t.Q(), t.K(), t.V(), t.O(), {}, {}}, cache);
+  for (isize n = 0; n + 512 <= held; n += 512) fovea::prefill(fovea::serial, m, t.Q(), t.K(), t.V(), t.O(), mine);
+  const auto one = [](const fovea::tensor_mut& x) { return x.slice(0, 1); };
+  fovea::shape step = s;
+  step.n = step.m = 1;
+  fovea::buffer memory(m.workspace_size(step, 1) + 64);
+  const fovea::call_options options{.lse = {}, .gates = {}, .workspace = memory.span()};
+  b.counters["of_exact"] = samples(
+      b, [&] { fovea::step(fovea::serial, m, one(t.Q()), one(t.K()), one(t.V()), one(t.O()), mine, options); },
+      [&] {
+        const double start = machine::now();
+        fovea::kv_cache::truncate(cache, keys);
+        fovea::step(fovea::serial, exact, one(t.Q()), one(t.K()), one(t.V()), one(t.O()), cache);
+        return machine::now() - start;
+      },
+      [](double seconds, double other) { return other / seconds; });
+}
+
+template <class F>
+void add(const std::string& name, F&& f) {
+  benchmark::RegisterBenchmark(name.c_str(), [f](benchmark::State& b) {
+    try {
+      f(b);
+    } catch (const std::exception& e) {
+      b.SkipWithError(e.what());
+    }
+  })->Unit(benchmark::kMicrosecond);
+}
+
+}  // namespace
+
+void register_linear() {
+  for (const rule u : {rule::none, rule::decay, rule::gla, rule::delta, rule::gated_delta})
+    add(std::string("state/") + fovea::name_of(u), [u](benchmark::State& b) { step_of_state(b, u); });
+  for (const rule u : {rule::none, rule::decay, rule::gated_delta})
+    for (const isize d : {64, 128})
+      add(std::string("threads/") + fovea::name_of(u) + "/D" + std::to_string(d),
+          [u, d](benchmark::State& b) { two_threads(b, u, d); });
+  for (const isize n : {1024, 65536, 1048576})
+    add("dijiang/decode/N" + std::to_string(n), [n](benchmark::State& b) { dijiang_decode(b, n); });
+}
+
+}  // namespace bench
