@@ -11,8 +11,8 @@
 #include "backward.hpp"
 #include "cases.hpp"
 #include "exact.hpp"
-#include "linear.hpp"
 #include "int8.hpp"
+#include "linear.hpp"
 #include "measure.hpp"
 #include "windowed.hpp"
 
