@@ -43,7 +43,8 @@ struct gradients {
   /// By the learned numbers of a feature map, [1, H, 1, w] for queries and [1, G, 1, w] for keys, w = feature_map::weights(d): always
   /// one row a head, summed over the batch. Who shares weights between heads or sides adds the rows up.
   tensor_mut dquery_map = {}, dkey_map = {};
-  float *dlog_weight = nullptr, *dquery_gate = nullptr;  ///< [H] and [H, d], summed over the batch: of windowed_attention
+  float *dlog_weight = nullptr,
+        *dquery_gate = nullptr;  ///< [H] and [H, d], summed over the batch: of windowed_attention
   bool of_a_recurrence() const { return dlog_decay || dbeta || derase || dwrite || dS || dz || dquery_map || dkey_map; }
 };
 

@@ -27,8 +27,8 @@
 #include <optional>
 #include <span>
 
-#include <fovea/core/configuration.hpp>
 #include <fovea/core/backward.hpp>
+#include <fovea/core/configuration.hpp>
 #include <fovea/core/mechanism.hpp>
 #include <fovea/feature/basic.hpp>
 
