@@ -69,6 +69,19 @@ struct elu1 {
       if (left > 0) simd::store_n(out + whole, phi(simd::load_n<P>(x + whole, left)), left);
     }
   }
+  isize derive_scratch(isize) const { return 0; }
+  isize weights(isize) const { return 0; }
+  template <class Arch, class Acc>
+  void derive(const feature_block<Acc>& b, const feature_gradient<Acc>& g, Acc*) const noexcept {
+    using P = simd::pack<Acc, Arch>;
+    const P one(Acc(1));
+    for (isize t = 0; t < b.rows; ++t)
+      for (isize c = 0; c < b.width; c += P::size) {  // the slope is e^x = phi below 0, 1 above, where phi > 1
+        const P slope = simd::min(simd::load_n<P>(b.out + t * b.out_stride + c, b.width - c), one);
+        simd::store_n(g.dx + t * g.dx_stride + c, slope * simd::load_n<P>(g.dphi + t * g.dphi_stride + c, b.width - c),
+                      b.width - c);
+      }
+  }
   double define(const feature_site&, const double* x, isize d, double* out) const {
     for (isize c = 0; c < d; ++c) out[c] = x[c] > 0.0 ? x[c] + 1.0 : std::exp(x[c]);
     return 0.0;
