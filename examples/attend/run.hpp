@@ -163,22 +163,24 @@ inline std::vector<std::int32_t> positions_of(const question& ask, isize first, 
   return out;
 }
 
-/// o, and lse where the mechanism has one, for `rows` queries. f64 goes with f64; all other storage gives f32.
+/// o, lse where the mechanism has one, and skipped where it skips, for `rows` queries. f64 goes with f64; all other storage gives f32.
 struct answer {
-  array o, lse;
-  bool has_lse;
+  array o, lse, skipped;
+  bool has_lse, skips;
 
-  answer(const fovea::any_attention& a, const question& ask, isize rows) : has_lse(a.has_lse()) {
+  answer(const fovea::any_attention& a, const question& ask, isize rows)
+      : has_lse(a.has_lse()), skips(a.takes_skipped()) {
     const element type = ask.q.type() == element::f64 ? element::f64 : element::f32;
     // Recurrent models may have more value heads than query heads: then the output has theirs.
     const isize heads = std::max(ask.q.dim(-3), a.name() == std::string("linear") ? ask.v.dim(-3) : 0);
     std::vector<isize> dims = {ask.q.rank() == 4 ? ask.q.dim(0) : 1, heads, rows, ask.v.dim(-1)};
     o = array(type, dims);
     dims[3] = 1;
-    lse = array(type, dims);
+    lse = array(type, dims), skipped = array(element::f32, dims);
   }
   fovea::tensor_mut out() { return view_to(o); }
   fovea::tensor_mut out_lse() { return has_lse ? view_to(lse) : fovea::tensor_mut{}; }
+  fovea::tensor_mut out_skipped() { return skips ? view_to(skipped) : fovea::tensor_mut{}; }
 
   /// The last `count` rows under their names, in the shape of the inputs.
   arrays take(const question& ask, isize count) const {
@@ -200,6 +202,7 @@ struct answer {
     };
     put("o", o, true);
     if (has_lse) put("lse", lse, false);
+    if (skips) put("skipped", skipped, false);
     return out;
   }
 };
@@ -244,7 +247,7 @@ arrays prefill_pages(const Exec& exec, const fovea::any_attention& a, const ques
                                        static_cast<isize>(ask.lengths.at(b))));
   const std::vector<std::int32_t> positions = positions_of(ask, 0, q.length);
   answer y(a, ask, q.length);
-  fovea::prefill(exec, *m, q, kv, y.out(), {.lse = y.out_lse(), .positions = positions});
+  fovea::prefill(exec, *m, q, kv, y.out(), {.lse = y.out_lse(), .positions = positions, .skipped = y.out_skipped()});
   return y.take(ask, q.length);
 }
 
@@ -258,7 +261,7 @@ arrays prefill(const Exec& exec, const fovea::any_attention& a, const question& 
   require(!initial || a.streaming(), "S0 or z0 was given; this ", a.name(), " has no state (it is not causal)");
   answer y(a, ask, q.length);
   const std::vector<std::int32_t> positions = positions_of(ask, 0, q.length);
-  if (!initial) fovea::prefill(exec, a, q, k, v, y.out(), {y.out_lse(), gates, {}, positions});
+  if (!initial) fovea::prefill(exec, a, q, k, v, y.out(), {y.out_lse(), gates, {}, positions, y.out_skipped()});
   arrays state;
   if (initial || (a.streaming() && a.stores_state() && q.length == k.length)) {
     answer with_state(a, ask, q.length);
@@ -348,12 +351,16 @@ arrays decode(const Exec& exec, const fovea::any_attention& a, question ask, isi
   if (n < m) ask.q = pad_queries(ask.q, m);
   const fovea::tensor_ref q = view_of("q", ask.q), k = view_of("k", ask.k), v = view_of("v", ask.v);
   answer y(a, ask, m);
-  const fovea::tensor_mut out = y.out(), lse = y.out_lse();
+  const fovea::tensor_mut out = y.out(), lse = y.out_lse(), skipped = y.out_skipped();
   const auto part = [&](isize at, isize count) {
     const auto rows = cut(a, ask, at - (m - n), count, at + count);
     const std::vector<std::int32_t> positions = positions_of(ask, at, count);
     fovea::prefill(exec, rows, q.slice(at, count), k.slice(at, count), v.slice(at, count), out.slice(at, count), s,
-                   {lse ? lse.slice(at, count) : lse, slice(gates, at, count), {}, positions});
+                   {lse ? lse.slice(at, count) : lse,
+                    slice(gates, at, count),
+                    {},
+                    positions,
+                    skipped ? skipped.slice(at, count) : skipped});
   };
   if (first > 0) part(0, first);
   for (isize t = first; t < m; ++t) part(t, 1);

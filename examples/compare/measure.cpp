@@ -94,6 +94,56 @@ void time_step(const input& in, const fovea::any_attention& exact, const fovea::
   f.step_ratio = median(x.ratio);
 }
 
+/// Median over rows of all heads of the error against exact attention.
+double median_error(const input& in, const std::vector<float>& out) {
+  std::vector<double> errors;
+  for (isize h = 0; h < in.H; ++h)
+    for (isize i = in.from; i < in.n; ++i) {
+      double diff = 0, norm = 0;
+      for (isize c = 0; c < in.e; ++c) {
+        const auto at = static_cast<std::size_t>((h * in.n + i) * in.e + c);
+        diff += std::pow(static_cast<double>(out[at]) - in.exact[at], 2), norm += in.exact[at] * in.exact[at];
+      }
+      errors.push_back(norm > 0 ? std::sqrt(diff / norm) : std::sqrt(diff));
+    }
+  return median(errors);
+}
+
+/// The parts of an int8 setting. `out`: of a prefill over views; where the setting stores int8 it is replaced by one over its store.
+void int8_parts(const input& in, const fovea::any_attention& a, fovea::exec_ref exec, std::vector<float>& out,
+                figures& f) {
+  const auto* own = a.as<fovea::softmax_attention>();
+  if (own == nullptr) return;
+  const auto to = [&](std::vector<float>& x) { return fovea::bhnd(x.data(), 1, in.H, in.n, in.e); };
+  const auto over_store = [&](const fovea::softmax_attention& m, std::vector<float>& x) {
+    fovea::state s = m.make_state(in.shape());
+    fovea::prefill(exec, m, in.Q(), in.K(), in.V(), to(x), s);
+  };
+  const bool stored = in.causal && own->store.type == fovea::dtype::i8;
+  fovea::softmax_attention part = *own;
+  part.skip = 0;
+  std::vector<float> other(out.size()), mass(static_cast<std::size_t>(in.H * in.n));
+  if (own->arithmetic == fovea::precision::int8) {
+    fovea::prefill(exec, part, in.Q(), in.K(), in.V(), to(other));
+    f.arithmetic_error = median_error(in, other);
+  }
+  if (stored) {
+    part.arithmetic = fovea::precision::f32;
+    over_store(part, other);
+    f.storage_error = median_error(in, other);
+    over_store(*own, out);
+  }
+  if (own->skip > 0) {
+    fovea::call_options o;
+    o.skipped = fovea::bhnd(mass.data(), 1, in.H, in.n, 1);
+    fovea::prefill(exec, *own, in.Q(), in.K(), in.V(), to(other), o);
+    double sum = 0;
+    for (isize h = 0; h < in.H; ++h)
+      for (isize i = in.from; i < in.n; ++i) sum += static_cast<double>(mass[static_cast<std::size_t>(h * in.n + i)]);
+    f.skipped_mass = sum / static_cast<double>(in.H * (in.n - in.from));
+  }
+}
+
 void compare_rows(const input& in, const std::vector<float>& out, figures& f) {
   std::vector<double> every;
   double cosine_sum = 0;
@@ -194,6 +244,7 @@ figures measure(const input& in, const fovea::any_attention& exact, const settin
   std::vector<float> out(static_cast<std::size_t>(in.H * in.n * in.e), std::numeric_limits<float>::quiet_NaN());
   time_prefill(in, exact, a, exec, t, out, f);
   time_step(in, exact, a, exec, t, f);
+  if (s.family == "int8") int8_parts(in, a, exec, out, f);
   compare_rows(in, out, f);
   f.macs = a.macs(in.shape());
   if (in.causal && a.streaming()) {

@@ -22,6 +22,9 @@ struct figures {
   std::optional<double> prefill_ms, step_us, macs, recall;
   std::optional<double> prefill_ratio, step_ratio, state_ratio;  ///< exact over this, timed in turns
   std::optional<double> state_bytes;
+  /// Of int8, each by itself: rounding what is stored (f32 arithmetic over the store), rounding what is multiplied (no store), and the
+  /// share of the mass that skipping left out.
+  std::optional<double> storage_error, arithmetic_error, skipped_mass;
   double error_median = 0, error_p95 = 0, cosine = 0, worst_error = 0;
   int worst_head = 0;
   std::vector<head_figures> heads;

@@ -55,6 +55,8 @@ json result_json(const figures& f) {
   j["prefill_ratio"] = number(f.prefill_ratio), j["step_ratio"] = number(f.step_ratio),
   j["state_ratio"] = number(f.state_ratio);
   j["error_median"] = number(f.error_median), j["error_p95"] = number(f.error_p95);
+  j["storage_error"] = number(f.storage_error), j["arithmetic_error"] = number(f.arithmetic_error),
+  j["skipped_mass"] = number(f.skipped_mass);
   j["worst_head"] = f.worst_head, j["worst_error"] = number(f.worst_error), j["cosine"] = number(f.cosine),
   j["recall"] = number(f.recall);
   j["heads"] = json::array();
@@ -157,6 +159,13 @@ void print_table(const report& r) {
                 << pad(times(f.prefill_ratio), 8) << pad(f.step_us ? fixed(*f.step_us, 1) : "-", 8)
                 << pad(times(f.step_ratio), 8) << pad(size(f.state_bytes), 10) << pad(times(f.state_ratio), 7)
                 << pad(f.macs ? fixed(*f.macs / 1e6, 0) : "-", 9) << "\n";
+      if (f.storage_error || f.arithmetic_error || f.skipped_mass) {
+        std::cout << pad("", 36, true) << "  of it";
+        if (f.storage_error) std::cout << ": storage " << percent(*f.storage_error);
+        if (f.arithmetic_error) std::cout << ": arithmetic " << percent(*f.arithmetic_error);
+        if (f.skipped_mass) std::cout << ": mass skipped " << percent(*f.skipped_mass);
+        std::cout << "\n";
+      }
     }
   }
   std::cout << "\n* untrained: its maps or projections were drawn, not learned; 100 % is as wrong as answering zero.\n"

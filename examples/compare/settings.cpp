@@ -61,6 +61,26 @@ void add_exact_and_windows(std::vector<setting>& all) {
                    only_causal("softmax", {{"window", w}, {"first", 4.0}}, true)});
 }
 
+void add_int8(std::vector<setting>& all) {
+  const values store{{"store_type", std::string("i8")}},
+      turned{{"store_type", std::string("i8")}, {"store_rotated", true}};
+  values both = turned;
+  both["precision"] = std::string("int8");
+  all.push_back({0, "int8 store", "int8", "",
+                 "keys and values kept as int8 rows, arithmetic in f32; error through the store",
+                 only_causal("softmax", store, true)});
+  all.push_back({0, "int8 store, rotated", "int8", "",
+                 "the same, keys turned by a Hadamard matrix before they are rounded",
+                 only_causal("softmax", turned, true)});
+  all.push_back({0, "int8", "int8", "", "all keys, products of 8-bit integers; the inputs are rounded in the call",
+                 plain("softmax", {{"precision", std::string("int8")}}, true)});
+  all.push_back({0, "int8, rotated int8 store", "int8", "", "integers of the store are multiplied as they are",
+                 only_causal("softmax", both, true)});
+  all.push_back({0, "int8, skip 1e-3", "int8", "",
+                 "tiles of 16 x 16 below a thousandth of every row's mass are left out",
+                 plain("softmax", {{"precision", std::string("int8")}, {"skip", 1e-3}}, true)});
+}
+
 void add_linear(std::vector<setting>& all) {
   const std::string far = "an untrained map: expect 90 to 180 % error; it is meant to be learned";
   all.push_back({0, "elu+1", "linear", "untrained", far, plain("linear", {{"map", "elu1"}, {"normalise", true}})});
@@ -171,6 +191,7 @@ void add_hybrid(std::vector<setting>& all) {
 std::vector<setting> built_in_settings() {
   std::vector<setting> all;
   add_exact_and_windows(all);
+  add_int8(all);
   add_linear(all);
   add_dijiang(all);
   add_low_rank(all);

@@ -81,8 +81,8 @@ CASES = {
     "a page that is not there": (PAGED | {"table": np.array([[0, 2]], np.int32)}, CAUSAL, [], ["table[0, 1] is 2", "2 pages"]),
     "more tokens than pages": (PAGED | {"lengths": np.array([13], np.int32)}, CAUSAL, [], ["lengths[0] is 13", "room for 12"]),
     "pages for linear": (PAGED, {"mechanism": "linear"}, [], ["offered by softmax"]),
-    "precision": (GOOD, CAUSAL | {"precision": "int8"}, [], ["config.json", "precision", '"int8"']),
-    "skip": (GOOD, CAUSAL | {"skip": 0.01}, [], ["config.json", '"skip"', "not supported"]),
+    "precision": (GOOD, CAUSAL | {"precision": "int4"}, [], ["config.json", "precision", '"int4"']),
+    "skip": (GOOD, CAUSAL | {"skip": 0.01}, [], ["config.json", "skip is 0.01", "only int8 skips"]),
     "tensor that nobody knows": (GOOD | {"weights": V}, CAUSAL, [], ["in.safetensors", '"weights"', "not supported"]),
     "a linear map's weight for softmax": (GOOD | {"W": V}, CAUSAL, [], ['"W"', "not supported"]),
     # the configuration
