@@ -14,8 +14,11 @@
 /// Source     T2R: Kasai et al., Finetuning Pretrained Transformers into RNNs, arXiv 2103.13076. Hedgehog: the forms of the
 ///            flash-linear-attention (joint) and LoLCATs (separate) repositories. docs/mechanisms/feature_maps.md.
 
+#include <algorithm>
+
 #include <fovea/feature/projection.hpp>
 #include <fovea/feature/rows.hpp>
+#include <fovea/simd/reduce.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -143,11 +146,12 @@ struct hedgehog {
     const isize head = detail::pair_head(query, key, b), r = w ? w.rows() : b.width;
     if (w) w.template apply<Arch, Acc>(head, b.x, b.x_stride, b.rows, b.out, b.out_stride);
     const Acc* bias = w ? w.template bias<Acc>(head) : nullptr;
-    for (isize t = 0; t < b.rows; ++t) {
-      Acc* y = b.out + t * b.out_stride;
-      feature::row_affine<Arch, Acc>(w ? y : b.x + t * b.x_stride, bias, r, Acc(1), y);
-      pair<Arch, Acc>(y, r);
-    }
+    for (isize t = 0; t < b.rows && bias != nullptr; ++t)
+      feature::row_affine<Arch, Acc>(b.out + t * b.out_stride, bias, r, Acc(1), b.out + t * b.out_stride);
+    constexpr isize W = simd::pack<Acc, Arch>::size;
+    for (isize t = 0; t < b.rows; t += W)
+      pair<Arch, Acc>(w ? b.out + t * b.out_stride : b.x + t * b.x_stride, w ? b.out_stride : b.x_stride,
+                      std::min(W, b.rows - t), r, b.out + t * b.out_stride, b.out_stride);
   }
   template <class Arch, class Acc>
   void derive(const feature_block<Acc>& b, const feature_gradient<Acc>& g, Acc* scratch) const noexcept;
@@ -174,32 +178,47 @@ struct hedgehog {
   }
 
  private:
-  /// y [r] -> features [2 r], in place.
+  /// Up to W rows y [r] -> features [2 r], which may begin where y does. By passes over all rows: one row alone waits for its own sums.
   template <class Arch, class Acc>
-  FOVEA_INLINE void pair(Acc* y, isize r) const {
+  FOVEA_INLINE void pair(const Acc* y, isize y_stride, isize rows, isize r, Acc* out, isize stride) const {
     using P = simd::pack<Acc, Arch>;
-    const Acc scale = form == hedgehog_form::joint ? Acc(2) : Acc(1);
-    Acc top, low;  // the largest of y and of -y
-    feature::row_range<Arch, Acc>(y, r, top, low);
-    if (form == hedgehog_form::joint) top = low = top > low || top != top ? top : low;
-    const P s(scale), back(-scale), rise(-scale * top), fall(-scale * low), zero(Acc(0));
-    P up = zero, down = zero;
-    const auto both = [&](isize c, isize count) FOVEA_INLINE_LAMBDA {
-      const P x = simd::load_n<P>(y + c, count);
-      const P a = simd::exp(simd::fma(x, s, rise)), b = simd::exp(simd::fma(x, back, fall));
-      simd::store_n(y + c, a, count), simd::store_n(y + r + c, b, count);
-      const simd::lane_bits real = (1U << (count < P::size ? count : 0)) - 1U;
-      up = up + (count < P::size ? simd::select(real, a, zero) : a);
-      down = down + (count < P::size ? simd::select(real, b, zero) : b);
-    };
-    isize c = 0;
-    for (; c + P::size <= r; c += P::size) both(c, P::size);
-    if (c < r) both(c, r - c);
+    const bool joint = form == hedgehog_form::joint;
+    const Acc scale = joint ? Acc(2) : Acc(1);
+    const P s(scale), back(-scale), zero(Acc(0));
+    Acc top[P::size], low[P::size], first[P::size], second[P::size];  // the largest of y and of -y; the sums
+    P up[P::size], down[P::size];
+    for (isize t = 0; t < rows; ++t) {
+      feature::row_range<Arch, Acc>(y + t * y_stride, r, top[t], low[t]);
+      if (joint) top[t] = low[t] = top[t] > low[t] || top[t] != top[t] ? top[t] : low[t];
+    }
+    for (isize t = 0; t < P::size; ++t) up[t] = down[t] = zero;
+    for (isize t = 0; t < rows; ++t) {
+      const P rise(-scale * top[t]), fall(-scale * low[t]);
+      const Acc* from = y + t * y_stride;
+      Acc* to = out + t * stride;
+      P above = zero, below = zero;
+      isize c = 0;
+      for (; c + P::size <= r; c += P::size) {
+        const P x = P::load(from + c), a = simd::exp(simd::fma(x, s, rise)), b = simd::exp(simd::fma(x, back, fall));
+        a.store(to + c), b.store(to + r + c);
+        above = above + a, below = below + b;
+      }
+      if (c < r) {
+        const simd::lane_bits real = (1U << (r - c)) - 1U;
+        const P x = simd::load_n<P>(from + c, r - c);
+        const P a = simd::exp(simd::fma(x, s, rise)), b = simd::exp(simd::fma(x, back, fall));
+        simd::store_n(to + c, a, r - c), simd::store_n(to + r + c, b, r - c);
+        above = above + simd::select(real, a, zero), below = below + simd::select(real, b, zero);
+      }
+      up[t] = above, down[t] = below;
+    }
     if (form == hedgehog_form::paired) return;
-    Acc first = simd::reduce_add(up), second = simd::reduce_add(down);
-    if (form == hedgehog_form::joint) first = second = first + second;
-    feature::row_scale<Arch, Acc>(y, r, 1 / first);
-    feature::row_scale<Arch, Acc>(y + r, r, 1 / second);
+    const P a = simd::sum_each(up), b = simd::sum_each(down);
+    ((P(Acc(1)) / (joint ? a + b : a))).store(first), ((P(Acc(1)) / (joint ? a + b : b))).store(second);
+    for (isize t = 0; t < rows; ++t) {
+      feature::row_scale<Arch, Acc>(out + t * stride, r, first[t]);
+      feature::row_scale<Arch, Acc>(out + t * stride + r, r, second[t]);
+    }
   }
 };
 

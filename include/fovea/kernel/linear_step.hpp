@@ -8,10 +8,14 @@
 /// Cost       bound by the bytes of the state. Source docs/mechanisms/linear.md.
 
 #include <fovea/kernel/linear_sweep.hpp>
+#include <fovea/simd/reduce.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
 namespace kernel {
+
+/// Rows of a panel that are asked for before they are needed, 8 KB: a state out of memory comes a fifth sooner.
+inline constexpr isize step_ahead = 64;
 
 template <class Arch, class Acc>
 struct step_shape {
@@ -36,6 +40,7 @@ FOVEA_NOINLINE void step_columns(isize r, Acc* S, const Acc* keep, isize keep_st
   });
   const auto row = [&](isize e, auto way) FOVEA_INLINE_LAMBDA {
     Acc* at = S + e * panel_width<Acc>;
+    if constexpr (NR == step_shape<Arch, Acc>::all) simd::prefetch(at + step_ahead * panel_width<Acc>, 128);
     P s[NR];
     tile::unroll<NR>([&](auto n) FOVEA_INLINE_LAMBDA { s[n] = P::load(at + n * P::size); });
     if constexpr (Update) {

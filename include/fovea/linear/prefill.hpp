@@ -2,10 +2,12 @@
 #pragma once
 /// @file  Causal linear attention: blocks of 126 tokens per state head, made ready in scratch, then the sweep of kernel/linear_sweep.hpp.
 ///
-/// Tasks are heads. Where there are few heads for the threads, blocks pass through two kinds of tasks, in this order: what a block
-/// needs (one task a block, in turn), and the sweep (a few column panels a task, each block by block). Either way every number is
-/// computed by the same instructions in the same order, so results do not depend on threads.
+/// Tasks are heads. Where there are few heads for the threads, tasks are ranges of column panels of a head: each by itself where rows
+/// are read as they lie; else blocks pass through two kinds of tasks, in this order: what a block needs (one task a block, in turn), and
+/// the sweep (a range a task, block by block). Either way every number is computed by the same instructions in the same order, so
+/// results do not depend on threads.
 
+#include <algorithm>
 #include <array>
 
 #include <fovea/kernel/linear_step.hpp>
@@ -28,7 +30,9 @@ class linear_sweeper {
         blocks_(m, p, partial, s == nullptr ? 0 : s->tokens(), s != nullptr),
         n_(blocks_.sizes()),
         ranges_(panel_ranges(n_, threads)) {
+    apart_ = ranges_ > 1 && ranges_apart(m, p.gates.log_decay.width) && partial == nullptr;
     if (ranges_ > 1) surveys_ = scratch.take<Acc>(n_.B * n_.S);
+    if (apart_ && state_ != nullptr) tails_ = scratch.take<Acc>(n_.B * n_.S * n_.tail_elements());
     memory_ = scratch;
     const isize first = p.k.length - p.q.length;  // queries begin at this key
     held_ = state_ != nullptr && first < 0 ? -first : 0, unread_ = first > 0 ? first : 0;
@@ -37,6 +41,7 @@ class linear_sweeper {
   }
 
   void run(exec_ref exec) const {
+    if (apart_) return run_apart(exec);
     if (ranges_ > 1) return pass_blocks(exec);
     exec.for_tasks(n_.B * n_.S, [&](isize index, isize slot) {
       arena a = memory_;
@@ -56,8 +61,8 @@ class linear_sweeper {
   static void lay_out(arena& a, const linear_attention& m, const shape& s, int threads) {
     const auto n = sizes_of(m, s);
     const bool passes = panel_ranges(n, threads) > 1;
-    if (passes) a.take<Acc>(n.B * n.S);
-    for (isize t = 0; t < (passes ? depth : threads); ++t) scratch_type(a, m, n, s.d);
+    if (passes) a.take<Acc>(n.B * n.S), a.take<Acc>(n.B * n.S * n.tail_elements());
+    for (isize t = 0; t < (passes ? std::max<isize>(depth, threads) : threads); ++t) scratch_type(a, m, n, s.d);
   }
 
  private:
@@ -71,6 +76,38 @@ class linear_sweeper {
     const isize heads = n.B * n.S;
     if (heads <= 0 || threads == 1 || heads % threads == 0 || heads >= 4 * threads) return 1;
     return std::min({n.panels, threads, most_ranges});
+  }
+
+  /// May each range prepare its blocks by itself? What a block needs is then a few numbers a token.
+  static bool ranges_apart(const linear_attention& m, isize decay_width) {
+    return m.phi().identity() && !m.normalised() && !(by_channel(m.rule) && decay_width > 1);
+  }
+  /// Every range of columns goes through the sequence alone, with a tail of its own: no thread waits for another.
+  void run_apart(exec_ref exec) const {
+    const isize tail = n_.tail_elements();
+    for (isize i = 0; tails_ != nullptr && i < n_.B * n_.S; ++i)
+      std::copy_n(state_ + i * n_.head_elements() + n_.S_elements(), tail, tails_ + i * tail);
+    exec.for_tasks(n_.B * n_.S * ranges_, [&](isize task, isize slot) {
+      const isize index = task / ranges_, r = task % ranges_, first = n_.panels * r / ranges_,
+                  last = n_.panels * (r + 1) / ranges_;
+      arena a = memory_;
+      for (isize i = 0; i < slot; ++i) scratch_type(a, m_, n_, p_.q.width);
+      scratch_type s(a, m_, n_, p_.q.width);
+      s.clear_padding(n_, used());
+      site at = open(s, s, index, true);
+      if (tails_ != nullptr) {
+        Acc* own = s.state + n_.S_elements();
+        std::copy_n(tails_ + index * tail, tail, own);
+        at.tail = state_tail<Acc>(own, n_);
+      }
+      for (isize j = 0; j < per_head_; ++j) {
+        block x;
+        prepare(s, at, j, x, r == 0);
+        if (j == 0) clear(at, first, last);
+        sweep(s, at, x, first, last);
+      }
+      if (tails_ != nullptr && r == 0) std::copy_n(s.state + n_.S_elements(), tail, at.S + n_.S_elements());
+    });
   }
 
   /// Blocks are prepared one ahead of those that are swept, in a ring of scratch memories.
@@ -130,9 +167,9 @@ class linear_sweeper {
   }
 
   /// Block j of a head: queries before all keys where a state is held, keys before all queries, then both.
-  void prepare(scratch_type& s, site& at, isize j, block& x) const {
+  void prepare(scratch_type& s, site& at, isize j, block& x, bool writes = true) const {
     const isize first = p_.k.length - p_.q.length, keyless = ceil_div(held_, most), mute = ceil_div(unread_, most);
-    if (j == 0 && state_ == nullptr)
+    if (j == 0 && state_ == nullptr && writes)
       for (isize i = 0; i < std::min(p_.q.length, -first); ++i) zero_row(s, at, i);
     const isize begin = j < keyless          ? 0
                         : j < keyless + mute ? 0
@@ -212,7 +249,8 @@ class linear_sweeper {
   const linear_attention& m_;
   const problem& p_;
   const linear_partial* partial_;
-  Acc *state_, *surveys_ = nullptr;
+  Acc *state_, *surveys_ = nullptr, *tails_ = nullptr;
+  bool apart_ = false;
   linear_blocks<Arch, Acc> blocks_;
   linear_sizes n_;
   isize ranges_, held_ = 0, unread_ = 0, per_head_ = 1;
