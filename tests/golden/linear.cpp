@@ -152,7 +152,8 @@ TEST_CASE("golden linear: the reference twin") {
 }
 
 TEST_CASE("golden linear: the vector path in f32, in every layout") {
-  for (const auto& c : golden::family("linear"))  // 128 as in pieces: the additions of a row come in one order, cut or not
+  for (const auto& c :
+       golden::family("linear"))  // 128 as in pieces: the additions of a row come in one order, cut or not
     for (const auto l : test::layouts) check_case(c, dtype::f32, l, 128, 0);
 }
 
