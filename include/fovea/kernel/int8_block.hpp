@@ -240,37 +240,50 @@ class int8_block {
   }
 
   /// Leaves out the tiles of 16 x 16 whose share is below `skip_` in every row; counts all masses. Returns the runs that are left.
-  isize drop(const tile_of_block& at, const float* beta, const float* sum) noexcept {
-    constexpr isize Q = int8_part;
-    const isize r0 = at.t * T::rows, count = at_.count(at.t);
+  FOVEA_NOINLINE isize drop(const tile_of_block& at, const float* beta, const float* sum) noexcept {
+    constexpr int side = static_cast<int>(int8_part / W);  // vectors of 16 rows
+    std::uint32_t keep[parts] = {};                        // bits: vectors
+    const auto each = [&](const auto& f) {                 // (vector, first row of the tile, share of a part)
+      for (isize r = 0; r < at.vectors * W; r += P::size) {
+        const auto live = static_cast<simd::lane_bits>(at_.live(at.t) >> r);
+        f(static_cast<int>(r / W), r, [&, r](isize y) FOVEA_INLINE_LAMBDA {
+          return simd::select(live, P::load(mass_ + y * T::rows + r) * P::load(beta + r), P(0.0F));
+        });
+      }
+    };
+    each([&](int v, isize r, const auto& share) {
+      const P total = simd::fma(P::load(sum + r), P::load(beta + r), P::load(l_ + at.t * T::rows + r));
+      const std::uint32_t rows = ((1U << side) - 1U) << (v / side * side);
+      for (isize y = 0; y < parts; ++y)
+        if (simd::highest(share(y) - total * P(skip_)) > 0) keep[y] |= rows;
+    });
+    each([&](int v, isize r, const auto& share) {
+      P l = P::load(l_ + at.t * T::rows + r), lost = P::load(lost_ + at.t * T::rows + r);
+      const P all = P::load(sum + r) * P::load(beta + r);
+      l = l + (all - all);  // NaN stays
+      for (isize y = 0; y < parts; ++y)
+        ((keep[y] >> v & 1) != 0 ? l : lost) = ((keep[y] >> v & 1) != 0 ? l : lost) + share(y);
+      l.store(l_ + at.t * T::rows + r), lost.store(lost_ + at.t * T::rows + r);
+    });
+    return left_runs(at, keep);
+  }
+  /// Runs without what is left out, in kept_.
+  isize left_runs(const tile_of_block& at, const std::uint32_t* keep) noexcept {
     isize left = 0;
-    std::uint32_t keep[parts] = {};  // bits: vectors
-    for (isize r = 0; r < count; r += Q)
-      for (isize y = 0; y < parts; ++y) {
-        bool below = true;
-        const isize last = r + Q < count ? r + Q : count;
-        for (isize x = r; x < last; ++x) {
-          const float share = mass_[y * T::rows + x] * beta[x];
-          below = below && (share == 0 || share < skip_ * (l_[r0 + x] + sum[x] * beta[x]));
-        }
-        for (isize v = r / W; !below && v < (r + Q) / W && v < T::NR; ++v) keep[y] |= 1U << v;
-        for (isize x = r; x < last; ++x) mass_[y * T::rows + x] *= below ? -beta[x] : beta[x];
-      }
-    for (isize x = 0; x < count; ++x)
-      for (isize y = 0; y < parts; ++y) {
-        const float share = mass_[y * T::rows + x];
-        (std::signbit(share) ? lost_ : l_)[r0 + x] += std::abs(share);
-      }
+    const auto add = [&](isize g, isize stop, int v0, int v1) {
+      int8_run* back = kept_ + left - 1;
+      if (left > 0 && back->first + back->count == g && back->v0 == v0 && back->v1 == v1)
+        back->count = static_cast<std::int16_t>(back->count + stop - g);
+      else
+        kept_[left++] = {static_cast<std::int16_t>(g), static_cast<std::int16_t>(stop - g),
+                         static_cast<std::int8_t>(v0), static_cast<std::int8_t>(v1), false};
+    };
     for (isize n = 0; n < at.runs; ++n)
       for (isize g = runs_[n].first, end = g + runs_[n].count; g < end;) {
         const isize stop = (g / 4 + 1) * 4 < end ? (g / 4 + 1) * 4 : end;
-        for (int v = runs_[n].v0; v < runs_[n].v1; ++v) {
-          if ((keep[g / 4] >> v & 1) == 0) continue;
-          int v1 = v + 1;
-          while (v1 < runs_[n].v1 && (keep[g / 4] >> v1 & 1) != 0) ++v1;
-          kept_[left++] = {static_cast<std::int16_t>(g), static_cast<std::int16_t>(stop - g),
-                           static_cast<std::int8_t>(v), static_cast<std::int8_t>(v1), false};
-          v = v1;
+        for (int v = runs_[n].v0, v1 = v; v < runs_[n].v1; v = v1 + 1) {
+          for (v1 = v; v1 < runs_[n].v1 && (keep[g / 4] >> v1 & 1) != 0;) ++v1;
+          if (v1 > v) add(g, stop, v, v1);
         }
         g = stop;
       }
