@@ -72,22 +72,17 @@
 #endif
 
 /// Compiled once. Where FOVEA_COMPILED is defined, the functions that hold the loops are declared and not defined: the objects of a
-/// program then compile in seconds in place of half a minute each. For each of softmax.hpp, linear.hpp, dijiang.hpp, linformer.hpp,
-/// efficient.hpp, hybrid.hpp and windowed.hpp that the program uses, an object of its own defines FOVEA_COMPILING, and not FOVEA_COMPILED, and
-/// includes that header; any_attention::make is compiled by registry.hpp. In CMake the target fovea::compiled does all of it, for
-/// the flags of the project. Without either macro everything is inline.
+/// program then compile in seconds in place of half a minute and more each. Each mechanism that the program uses has an object of its
+/// own, which defines FOVEA_COMPILED as well, includes the headers of the mechanisms that this one is made of, redefines the three
+/// macros below and then includes its header; any_attention::make is compiled by registry.hpp. In CMake the target fovea::compiled
+/// (cmake/compiled.cmake) does all of it, for the flags of the project. Without FOVEA_COMPILED everything is inline.
 #if defined(FOVEA_COMPILED)
 #define FOVEA_DEFINES_LOOPS 0
 #else
 #define FOVEA_DEFINES_LOOPS 1
 #endif
-#if defined(FOVEA_COMPILING)
-#define FOVEA_DEFINITION inline __attribute__((used))
-#define FOVEA_INSTANTIATE(...) __VA_ARGS__
-#else
 #define FOVEA_DEFINITION inline
 #define FOVEA_INSTANTIATE(...)
-#endif
 
 /// What a build without exceptions does with a violated contract. Define it before the first fovea header to replace it.
 #ifndef FOVEA_ABORT
