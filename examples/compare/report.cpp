@@ -160,10 +160,14 @@ void print_table(const report& r) {
                 << pad(times(f.step_ratio), 8) << pad(size(f.state_bytes), 10) << pad(times(f.state_ratio), 7)
                 << pad(f.macs ? fixed(*f.macs / 1e6, 0) : "-", 9) << "\n";
       if (f.storage_error || f.arithmetic_error || f.skipped_mass) {
-        std::cout << pad("", 36, true) << "  of it";
-        if (f.storage_error) std::cout << ": storage " << percent(*f.storage_error);
-        if (f.arithmetic_error) std::cout << ": arithmetic " << percent(*f.arithmetic_error);
-        if (f.skipped_mass) std::cout << ": mass skipped " << percent(*f.skipped_mass);
+        const char* between = "  of it: ";
+        std::cout << pad("", 36, true);
+        const auto say = [&](const char* what, const std::optional<double>& x) {
+          if (!x) return;
+          std::cout << between << what << " " << percent(*x);
+          between = ", ";
+        };
+        say("storage", f.storage_error), say("arithmetic", f.arithmetic_error), say("mass skipped", f.skipped_mass);
         std::cout << "\n";
       }
     }
