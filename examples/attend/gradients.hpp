@@ -64,9 +64,9 @@ arrays gradients(const Exec& exec, const fovea::any_attention& a, const question
     return at == ask.call.end() ? fovea::tensor_mut{}
                                 : as_output(view(name, at->second), room(gradient, type, at->second));
   };
-  const auto gate = [&](const char* name, const array& a) { return gate_of(name, a, rank); };
-  const auto state = [&](const char* name, const array& a) {
-    return state_of(name, a, ask, name == std::string("z0"));
+  const auto gate = [&](const char* name, const array& x) { return gate_of(name, x, rank); };
+  const auto state = [&](const char* name, const array& x) {
+    return state_of(name, x, ask, name == std::string("z0"));
   };
   to.dlog_decay = of_call("g", "dg", gate), to.dbeta = of_call("beta", "dbeta", gate);
   to.derase = of_call("b", "db", gate), to.dwrite = of_call("w", "dw", gate);
