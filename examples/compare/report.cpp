@@ -162,9 +162,9 @@ void print_table(const report& r) {
       if (f.storage_error || f.arithmetic_error || f.skipped_mass) {
         const char* between = "  of it: ";
         std::cout << pad("", 36, true);
-        const auto say = [&](const char* what, const std::optional<double>& x) {
-          if (!x) return;
-          std::cout << between << what << " " << percent(*x);
+        const auto say = [&](const char* what, const std::optional<double>& part) {
+          if (!part) return;
+          std::cout << between << what << " " << percent(*part);
           between = ", ";
         };
         say("storage", f.storage_error), say("arithmetic", f.arithmetic_error), say("mass skipped", f.skipped_mass);

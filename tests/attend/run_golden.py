@@ -62,10 +62,11 @@ class Case:
         if "views" in case["params"]:
             self.elsewhere = "strided views"
         self.config = getattr(self, "_" + family)(params)
-        self.later = "gradients" if "do" in self.inputs and family != "softmax" else None
+        self.later = "gradients" if "do" in self.inputs and self.config["mechanism"] == "efficient" else None
 
     def keep(self, *names):
-        self.wanted = {k: v for k, v in self.wanted.items() if k in names}
+        """The outputs of these names, and gradients."""
+        self.wanted = {k: v for k, v in self.wanted.items() if k in names or ("do" in self.inputs and k.startswith("d"))}
 
     def _softmax(self, p):
         return {"mechanism": "softmax", **p}

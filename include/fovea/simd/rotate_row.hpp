@@ -5,7 +5,7 @@
 ///   x' = H_b x / sqrt(b)  for each block of b elements,   b = the largest power of two that divides n
 ///
 /// Contract   orthogonal, and its own inverse: q' . k' = q . k. The same bits on every instruction set. An odd n stays as it is.
-/// Cost       n log2(b) additions.      Source  QuaRot, arXiv 2404.00456.
+/// Cost       n log2(b) additions.
 
 #include <fovea/simd/pack.hpp>
 
