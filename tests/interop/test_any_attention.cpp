@@ -145,7 +145,8 @@ TEST_CASE("any_attention: every mechanism can be made, and refuses a key and a t
                                             {"linformer", {{"projection", "mean"}, {"slots", 4.0}}},
                                             {"efficient", {}},
                                             {"kfree_reconstruction", {}},
-                                            {"hybrid", {}}};
+                                            {"hybrid", {}},
+                                            {"windowed", {}}};
   CHECK(least.size() == fovea::registered_mechanisms().size());
   for (const configuration& good : least) {
     INFO(good.mechanism);

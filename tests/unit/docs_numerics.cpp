@@ -21,7 +21,7 @@ TEST_CASE("docs: every test that numerics.md names exists") {
   const std::string tests = FOVEA_TEST_DATA_DIR "/../", page = text_of(tests + "../docs/numerics.md");
   REQUIRE(page.size() > 1000);
   // After "Tests:": `folder/file.cpp` and then one or more quoted names, of which each stands in that file.
-  static const std::regex token("Tests:|\n\n|`([a-z]+/[a-z_]+\\.[ch]pp)`|\"([^\"\n]+)\"");
+  static const std::regex token("Tests:|\n\n|`([a-z0-9]+/[a-z0-9_]+\\.[ch]pp)`|\"([^\"\n]+)\"");
   bool listing = false;
   std::string file, source;
   int named = 0;
