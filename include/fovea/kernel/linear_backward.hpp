@@ -12,6 +12,7 @@
 /// Numerics   one chain of fused multiply-adds an element in an order that shape alone decides.
 /// Source     docs/mechanisms/linear.md (chunkwise forms); the derivation follows the product rule line by line.
 
+#include <fovea/core/workspace.hpp>
 #include <fovea/kernel/linear_backward_pairs.hpp>
 
 namespace fovea {
