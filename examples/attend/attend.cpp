@@ -6,7 +6,6 @@
 ///
 /// Errors   one line on stderr, exit code 2, and no output file.
 
-#include <cstdio>
 #include <stdexcept>
 #include <string>
 
@@ -18,6 +17,7 @@
 #include <fovea/version.hpp>
 
 #include "attend/gradients.hpp"
+#include "common/complain.hpp"
 
 namespace {
 
@@ -54,14 +54,6 @@ void run(const arguments& a) {
   fovea::write_safetensors(a.output, out, {{"mechanism", mechanism.name()}, {"fovea", FOVEA_VERSION_STRING}});
 }
 
-int complain(const std::string& what) {
-  std::string line = what;
-  for (char& c : line)
-    if (static_cast<unsigned char>(c) < 0x20) c = ' ';
-  std::fprintf(stderr, "attend: %s\n", line.c_str());
-  return 2;
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -81,14 +73,14 @@ int main(int argc, char** argv) {
   } catch (const CLI::Success& e) {
     return app.exit(e);
   } catch (const CLI::ParseError& e) {
-    return complain(e.what());
+    return complain("attend", e.what());
   }
   try {
     run(a);
     return 0;
   } catch (const std::bad_alloc&) {
-    return complain(a.input + ": not enough memory");
+    return complain("attend", a.input + ": not enough memory");
   } catch (const std::exception& e) {
-    return complain(e.what());
+    return complain("attend", e.what());
   }
 }

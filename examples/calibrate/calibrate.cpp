@@ -14,6 +14,7 @@
 #include <fovea/train.hpp>
 #include <fovea/version.hpp>
 
+#include "common/complain.hpp"
 #include "compare/input.hpp"
 
 namespace {
@@ -109,14 +110,6 @@ void merge_settings(const std::string& path, nlohmann::json& now) {
   now = all;
 }
 
-int complain(const std::string& what) {
-  std::string line = what;
-  for (char& c : line)
-    if (static_cast<unsigned char>(c) < 0x20) c = ' ';
-  std::fprintf(stderr, "calibrate: %s\n", line.c_str());
-  return 2;
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -155,7 +148,7 @@ int main(int argc, char** argv) {
   } catch (const CLI::Success& e) {
     return app.exit(e);
   } catch (const CLI::ParseError& e) {
-    return complain(e.what());
+    return complain("calibrate", e.what());
   }
   try {
     o.how.map = o.map == "t2r"            ? map_kind::t2r
@@ -182,8 +175,8 @@ int main(int argc, char** argv) {
     std::printf("written: %s\n", list.c_str());
     return 0;
   } catch (const std::bad_alloc&) {
-    return complain("not enough memory");
+    return complain("calibrate", "not enough memory");
   } catch (const std::exception& e) {
-    return complain(e.what());
+    return complain("calibrate", e.what());
   }
 }

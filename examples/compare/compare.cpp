@@ -12,6 +12,7 @@
 #include <fovea/any_attention.hpp>
 #include <fovea/interop/json.hpp>
 
+#include "common/complain.hpp"
 #include "common/machine.hpp"
 #include "report.hpp"
 
@@ -242,7 +243,6 @@ int main(int argc, char** argv) {
   try {
     return compare::run(o, command);
   } catch (const std::exception& e) {
-    std::cerr << "compare: " << e.what() << "\n";
-    return 2;
+    return complain("compare", e.what());
   }
 }
