@@ -181,7 +181,7 @@ def tokenizer_of(g):
     if v["tokenizer.ggml.model"] != "gpt2" or v.get("tokenizer.ggml.pre") != "smollm":
         raise Unfit(f"the tokeniser is {v['tokenizer.ggml.model']}/{v.get('tokenizer.ggml.pre')}; known is gpt2/smollm")
     tokens, kinds = v["tokenizer.ggml.tokens"], v["tokenizer.ggml.token_type"]
-    special = [{"id": i, "content": t, "special": True, "normalized": False} for i, (t, k) in enumerate(zip(tokens, kinds)) if k == 3]
+    special = [{"id": i, "content": t, "special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False} for i, (t, k) in enumerate(zip(tokens, kinds)) if k == 3]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {"version": "1.0", "added_tokens": special, "normalizer": None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level]},
@@ -192,7 +192,7 @@ def export(source, out, dtype, licence):
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     if source.name == FILE and digest != SHA256:
         raise Unfit(f"{source}: SHA-256 is {digest}; that of {PACKAGE} {VERSION} is {SHA256}")
-    about = {"format": "pt", "source": source.name, "source_sha256": digest, "licence": "Apache-2.0", "dtype": dtype, "exporter": "2"}
+    about = {"format": "pt", "source": source.name, "source_sha256": digest, "licence": "Apache-2.0", "dtype": dtype, "exporter": "3"}
     target = out / "model.safetensors"
     names = [target, out / "config.json", out / "tokenizer.json"]
     if all(n.is_file() for n in names):
