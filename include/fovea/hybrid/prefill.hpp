@@ -8,6 +8,7 @@
 #include <fovea/hybrid/plan.hpp>
 #include <fovea/hybrid/summaries.hpp>
 #include <fovea/kernel/decode.hpp>
+#include <fovea/kernel/sparse_tiles.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {

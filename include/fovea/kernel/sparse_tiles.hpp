@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  Exact softmax attention of query rows to lists of key blocks: narrow tiles of rows that share a list, one running (m, l, O).
+///
+///   O_t = sum over blocks J of list t, keys j of J that row i sees, of e^(s_ij + bias_j) v_j, with the denominator beside it
+///
+/// A tile is up to `rows` neighbouring rows of one head that attend to the same blocks (part of a query block). Up to `most` tiles are
+/// worked on together: they pass over the keys in windows that stay in L2, so a block is read from memory once for all that chose it.
+///
+/// Contract   begin, any number of absorbs (several lists, pooled tokens and other sets of keys, rounds), finish. Lists rise and name no
+///            block twice. Rows that see nothing give zeros and LSE = -inf. A NaN or infinity in a key or value reaches only the rows
+///            that see that key. A row's bits depend on its tile's lists and on the keys that it sees, not on the other tiles.
+/// Cost       2 (d + e) flops a row and key of its list, at the speed of dense attention within about a tenth; scratch independent of
+///            n and m; no allocation, no threads.
+/// Reference  tests/unit/sparse_tiles.cpp has the plain loops.       Source  kernel/online_softmax.hpp, whose numerics these are.
+
+#include <cmath>
+
+#include <fovea/core/rows.hpp>
+#include <fovea/core/workspace.hpp>
+#include <fovea/kernel/online_softmax.hpp>
+#include <fovea/kernel/sparse_panels.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+namespace kernel {
+
+/// Rows first, first + 1, ... of a head.
+struct tile_rows {
+  isize head = 0, first = 0, count = 0;
+};
+/// Key blocks of a tile, rising.
+struct block_list {
+  const std::int32_t* at = nullptr;
+  isize count = 0;
+};
+/// How blocks cut the keys of a set: block J is keys [J size, (J + 1) size). Causal: row i sees keys up to i + offset.
+struct block_cut {
+  isize size = 1;
+  bool causal = false;
+  isize offset = 0;
+};
+
+template <class Arch, class Acc>
+class sparse_tiles {
+  using T = detail::sparse_tile<Arch, Acc>;
+  using P = simd::pack<Acc, Arch>;
+  static constexpr Acc log2e = static_cast<Acc>(1.4426950408889634074), ln2 = static_cast<Acc>(0.69314718055994530942);
+  static constexpr isize granule = 16;  // keys that are converted at a time
+
+ public:
+  static constexpr isize rows = T::rows;
+
+  /// Tiles that are worked on together: their q and o fill half a megabyte at most.
+  static isize most(isize d, isize e) {
+    isize all = 512;
+    while (all > T::rows && all * (d + e) * static_cast<isize>(sizeof(Acc)) > (512 << 10)) all /= 2;
+    return all < T::rows ? 1 : all / T::rows;
+  }
+
+  /// Scratch of `tiles` tiles, at most `most`.
+  sparse_tiles(arena& memory, isize tiles, isize d, isize e) : d_(d), e_(e), tiles_(tiles), window_(window(d, e)) {
+    qt_ = memory.take<Acc>(tiles * d * T::rows), ot_ = memory.take<Acc>(tiles * e * T::rows);
+    m_ = memory.take<Acc>(tiles * T::rows), l_ = memory.take<Acc>(tiles * T::rows);
+    at_ = memory.take<tile_rows>(tiles), cursor_ = memory.take<isize>(tiles);
+    s_ = memory.take<Acc>(T::keys * T::rows);
+    lanes_ = memory.take<std::uint64_t>(T::keys), runs_ = memory.take<detail::sparse_run<Acc>>(T::keys);
+    k_.rows = memory.take<Acc>(window_ * d), v_.rows = memory.take<Acc>(window_ * e);
+    wide_ = d > e ? d : e;
+    rows_of_ = memory.take<Acc>(T::W * wide_), zeros_ = memory.take<Acc>(d);
+  }
+
+  void begin(const tensor_ref& q, isize b, const tile_rows* tiles, isize count, double scale) noexcept {
+    FOVEA_ASSERT(count <= tiles_);
+    used_ = count, b_ = b;
+    for (isize c = 0; c < d_; ++c) zeros_[c] = Acc(0);
+    const Acc factor = static_cast<Acc>(scale * 1.4426950408889634074);
+    for (isize t = 0; t < count; ++t) {
+      at_[t] = tiles[t];
+      Acc* o = ot_ + t * e_ * T::rows;
+      for (isize x = 0; x < e_ * T::rows; ++x) o[x] = Acc(0);
+      for (isize lane = 0; lane < T::rows; lane += T::W) {
+        const Acc* from[T::W];
+        for (isize l = 0; l < T::W; ++l) {
+          const isize x = lane + l;
+          m_[t * T::rows + x] = -std::numeric_limits<Acc>::infinity(), l_[t * T::rows + x] = Acc(0);
+          from[l] = x < tiles[t].count ? simd::row_as<Arch, Acc>(q.type, q.row(b, tiles[t].head, tiles[t].first + x),
+                                                                 d_, rows_of_ + l * wide_)
+                                       : zeros_;
+        }
+        simd::rows_to_columns<Acc, Arch>(from, d_, factor, qt_ + t * d_ * T::rows + lane, T::rows);
+      }
+    }
+  }
+
+  /// lists [count of begin]: the blocks of each tile.
+  void absorb(const key_set<Acc>& set, const block_list* lists, const block_cut& cut) noexcept {
+    isize first = set.count, last = 0;
+    for (isize t = 0; t < used_; ++t) {
+      cursor_[t] = 0;
+      if (lists[t].count == 0) continue;
+      first = std::min<isize>(first, lists[t].at[0] * cut.size);
+      last = std::max<isize>(last, (lists[t].at[lists[t].count - 1] + isize{1}) * cut.size);
+    }
+    last = std::min(last, set.count);
+    for (isize j0 = first / window_ * window_; j0 < last; j0 += window_) {
+      k_.open(set.k), v_.open(set.v);
+      for (isize t = 0; t < used_; ++t) absorb_window(set, lists[t], cut, t, j0, std::min(j0 + window_, last));
+    }
+  }
+
+  // ---- what the rows of tile t have so far, [rows]: scores in log2; the numerator is o 2^m, the denominator l 2^m ----
+
+  const tile_rows& tile(isize t) const noexcept { return at_[t]; }
+  const Acc* maxima(isize t) const noexcept { return m_ + t * T::rows; }
+  const Acc* sums(isize t) const noexcept { return l_ + t * T::rows; }
+  /// |o / l|^2 of the rows: the squared length of their output if it ended here.
+  void squared_lengths(isize t, Acc* to) const noexcept {
+    for (isize x = 0; x < T::rows; x += T::W) {
+      const P l = P::load(l_ + t * T::rows + x);
+      P sum(Acc(0));
+      for (isize c = 0; c < e_; ++c) {
+        const P o = P::load(ot_ + (t * e_ + c) * T::rows + x) / l;
+        sum = simd::fma(o, o, sum);
+      }
+      simd::select_greater(l, P(Acc(0)), sum, l * P(Acc(0))).store(to + x);
+    }
+  }
+
+  /// Writes out (and lse, where it is not null) of the rows that `begin` named.
+  void finish(const tensor_mut& out, const tensor_mut& lse) noexcept {
+    const bool direct = out.type == dtype_of<Acc>;
+    for (isize t = 0; t < used_; ++t)
+      for (isize lane = 0; lane < at_[t].count; lane += T::W) {
+        const Acc *l = l_ + t * T::rows + lane, *m = m_ + t * T::rows + lane;
+        const isize count = std::min(at_[t].count - lane, T::W);
+        Acc inverse[T::W];
+        Acc* to[T::W];
+        void* row[T::W];
+        for (isize x = 0; x < T::W; ++x) {
+          inverse[x] = l[x] > Acc(0) ? Acc(1) / l[x] : l[x] * Acc(0);  // keeps NaN, gives 0 for a row that sees nothing
+          to[x] = rows_of_ + x * wide_;
+          if (x >= count) continue;
+          row[x] = out.row(b_, at_[t].head, at_[t].first + lane + x);
+          if (direct) to[x] = static_cast<Acc*>(row[x]);
+          if (lse) *static_cast<Acc*>(lse.row(b_, at_[t].head, at_[t].first + lane + x)) = m[x] * ln2 + std::log(l[x]);
+        }
+        simd::columns_to_rows<Acc, Arch>(ot_ + t * e_ * T::rows + lane, T::rows, e_, inverse, to);
+        for (isize x = 0; !direct && x < count; ++x) simd::store_row<Arch, Acc>(out.type, to[x], e_, row[x]);
+      }
+  }
+
+ private:
+  /// Keys of a window: half a megabyte of rows, so that the tiles find them in L2.
+  static isize window(isize d, isize e) {
+    const isize fit = (512 << 10) / ((d + e) * static_cast<isize>(sizeof(Acc))) / T::keys * T::keys;
+    return fit < T::keys ? T::keys : fit > 1024 ? 1024 : fit;
+  }
+
+  /// Rows of a window: where they lie if they are stored as Acc in one stretch, else converted when a tile first needs them.
+  struct row_window {
+    Acc* rows = nullptr;
+    bool in_place = false;
+    std::uint64_t done = 0;  // granules
+
+    void open(const row_source& from) noexcept {
+      // A row stride of a multiple of 4 KB would put all rows of a panel into one set of the L1 cache: copy those too.
+      in_place = from.type == dtype_of<Acc> && from.form == row_form::plain && from.table == nullptr &&
+                 from.ring == 0 && from.row_bytes % 4096 != 0;
+      done = 0;
+    }
+    isize stride(const row_source& from, isize width) const noexcept {
+      return in_place ? from.row_bytes / static_cast<isize>(sizeof(Acc)) : width;
+    }
+    /// Rows [j0, j1) of the window that begins with row `base` and ends before `end`.
+    const Acc* get(const row_source& from, isize j0, isize j1, isize base, isize end, isize width) noexcept {
+      if (in_place) return reinterpret_cast<const Acc*>(from.data + j0 * from.row_bytes);
+      for (isize g = (j0 - base) / granule; g <= (j1 - 1 - base) / granule; ++g) {
+        if ((done >> g & 1) != 0) continue;
+        done |= std::uint64_t{1} << g;
+        for (isize j = base + g * granule; j < std::min(base + (g + 1) * granule, end); ++j)
+          load(from, j, width, rows + (j - base) * width);
+      }
+      return rows + (j0 - base) * width;
+    }
+    static void load(const row_source& from, isize j, isize width, Acc* to) noexcept {
+      if (from.form != row_form::plain) return simd::load_packed_row<Arch, Acc>(from, j, width, to);
+      const stretch s = from.at(j);
+      if (from.type == dtype::i8)
+        simd::load_scaled_row<Arch, Acc>(s.data, s.scales, from.scale_row, width, to);
+      else
+        simd::load_row<Arch, Acc>(from.type, s.data, width, to);
+    }
+  };
+
+  /// Keys [base, end) of the blocks of a list, for tile t.
+  void absorb_window(const key_set<Acc>& set, const block_list& list, const block_cut& cut, isize t, isize base,
+                     isize end) noexcept {
+    const tile_rows& at = at_[t];
+    const isize seen = cut.causal ? std::min(end, at.first + at.count + cut.offset) : end;  // by any row
+    const isize whole = cut.causal ? std::min(end, at.first + 1 + cut.offset) : end;        // by every row
+    slots_ = used_runs_ = 0;
+    isize& x = cursor_[t];
+    while (x < list.count && list.at[x] * cut.size < end) {
+      isize last = x + 1;
+      while (last < list.count && list.at[last] == list.at[last - 1] + 1 && list.at[last] * cut.size < end) ++last;
+      const isize j0 = std::max(list.at[x] * cut.size, base), j1 = (list.at[last - 1] + isize{1}) * cut.size;
+      const range plain = meet({j0, j1}, {base, whole}), edge = meet({j0, j1}, {whole, seen});
+      add(set, t, plain, base, end, false, 0);
+      add(set, t, edge, base, end, true, at.first + cut.offset);
+      x = j1 > end ? last - 1 : last;
+      if (j1 > end) break;  // the rest of the block in the next window
+    }
+    flush(t);
+  }
+
+  /// Scores of `keys` into the next slots. masked: row l of the tile sees key j if j <= shift + l.
+  void add(const key_set<Acc>& set, isize t, range keys, isize base, isize end, bool masked, isize shift) noexcept {
+    for (isize j0 = keys.first, count = 0; j0 < keys.last; j0 += count) {
+      if (slots_ == 0)
+        for (isize r = 0; r < T::rows; ++r) top_[r] = -std::numeric_limits<Acc>::infinity();
+      count = std::min(keys.last - j0, T::keys - slots_);
+      const Acc* k = k_.get(set.k, j0, j0 + count, base, end, d_);
+      score(set, t, j0, count, k, masked, shift);
+      runs_[used_runs_++] = {v_.get(set.v, j0, j0 + count, base, end, e_), static_cast<std::int16_t>(slots_),
+                             static_cast<std::int16_t>(count), masked};
+      v_stride_ = v_.stride(set.v, e_);
+      slots_ += count;
+      if (slots_ == T::keys) flush(t);
+    }
+  }
+
+  void score(const key_set<Acc>& set, isize t, isize j0, isize count, const Acc* k, bool masked, isize shift) noexcept {
+    const bool changed = masked || set.modify != nullptr;
+    const isize stride = k_.stride(set.k, d_);
+    alignas(64) Acc unused[T::rows] = {}, bias[T::MR] = {};
+    Acc *s = s_ + slots_ * T::rows, *top = changed ? unused : top_;
+    detail::in_panels<T::MR>(count, [&](auto m, isize first) {
+      for (isize i = 0; set.bias != nullptr && i < m; ++i) bias[i] = set.bias[j0 + first + i] * log2e;
+      detail::sparse_scores<Arch, Acc, m>(d_, k + first * stride, stride, qt_ + t * d_ * T::rows, bias,
+                                          s + first * T::rows, top);
+    });
+    if (!changed) return;
+    if (set.modify != nullptr) {
+      mask_site at = set.site;
+      at.h = at_[t].head;
+      set.modify->template apply<Acc>(at, at_[t].first, at_[t].count, j0, j0 + count, s, T::rows);
+    }
+    std::uint64_t* lanes = masked ? lanes_ + slots_ : nullptr;
+    for (isize j = 0; masked && j < count; ++j) {
+      const isize hidden = j0 + j - shift;  // rows before this one do not see key j0 + j
+      lanes[j] = hidden <= 0 ? ~std::uint64_t{0} : hidden >= 64 ? 0 : ~std::uint64_t{0} << hidden;
+    }
+    detail::sparse_mask<Arch, Acc>(count, lanes, s, top_);
+  }
+
+  /// The scores that are kept become weights, and (m, l, O) of tile t takes them in.
+  void flush(isize t) noexcept {
+    if (slots_ == 0) return;
+    alignas(64) Acc alpha[T::rows];
+    detail::sparse_exponentials<Arch, Acc>(slots_, s_, top_, m_ + t * T::rows, l_ + t * T::rows, alpha);
+    detail::in_panels<T::MR>(e_, [&](auto m, isize c) {
+      detail::sparse_values<Arch, Acc, m>(runs_, used_runs_, c, v_stride_, s_, lanes_, alpha,
+                                          ot_ + (t * e_ + c) * T::rows);
+    });
+    slots_ = used_runs_ = 0;
+  }
+
+  isize d_, e_, tiles_, window_, wide_, used_ = 0, b_ = 0;
+  isize slots_ = 0, used_runs_ = 0, v_stride_ = 0;
+  alignas(64) Acc top_[T::rows];
+  row_window k_, v_;
+  Acc *qt_, *ot_, *m_, *l_, *s_, *rows_of_, *zeros_;
+  tile_rows* at_;
+  isize* cursor_;
+  std::uint64_t* lanes_;
+  detail::sparse_run<Acc>* runs_;
+};
+
+}  // namespace kernel
+}  // namespace FOVEA_ABI
+}  // namespace fovea
