@@ -84,7 +84,7 @@ void add_settings(const std::string& path, std::vector<setting>& all) {
                      if (!file.empty() && in.file != file) throw not_applicable{"its weights were learned for " + file};
                      return c;
                    },
-                   [weights](const input&) { return *weights; }});
+                   [weights](const input&) { return *weights; }, item.value("weights", "")});
   }
 }
 
@@ -143,7 +143,7 @@ void draw_all(report& r) {
 }
 
 void write_policy(const report& r, const std::string& path) {
-  const json j = policy(r);
+  const json j = policy(r, std::filesystem::absolute(path).parent_path().string());
   for (const auto& o : j["overrides"]) {  // what is written must load
     const auto c = fovea::configuration_from_json(nlohmann::json::parse(o["attention"].dump()));
     for (const assignment& a : r.budget->assignments) {

@@ -224,7 +224,7 @@ json to_json(const report& r) {
   return j;
 }
 
-json policy(const report& r) {
+json policy(const report& r, const std::string& folder) {
   json j{{"fovea_policy", 1},
          {"error", r.budget->error},
          {"error_of", r.budget->error_of},
@@ -239,6 +239,9 @@ json policy(const report& r) {
     o["label"] = s.label;
     o["error"] = number(a.error);
     o["attention"] = json::parse(fovea::to_json(s.configure(in)).dump());
+    namespace fs = std::filesystem;
+    if (!s.weights_file.empty()) o["weights"] = fs::proximate(fs::absolute(s.weights_file), folder).string();
+    if (!s.trained.empty()) o["untrained"] = true;
     j["overrides"].push_back(std::move(o));
   }
   return j;

@@ -55,8 +55,9 @@ budget_result propose(const report& r, double error, const std::string& error_of
 
 void print_table(const report& r);
 json to_json(const report& r);
-/// {"default": {...}, "overrides": [{"input", "layers", "heads", "attention", "error"}]}; every "attention" loads as an any_attention.
-json policy(const report& r);
+/// {"default": {...}, "overrides": [{"input", "layers", "heads", "attention", "error"}]}; every "attention" loads as an any_attention,
+/// with the tensors of "weights" (relative to `folder`, where the policy will stand) if there are any. `engine` reads it.
+json policy(const report& r, const std::string& folder);
 /// report.json and report.html in `folder`; whole or not at all.
 void write_report(const report& r, const std::string& folder);
 

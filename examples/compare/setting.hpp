@@ -18,6 +18,7 @@ struct setting {
   /// The configuration for an input, or a reason why there is none. Weights are drawn with a fixed seed.
   std::function<fovea::configuration(const input&)> configure;
   std::function<fovea::arrays(const input&)> weights = [](const input&) { return fovea::arrays{}; };
+  std::string weights_file = {};  ///< where they were read from, if they were
 };
 
 /// A mechanism that does not apply to an input says why.
