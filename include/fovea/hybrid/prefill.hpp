@@ -382,7 +382,7 @@ struct hybrid_run {
     whole.k = kv_cache::keys(st, st.tokens()), whole.v = kv_cache::values(st, st.tokens());
     const hybrid_run run(m, whole.shape(), past);
     const shared at(scratch, run, exec.concurrency());
-    all.append(exec, p.k, p.v, past, at.fold);
+    all.append(exec, whole.k, whole.v, past, at.fold);
     run.attend(exec, whole, scratch,
                [&](isize index) { return all.any() ? all.head(index) : kernel::block_summary<Acc>{}; });
   }

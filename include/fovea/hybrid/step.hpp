@@ -59,7 +59,8 @@ void hybrid_append(const hybrid_attention& m, state& earlier, const tensor_ref& 
   problem p;
   p.k = k, p.v = v;
   kv_cache::append(p, earlier);
-  all.append(serial, k, v, past, row.data());
+  all.append(serial, kv_cache::keys(earlier, earlier.tokens()), kv_cache::values(earlier, earlier.tokens()), past,
+             row.data());
 }
 }  // namespace detail
 

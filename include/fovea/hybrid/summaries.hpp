@@ -24,18 +24,19 @@ struct hybrid_summaries {
     kernel::block_summary<Acc>(measure, needs, tokens, block_k, d, e);
     piece = measure.bytes();
   }
-  bool any() const { return needs.means || needs.range || needs.levels > 0; }
+  bool any() const { return needs.means || needs.range || needs.bounds || needs.levels > 0 || needs.kept > 0; }
   kernel::block_summary<Acc> head(isize index) const {
     arena memory(std::span<std::byte>(base + static_cast<std::size_t>(index) * piece, piece));
     return {memory, needs, tokens, block_k, d, e};
   }
   std::size_t bytes(isize heads) const { return piece * static_cast<std::size_t>(heads); }
 
-  /// Folds the rows of k and v, which are tokens first, first + 1, ..., into every head's summary. `scratch`: max(d, e) a slot.
+  /// Folds tokens first, first + 1, ... of k and v, which hold all tokens so far, into every head's summary.
+  /// `scratch`: max(d, e) a slot.
   void append(exec_ref exec, const tensor_ref& k, const tensor_ref& v, isize first, Acc* scratch) const {
     if (!any()) return;
     exec.for_tasks(k.batch * k.heads, [&](isize task, isize slot) {
-      kernel::summarise<simd::native>(head(task), first, k.length, k, v, task / k.heads, task % k.heads,
+      kernel::summarise<simd::native>(head(task), first, k.length - first, k, v, task / k.heads, task % k.heads,
                                       scratch + slot * (d > e ? d : e));
     });
   }
