@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: MIT
+#include "layer_attention.hpp"
+
+#include <fovea/position/rotate.hpp>
+#include <fovea/softmax.hpp>
+#include <fovea/softmax/stores.hpp>
+
+namespace engine {
+namespace {
+
+/// softmax that an engine can serve from a store of its own: causal keys in a row, as they come.
+const fovea::softmax_attention* plain_softmax(const head_group& g) {
+  const auto* m = g.mechanism.as<fovea::softmax_attention>();
+  return m != nullptr && m->store.kind == fovea::state_store::form::contiguous ? m : nullptr;
+}
+
+/// Heads a, a + s, a + 2 s, ... of a [rows, all, d] buffer are a view; others are gathered.
+isize step_of(std::span<const isize> heads) {
+  const isize step = heads.size() > 1 ? heads[1] - heads[0] : 1;
+  for (std::size_t i = 2; i < heads.size(); ++i)
+    if (heads[i] - heads[i - 1] != step) return 0;
+  return step;
+}
+
+template <class T>
+fovea::view<T> heads_view(T* data, isize rows, isize all, isize d, std::span<const isize> heads, isize step) {
+  const auto count = static_cast<isize>(heads.size());
+  return {data + heads[0] * d, 1, count, rows, d, rows * all * d, step * d, all * d};
+}
+
+void copy_heads(const float* from, isize from_heads, float* to, isize to_heads, isize rows, isize d,
+                std::span<const isize> heads, bool back) {
+  for (isize i = 0; i < rows; ++i)
+    for (std::size_t x = 0; x < heads.size(); ++x) {
+      const isize many = heads[x], few = static_cast<isize>(x);
+      const float* source = from + (i * from_heads + (back ? few : many)) * d;
+      std::copy(source, source + d, to + (i * to_heads + (back ? many : few)) * d);
+    }
+}
+
+}  // namespace
+
+std::size_t sequence::bytes() const {
+  std::size_t total = 0;
+  for (const auto& layer : layers_)
+    for (const memory& m : layer) total += std::visit([](const auto& x) { return x.bytes(); }, m);
+  return total;
+}
+
+layer_attention::layer_attention(const model_config& c, attention_plan plan, isize context, fovea::dtype cache)
+    : config_(c),
+      plan_(std::move(plan)),
+      context_(context),
+      cache_(cache),
+      table_({.base = c.rope_theta, .width = c.head_dim, .positions = context, .scaling = c.rope_scaling}),
+      rope_(table_) {
+  for (const layer_plan& layer : plan_.layers) {
+    bool first = false;
+    for (const head_group& g : layer) first = first || plain_softmax(g) == nullptr;
+    turns_first_.push_back(first);
+  }
+}
+
+sequence layer_attention::make_sequence() const {
+  sequence s;
+  const isize d = config_.head_dim;
+  for (const layer_plan& layer : plan_.layers) {
+    auto& memories = s.layers_.emplace_back();
+    for (const head_group& g : layer) {
+      const auto heads = static_cast<isize>(g.heads.size());
+      const auto kv_heads = static_cast<isize>(kv_heads_of(config_, g.heads).size());
+      if (const auto* m = plain_softmax(g); m != nullptr) {
+        const fovea::kv_shape rows{.heads = kv_heads,
+                                   .d = d,
+                                   .e = d,
+                                   .type = m->store.type.value_or(cache_),
+                                   .scale = m->store.scale,
+                                   .form = m->store.layout,
+                                   .rotated = m->store.rotated};
+        memories.emplace_back(fovea::contiguous_store(rows, context_));
+      } else {
+        memories.emplace_back(g.mechanism.make_state(
+            {.B = 1, .H = heads, .G = kv_heads, .n = 0, .m = context_, .d = d, .e = d, .type = fovea::dtype::f32}));
+      }
+    }
+  }
+  return s;
+}
+
+void layer_attention::turn(fovea::exec_ref exec, std::span<const sequence_rows> parts, float* q, float* k) const {
+  const isize d = config_.head_dim, H = config_.heads, G = config_.kv_heads;
+  for (const sequence_rows& p : parts) {
+    const fovea::row_positions at{.first = p.to->tokens()};
+    const auto queries = fovea::bnhd(q + p.first * H * d, 1, p.count, H, d);
+    const auto keys = fovea::bnhd(k + p.first * G * d, 1, p.count, G, d);
+    fovea::rotate(exec, rope_, queries, at, queries);
+    fovea::rotate(exec, rope_, keys, at, keys);
+  }
+}
+
+/// The tensors of one group of heads: views of the layer's, or of gathered copies where its heads are no arithmetic progression.
+struct layer_attention::call {
+  fovea::view<const float> q, k, v;
+  fovea::view<float> out;
+};
+
+std::span<std::byte> layer_attention::scratch(std::size_t bytes) {
+  if (scratch_.size() < bytes) scratch_ = fovea::buffer(bytes);
+  return scratch_.span();
+}
+
+/// All sequences in one call: each is a problem of its own, and few of them would not fill the threads.
+void layer_attention::attend_stores(fovea::exec_ref exec, const fovea::softmax_attention& m, isize layer,
+                                    std::size_t group, std::span<const sequence_rows> parts, const call& c) {
+  std::vector<fovea::kv_sequence> kv;
+  std::vector<std::int32_t> cu{0};
+  for (const sequence_rows& p : parts) {
+    auto& store = std::get<fovea::contiguous_store>(p.to->layers_[static_cast<std::size_t>(layer)][group]);
+    store.append(c.k.slice(p.first, p.count), c.v.slice(p.first, p.count), m.turn);
+    kv.push_back(store.view());
+    cu.push_back(static_cast<std::int32_t>(p.first + p.count));
+  }
+  const std::size_t need = fovea::workspace_size(m, c.q, kv, exec.concurrency(), cu);
+  fovea::prefill(exec, m, c.q, kv, c.out, {.cu_q = cu, .workspace = scratch(need)});
+}
+
+void layer_attention::attend(fovea::exec_ref exec, isize layer, std::size_t group, std::span<const sequence_rows> parts,
+                             const call& c, bool turned) {
+  const head_group& g = plan_.layers[static_cast<std::size_t>(layer)][group];
+  if (const auto* exact = plain_softmax(g); exact != nullptr) {
+    fovea::softmax_attention m = *exact;
+    m.turn = turned ? nullptr : &rope_;
+    return attend_stores(exec, m, layer, group, parts, c);
+  }
+  for (const sequence_rows& p : parts) {
+    auto& state = std::get<fovea::state>(p.to->layers_[static_cast<std::size_t>(layer)][group]);
+    const auto rows = [&](const auto& x) { return x.slice(p.first, p.count); };
+    const fovea::shape sizes{1, c.q.heads, c.k.heads, p.count, p.count + state.tokens(), c.q.width, c.v.width};
+    const std::size_t need = g.mechanism.state_workspace_size(sizes, exec.concurrency());
+    fovea::prefill(exec, g.mechanism, rows(c.q), rows(c.k), rows(c.v), rows(c.out), state,
+                   {.workspace = scratch(need)});
+  }
+}
+
+void layer_attention::run(fovea::exec_ref exec, isize layer, std::span<const sequence_rows> parts, isize rows,
+                          const float* q, const float* k, const float* v, float* out, bool turned) {
+  const layer_plan& groups = plan_.layers[static_cast<std::size_t>(layer)];
+  const isize d = config_.head_dim, H = config_.heads, G = config_.kv_heads;
+  for (std::size_t x = 0; x < groups.size(); ++x) {
+    const std::vector<isize>& heads = groups[x].heads;
+    const std::vector<isize> kv = kv_heads_of(config_, heads);
+    const isize step = step_of(heads), kv_step = step_of(kv);
+    if (step != 0 && kv_step != 0) {
+      attend(exec, layer, x, parts,
+             {heads_view(q, rows, H, d, heads, step), heads_view(k, rows, G, d, kv, kv_step),
+              heads_view(v, rows, G, d, kv, kv_step), heads_view(out, rows, H, d, heads, step)},
+             turned);
+      continue;
+    }
+    const auto h = static_cast<isize>(heads.size()), few = static_cast<isize>(kv.size());
+    gathered_.resize(static_cast<std::size_t>(2 * (h + few) * rows * d));
+    float *gq = gathered_.data(), *gk = gq + h * rows * d, *gv = gk + few * rows * d, *go = gv + few * rows * d;
+    copy_heads(q, H, gq, h, rows, d, heads, false);
+    copy_heads(k, G, gk, few, rows, d, kv, false);
+    copy_heads(v, G, gv, few, rows, d, kv, false);
+    attend(exec, layer, x, parts,
+           {fovea::bnhd<const float>(gq, 1, rows, h, d), fovea::bnhd<const float>(gk, 1, rows, few, d),
+            fovea::bnhd<const float>(gv, 1, rows, few, d), fovea::bnhd(go, 1, rows, h, d)},
+           turned);
+    copy_heads(go, h, out, H, rows, d, heads, true);
+  }
+}
+
+}  // namespace engine
