@@ -93,6 +93,13 @@ struct hybrid_attention {
 /// skipped. out [B, H, n, 1], f32 (f64 when q is f64). Two passes of exact scores; for reports and for choosing a budget.
 void mass_recall(exec_ref exec, const hybrid_attention& m, tensor_ref q, tensor_ref k, tensor_ref v, tensor_mut out);
 
+/// The certificate: bound [B, H, n, 1] (f32, f64 when q is f64) receives, for each row, an upper bound of |o - o*|, o the output of
+/// `m` in f32 (f64), written to `out` as well if it is given, and o* exact attention over all keys that causality allows. It holds
+/// always: no sampling, no assumption on the data; the rounding of o and of the bound's own arithmetic is in it. Infinity where nothing can be said:
+/// the row, or a key or value that it may see, is not finite, or is too large to be rounded. For every selector but `pattern`; not for cumulant.
+void error_bound(exec_ref exec, const hybrid_attention& m, tensor_ref q, tensor_ref k, tensor_ref v, tensor_mut bound,
+                 tensor_mut out = {});
+
 }  // namespace FOVEA_ABI
 }  // namespace fovea
 

@@ -110,7 +110,8 @@ struct hybrid_run {
   shape s;
   isize past;
   kernel::block_rule rule;
-  isize rows, most, plan_rows;  ///< rows of a query group; of a superblock; table rows of a superblock
+  isize rows, most, plan_rows;     ///< rows of a query group; of a superblock; table rows of a superblock
+  std::uint8_t* record = nullptr;  ///< [B, H, query blocks, key blocks]: the fates, for who asks for them; null: nobody
 
   hybrid_run(const hybrid_attention& mechanism, const shape& sizes, isize tokens_before)
       : m(mechanism), s(sizes), past(tokens_before) {
@@ -292,6 +293,7 @@ struct hybrid_run {
     }
     if (m.selects())
       at.choose.run(summary, {p.k.row(b, g, 0), p.k.type, p.k.row_stride}, p.q, b, at.list, next, at.fate);
+    if (record != nullptr) note(at.list, next, at.fate, b);
     bool any = false;
     for (isize r = 0; r < next; ++r)
       for (const bool pool : {false, true}) {
@@ -303,6 +305,13 @@ struct hybrid_run {
         any = any || (pool && !hull.empty());
       }
     return any;
+  }
+
+  void note(const kernel::query_block* list, isize count, const std::uint8_t* fate, isize b) const {
+    const isize blocks = rule.blocks();
+    for (isize r = 0; r < count; ++r)
+      std::copy_n(fate + r * blocks, blocks,
+                  record + ((b * s.H + list[r].head) * ceil_div(s.n, rule.block_q) + list[r].block) * blocks);
   }
 
   void copy_given(isize b, isize h, isize block, std::uint8_t* fate) const {
@@ -367,8 +376,10 @@ struct hybrid_run {
     measure.take<std::byte>(static_cast<isize>(run.slot_bytes()) * threads);
     return measure.bytes();
   }
-  static void prefill(const hybrid_attention& m, exec_ref exec, const problem& p, arena scratch) {
-    const hybrid_run run(m, p.shape(), 0);
+  static void prefill(const hybrid_attention& m, exec_ref exec, const problem& p, arena scratch,
+                      std::uint8_t* record = nullptr) {
+    hybrid_run run(m, p.shape(), 0);
+    run.record = record;
     const shared at(scratch, run, exec.concurrency());
     at.all.append(exec, p.k, p.v, 0, at.fold);
     run.attend(exec, p, scratch,
@@ -413,6 +424,7 @@ FOVEA_DEFINITION void hybrid_attention::prefill(exec_ref exec, const problem& p,
 }  // namespace FOVEA_ABI
 }  // namespace fovea
 
+#include <fovea/hybrid/certificate.hpp>
 #include <fovea/hybrid/cost.hpp>
 #include <fovea/hybrid/recall.hpp>
 #include <fovea/hybrid/step.hpp>
