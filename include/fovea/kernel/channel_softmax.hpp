@@ -11,13 +11,15 @@
 /// Numerics   exponents <= 0; a block is summed by itself before it joins the running sum.
 /// Reference  efficient/reference.hpp.       Source  Shen et al., Efficient Attention (WACV 2021, arXiv 1812.01243).
 
+#include <algorithm>
 #include <limits>
 
 #include <fovea/core/view.hpp>
 #include <fovea/core/workspace.hpp>
 #include <fovea/simd/convert.hpp>
 #include <fovea/simd/exp.hpp>
-#include <fovea/tile/gemm.hpp>
+#include <fovea/simd/reduce.hpp>
+#include <fovea/tile/gemm_ahead.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -45,6 +47,11 @@ struct stored_rows {
   const void* row(isize i) const {
     return static_cast<const unsigned char*>(data) + i * stride * static_cast<isize>(size_of(type));
   }
+  /// For tile::gemm_ahead: `count` rows of `width` from row i on.
+  tile::rows_ahead ahead(isize i, isize count, isize width) const {
+    const isize size = static_cast<isize>(size_of(type));
+    return {static_cast<const unsigned char*>(data) + i * stride * size, width * size, stride * size, count};
+  }
 };
 
 namespace detail {
@@ -64,28 +71,38 @@ FOVEA_INLINE void scale_and_add(Acc* to, Acc to_factor, const Acc* from, Acc fro
                   count - c);
 }
 
-/// Turns the keys of a block into weights, raises `top` and `sum`; factor [d] is what older sums have to be multiplied by.
-template <class Arch, class Acc>
-FOVEA_NOINLINE void weigh_block(isize count, isize d, Acc* keys, Acc* top, Acc* sum, Acc* factor) noexcept {
+/// Turns the keys of a block into weights, raises `top` and `sum`; factor [d] is what older sums have to be multiplied by. Weights
+/// come as strips of `NC` vectors of channels, strip after strip, [count][NC W] each: what the product reads lies side by side.
+template <class Arch, class Acc, int NC>
+FOVEA_NOINLINE void weigh_strip(isize count, const Acc* keys, isize keys_stride, isize left, Acc* to, Acc* top,
+                                Acc* sum, Acc* factor) noexcept {
   using P = simd::pack<Acc, Arch>;
-  for (isize c = 0; c < d; c += P::size) {
-    const isize left = d - c;
-    const P old = simd::load_n<P>(top + c, left);
-    P high = old;
-    for (isize t = 0; t < count; ++t)
-      high = simd::max(simd::load_n<P>(keys + t * d + c, left), high);  // high second: NaN keys stay out
-    const P shift = simd::max(high, P(lowest<Acc>)), to_log2(log2_of_e<Acc>);
-    const P rescale = simd::exp2((old - shift) * to_log2);
-    P total(Acc(0));
-    for (isize t = 0; t < count; ++t) {
-      const P w = simd::exp2((simd::load_n<P>(keys + t * d + c, left) - shift) * to_log2);
-      simd::store_n(keys + t * d + c, w, left);
-      total = total + w;
-    }
-    simd::store_n(top + c, high, left);
-    simd::store_n(factor + c, rescale, left);
-    simd::store_n(sum + c, simd::fma(simd::load_n<P>(sum + c, left), rescale, total), left);
-  }
+  constexpr isize W = P::size;
+  const bool whole = left >= NC * W;
+  const auto count_of = [&](isize v) FOVEA_INLINE_LAMBDA { return left > v * W ? left - v * W : 0; };
+  const auto load = [&](const Acc* x, isize v) FOVEA_INLINE_LAMBDA {
+    return whole ? P::load(x + v * W) : simd::load_n<P>(x + v * W, count_of(v));
+  };
+  P old[NC], high[NC], shift[NC], total[NC];
+  tile::unroll<NC>([&](auto v) FOVEA_INLINE_LAMBDA { high[v] = old[v] = load(top, v), total[v] = P(Acc(0)); });
+  for (isize t = 0; t < count; ++t)
+    tile::unroll<NC>([&](auto v) FOVEA_INLINE_LAMBDA {
+      high[v] = simd::max(load(keys + t * keys_stride, v), high[v]);  // high second: NaN keys stay out
+    });
+  const P to_log2(log2_of_e<Acc>);
+  tile::unroll<NC>([&](auto v) FOVEA_INLINE_LAMBDA { shift[v] = simd::max(high[v], P(lowest<Acc>)); });
+  for (isize t = 0; t < count; ++t)
+    tile::unroll<NC>([&](auto v) FOVEA_INLINE_LAMBDA {
+      const P w = simd::exp2((load(keys + t * keys_stride, v) - shift[v]) * to_log2);
+      w.store(to + (t * NC + v) * W);
+      total[v] = total[v] + w;
+    });
+  tile::unroll<NC>([&](auto v) FOVEA_INLINE_LAMBDA {
+    const P rescale = simd::exp2((old[v] - shift[v]) * to_log2);
+    simd::store_n(top + v * W, high[v], count_of(v));
+    simd::store_n(factor + v * W, rescale, count_of(v));
+    simd::store_n(sum + v * W, simd::fma(load(sum, v), rescale, total[v]), count_of(v));
+  });
 }
 
 /// The same token by token: weights [count x d] in place of the keys, rescale factors and 1 / sum after each token.
@@ -150,18 +167,47 @@ FOVEA_NOINLINE void sweep_tile(isize d, const Acc* w, const Acc* factor, const A
 
 }  // namespace detail
 
+namespace detail {
+
+/// One row of NV whole vectors: it stays in registers between the maximum and the sum.
+template <class Arch, class Acc, int NV>
+FOVEA_INLINE void feature_row(const Acc* x, Acc scale, Acc* p) {
+  using P = simd::pack<Acc, Arch>;
+  P y[NV];
+  tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { y[v] = P::load(x + v * P::size) * P(scale); });
+  P high = y[0], sum(Acc(0));
+  tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { high = simd::max(y[v], high); });
+  const P shift(std::max(simd::reduce_max(high), lowest<Acc>));
+  tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { y[v] = simd::exp2(y[v] - shift), sum = sum + y[v]; });
+  const Acc total = simd::reduce_add(sum);
+  const P inverse(total > Acc(0) ? Acc(1) / total : total * Acc(0));
+  tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { (y[v] * inverse).store(p + v * P::size); });
+}
+
+}  // namespace detail
+
 /// p [count x d] = softmax of scale * q over the features, or scale * q.
 template <class Arch, class Acc>
 FOVEA_NOINLINE void feature_rows(const stored_rows& q, isize count, isize d, double scale, bool normalise,
                                  Acc* p) noexcept {
   using P = simd::pack<Acc, Arch>;
-  const P factor(static_cast<Acc>(scale) * (normalise ? detail::log2_of_e<Acc> : Acc(1)));
+  const Acc by = static_cast<Acc>(scale) * (normalise ? detail::log2_of_e<Acc> : Acc(1));
+  const P factor(by);
   for (isize t = 0; t < count; ++t) {
     Acc* x = p + t * d;
-    simd::load_row<Arch, Acc>(q.type, q.row(t), d, x);
+    simd::prefetch(q.row(t + 16), d * static_cast<isize>(size_of(q.type)));
+    const Acc* from = simd::row_as<Arch, Acc>(q.type, q.row(t), d, x);
+    if (normalise && d == 4 * P::size) {
+      detail::feature_row<Arch, Acc, 4>(from, by, x);
+      continue;
+    }
+    if (normalise && d == 8 * P::size) {
+      detail::feature_row<Arch, Acc, 8>(from, by, x);
+      continue;
+    }
     P high(detail::lowest<Acc>);
     for (isize c = 0; c < d; c += P::size) {
-      const P y = simd::load_n<P>(x + c, d - c) * factor;
+      const P y = simd::load_n<P>(from + c, d - c) * factor;
       simd::store_n(x + c, y, d - c);
       high = simd::max(d - c >= P::size ? y : simd::select((1U << (d - c)) - 1U, y, high), high);
     }
@@ -222,30 +268,51 @@ class channel_blocks {
 
   channel_blocks(arena& memory, isize d, isize e)
       : keys_(memory.take<Acc>(block * d)),
+        weights_(memory.take<Acc>(block * strip)),
         values_(memory.take<Acc>(block * e)),
-        partial_(memory.take<Acc>(d * e)),
-        factor_(memory.take<Acc>(d)) {}
+        partial_(memory.take<Acc>(strip * e)),
+        factor_(memory.take<Acc>(strip)) {}
 
   /// `exponential`: weights e^k with a running maximum; otherwise the keys are the weights (top and sum stay as they are).
   void absorb(const channel_state<Acc>& s, const stored_rows& k, const stored_rows& v, isize count,
               bool exponential) noexcept {
     for (isize t0 = 0; t0 < count; t0 += block) {
       const isize some = count - t0 < block ? count - t0 : block;
-      for (isize t = 0; t < some; ++t) simd::load_row<Arch, Acc>(k.type, k.row(t0 + t), s.d, keys_ + t * s.d);
-      const bool in_place = v.type == dtype_of<Acc>;
-      for (isize t = 0; !in_place && t < some; ++t)
-        simd::load_row<Arch, Acc>(v.type, v.row(t0 + t), s.e, values_ + t * s.e);
-      if (exponential) detail::weigh_block<Arch, Acc>(some, s.d, keys_, s.top, s.sum, factor_);
-      tile::gemm<Arch, Acc>(s.d, s.e, some, keys_, 1, s.d, in_place ? static_cast<const Acc*>(v.row(t0)) : values_,
-                            in_place ? v.stride : s.e, partial_, s.e, false);
-      for (isize c = 0; c < s.d; ++c)
-        detail::scale_and_add<Arch, Acc>(s.context + c * s.e, exponential ? factor_[c] : Acc(1), partial_ + c * s.e,
-                                         Acc(1), s.e);
+      const auto [keys, keys_stride] = rows(k, t0, some, s.d, keys_);
+      const auto [values, values_stride] = rows(v, t0, some, s.e, values_);
+      const isize left = count - t0 - some, next = left < block ? left : block;
+      tile::rows_ahead ahead[] = {k.ahead(t0 + some, next, s.d), v.ahead(t0 + some, next, s.e)};
+      for (isize c = 0; c < s.d; c += strip) {
+        const isize wide = s.d - c < strip ? s.d - c : strip;
+        if (exponential)
+          detail::weigh_strip<Arch, Acc, NC>(some, keys + c, keys_stride, wide, weights_, s.top + c, s.sum + c,
+                                             factor_);
+        tile::gemm_ahead<Arch, Acc>(wide, s.e, some, exponential ? weights_ : keys + c, 1,
+                                    exponential ? strip : keys_stride, values, values_stride, partial_, s.e, ahead);
+        for (isize x = 0; x < wide; ++x)
+          detail::scale_and_add<Arch, Acc>(s.context + (c + x) * s.e, exponential ? factor_[x] : Acc(1),
+                                           partial_ + x * s.e, Acc(1), s.e);
+      }
     }
   }
 
  private:
-  Acc *keys_, *values_, *partial_, *factor_;
+  static constexpr int NC = 2;
+  static constexpr isize strip = NC * simd::pack<Acc, Arch>::size;
+
+  struct place {
+    const Acc* at;
+    isize stride;
+  };
+  /// Where they lie, or converted into `scratch`.
+  static place rows(const stored_rows& from, isize first, isize count, isize width, Acc* scratch) noexcept {
+    if (from.type == dtype_of<Acc>) return {static_cast<const Acc*>(from.row(first)), from.stride};
+    for (isize t = 0; t < count; ++t)
+      simd::load_row<Arch, Acc>(from.type, from.row(first + t), width, scratch + t * width);
+    return {scratch, width};
+  }
+
+  Acc *keys_, *weights_, *values_, *partial_, *factor_;
 };
 
 /// Tokens one after the other: row t of each query head of the group sees the state and tokens 0 .. t.

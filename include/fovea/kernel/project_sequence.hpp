@@ -17,7 +17,7 @@
 #include <fovea/core/workspace.hpp>
 #include <fovea/mask/mask.hpp>
 #include <fovea/simd/convert.hpp>
-#include <fovea/tile/gemm.hpp>
+#include <fovea/tile/gemm_ahead.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -53,14 +53,15 @@ template <class Arch, class Acc>
 class sequence_projector {
   using P = simd::pack<Acc, Arch>;
   static constexpr isize block = 128;
+  static constexpr isize MR = tile::tile_shape<Arch, Acc>::MR;
 
  public:
-  static constexpr isize panel = 64;  ///< most slots of one call: tasks are cut by slots
+  static constexpr isize panel = 128;  ///< most slots of one call: tasks are cut by slots
 
   sequence_projector(arena& memory, isize width)
       : rows_(memory.take<Acc>(block * width)),
         partial_(memory.take<Acc>(panel * width)),
-        weights_(memory.take<Acc>(std::is_same_v<Acc, float> ? 0 : block * panel)) {}
+        weights_(memory.take<Acc>(groups * stride)) {}
 
   static void clear(const projection& p, isize width, isize s0, isize s1, Acc* out) noexcept {
     const Acc empty = p.kind == sequence_projection::max ? -std::numeric_limits<Acc>::infinity() : Acc(0);
@@ -91,6 +92,19 @@ class sequence_projector {
       simd::store_n(out + c, largest ? simd::max(old, y) : simd::fma(P(weight), y, old), width - c);
     }
   }
+  /// Rows of E, read once and in order, as strips as wide as the register tile is high. In place the columns of such a strip lie a row
+  /// of E apart: with 128 slots all of them fall into an eighth of the cache.
+  void pack(const tile::balanced& cut, const float* e, isize e_stride, isize count) noexcept {
+    const bool even = cut.extra == 0 && cut.small == MR;
+    for (isize i = 0; i < count; ++i, e += e_stride) {
+      Acc* to = weights_ + i * MR;
+      const float* from = e;
+      for (isize g = 0; even && g < cut.groups; ++g, from += MR, to += stride)
+        for (isize x = 0; x < MR; ++x) to[x] = static_cast<Acc>(from[x]);
+      for (isize g = 0, s = 0; !even && g < cut.groups; s += cut.size(g), ++g)
+        for (isize x = 0; x < cut.size(g); ++x) weights_[g * stride + i * cut.size(g) + x] = static_cast<Acc>(e[s + x]);
+    }
+  }
   void multiply(const projection& p, const unsigned char* x, dtype type, isize step, isize first, isize count,
                 isize width, isize s0, isize s1, Acc* out) noexcept {
     const isize some = s1 - s0;
@@ -101,18 +115,23 @@ class sequence_projector {
         simd::load_row<Arch, Acc>(type, x + (i0 + i) * step, width, rows_ + i * width);
       const Acc* rows = in_place ? reinterpret_cast<const Acc*>(x + i0 * step) : rows_;
       const isize ld = in_place ? step / static_cast<isize>(sizeof(Acc)) : width;
-      const float* e = p.weights + (first + i0) * p.stride + s0;
-      if constexpr (std::is_same_v<Acc, float>) {
-        tile::gemm<Arch, Acc>(some, width, n, e, 1, p.stride, rows, ld, partial_, width, false);
-      } else {
-        for (isize i = 0; i < n; ++i)
-          simd::load_row<Arch, Acc>(dtype::f32, e + i * p.stride, some, weights_ + i * some);
-        tile::gemm<Arch, Acc>(some, width, n, weights_, 1, some, rows, ld, partial_, width, false);
-      }
+      const tile::balanced cut(some, MR);
+      pack(cut, p.weights + (first + i0) * p.stride + s0, p.stride, n);
+      const isize left = count - i0 - n, next = left < block ? left : block;
+      tile::rows_ahead ahead[] = {
+          {p.weights + (first + i0 + n) * p.stride + s0, some * static_cast<isize>(sizeof(float)),
+           p.stride * static_cast<isize>(sizeof(float)), next},
+          {x + (i0 + n) * step, width * static_cast<isize>(size_of(type)), step, next}};
+      for (isize g = 0, s = 0; g < cut.groups; s += cut.size(g), ++g)
+        tile::gemm_ahead<Arch, Acc>(cut.size(g), width, n, weights_ + g * stride, 1, cut.size(g), rows, ld,
+                                    partial_ + s * width, width, ahead);
       join(false, Acc(1), partial_, some * width, out + s0 * width);
     }
   }
 
+  static constexpr isize groups = (panel + MR - 1) / MR;
+  static constexpr isize stride =
+      block * MR + 16;  ///< of a strip; no power of two, or all strips share one set of the cache
   Acc *rows_, *partial_, *weights_;
 };
 
