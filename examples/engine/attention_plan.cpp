@@ -45,8 +45,8 @@ void check_group(const head_group& g, const model_config& c, isize layer) {
   const auto* softmax = m.as<fovea::softmax_attention>();
   if (softmax != nullptr && softmax->turn != nullptr)
     refuse("layer ", layer, ": softmax brings a RoPE of its own; the engine turns q and k (leave out rope_theta)");
-  for (const std::string& input : m.call_inputs())  // S0 and z0, a state to start from, are optional
-    if (input != "S0" && input != "z0")
+  for (const std::string& input : m.call_inputs())  // a state to start from and positions are optional
+    if (input != "S0" && input != "z0" && input != "positions")
       refuse("layer ", layer, ": ", m.name(), " wants \"", input, "\" with each call; this model has no such gate");
   if (uniform_groups(c, g.heads).size() != 1)
     refuse("layer ", layer, ": a group of ", m.name(), " reads its KV heads unequally often (use uniform_groups)");

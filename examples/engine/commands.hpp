@@ -14,7 +14,8 @@ using fovea::isize;
 
 /// What every command that runs the model is told.
 struct model_options {
-  std::string model;  ///< directory of config.json, model.safetensors, tokenizer.json
+  std::string model;      ///< directory of config.json, model.safetensors, tokenizer.json
+  std::string attention;  ///< policy file; empty: exact everywhere
   fovea::dtype cache = fovea::dtype::f16;
   int threads = 1;
 };

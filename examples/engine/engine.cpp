@@ -16,6 +16,7 @@ namespace {
 
 void add_model(CLI::App* command, engine::model_options& o) {
   command->add_option("--model", o.model, "folder of config.json, model.safetensors and tokenizer.json")->required();
+  command->add_option("--attention", o.attention, "policy file: a mechanism for each layer and head (default: exact)");
   command->add_option("--threads", o.threads, "threads; results do not depend on it")->capture_default_str();
   command->add_option("--cache", o.cache, "type of exact KV stores: f32, f16 or bf16 (default f16)")
       ->transform(CLI::CheckedTransformer(std::map<std::string, fovea::dtype>{
