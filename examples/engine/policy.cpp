@@ -114,9 +114,7 @@ struct weight_files {
   }
 };
 
-std::string rule_name(std::size_t i) {
-  return i == 0 ? "default" : "overrides[" + std::to_string(i - 1) + "]";
-}
+std::string rule_name(std::size_t i) { return i == 0 ? "default" : "overrides[" + std::to_string(i - 1) + "]"; }
 
 fovea::any_attention make_group(const policy& p, std::size_t i, const model_config& c, const std::vector<isize>& heads,
                                 weight_files& files) {
@@ -136,6 +134,14 @@ fovea::any_attention make_group(const policy& p, std::size_t i, const model_conf
   } catch (const fovea::contract_error& e) {
     throw file_error(p.path + ": " + rule_name(i), e);
   }
+}
+
+/// The last rule that covers a head.
+std::size_t rule_of(const policy& p, isize layer, isize head) {
+  std::size_t last = 0;
+  for (std::size_t i = 0; i < p.rules.size(); ++i)
+    if (p.rules[i].covers(layer, head)) last = i;
+  return last;
 }
 
 void check_ranges(const policy& p, const model_config& c) {
@@ -212,6 +218,17 @@ array cut_to_heads(const std::string& name, const array& a, const model_config& 
   return out;
 }
 
+std::set<isize> changed_layers(const policy& p, const model_config& c) {
+  const fovea::configuration exact = exact_policy().rules[0].attention;
+  std::set<isize> out;
+  for (isize l = 0; l < c.layers; ++l)
+    for (isize h = 0; h < c.heads; ++h) {
+      const fovea::configuration& a = p.rules[rule_of(p, l, h)].attention;
+      if (a.mechanism != exact.mechanism || a.values != exact.values) out.insert(l);
+    }
+  return out;
+}
+
 attention_plan make_plan(const policy& p, const model_config& c) {
   check_ranges(p, c);
   weight_files files;
@@ -219,12 +236,7 @@ attention_plan make_plan(const policy& p, const model_config& c) {
   attention_plan plan;
   for (isize l = 0; l < c.layers; ++l) {
     std::map<std::size_t, std::vector<isize>> heads_of;  // by rule
-    for (isize h = 0; h < c.heads; ++h) {
-      std::size_t last = 0;
-      for (std::size_t i = 0; i < p.rules.size(); ++i)
-        if (p.rules[i].covers(l, h)) last = i;
-      heads_of[last].push_back(h);
-    }
+    for (isize h = 0; h < c.heads; ++h) heads_of[rule_of(p, l, h)].push_back(h);
     layer_plan layer;
     for (const auto& [rule, all] : heads_of)
       for (const std::vector<isize>& heads : uniform_groups(c, all)) {

@@ -58,6 +58,9 @@ attention_plan make_plan(const policy& p, const model_config& c);
 /// Both in one.
 attention_plan read_policy(const std::string& path, const model_config& c);
 
+/// Layers in which some head is not exact attention with the engine's own store.
+std::set<isize> changed_layers(const policy& p, const model_config& c);
+
 /// Exact attention, but in `layers`, where it is what `p` says.
 policy only_in(const policy& p, const std::set<isize>& layers, isize model_layers);
 
