@@ -3,6 +3,8 @@
 #include <cstdio>
 #include <set>
 
+#include <fovea/interop/json.hpp>
+
 #include "error.hpp"
 #include "evaluation.hpp"
 #include "pool.hpp"
@@ -98,6 +100,14 @@ int evaluate(const evaluate_options& o) {
     write_report(j, o.folder);
     std::fprintf(stderr, "written: %s/evaluate.html, %s/evaluate.json\n", o.folder.c_str(), o.folder.c_str());
   }
+  return 0;
+}
+
+int report(const report_options& o) {
+  const auto j = fovea::parse_json(fovea::read_text(o.input, 1 << 26), o.input);
+  for (const char* key : {"fovea", "machine", "model", "how", "texts", "policies"})
+    if (!j.is_object() || !j.contains(key)) throw fovea::file_error(o.input, "is not what `engine evaluate` writes");
+  write_report(nlohmann::ordered_json::parse(j.dump()), o.folder);
   return 0;
 }
 

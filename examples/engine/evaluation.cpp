@@ -82,9 +82,9 @@ void print_table(const evaluation& e) {
   for (std::size_t t = 0; t < e.texts.size(); ++t) std::printf("  text %zu", t + 1);
   std::printf("      KL  top-1  prefill tok/s    decode tok/s    state MB\n");
   for (const evaluated_policy& p : e.policies) {
-    const std::string range = "[" + loss_text(p.all.ratio_low() - 1) + ", " + loss_text(p.all.ratio_high() - 1) + "]";
-    std::printf("%-34s %6td %9s %19s", p.what.label.substr(0, 34).c_str(), p.layers,
-                loss_text(p.all.ratio() - 1).c_str(), range.c_str());
+    std::printf("%-34s %6td %9s  [%7s, %7s]", p.what.label.substr(0, 34).c_str(), p.layers,
+                loss_text(p.all.ratio() - 1).c_str(), loss_text(p.all.ratio_low() - 1).c_str(),
+                loss_text(p.all.ratio_high() - 1).c_str());
     for (const text_summary& t : p.texts) std::printf(" %7s", loss_text(t.ratio() - 1).c_str());
     std::printf(" %7.2f %5.1f%% %7.1f (%.2fx) %7.2f (%.2fx) %9.2f\n", 1000 * p.all.kl.mean, 100 * p.all.top1,
                 static_cast<double>(p.cost.context) / p.cost.prefill, p.prefill_ratio, 1 / p.cost.step, p.step_ratio,

@@ -27,10 +27,16 @@ struct evaluate_options : judging_options {
 };
 int evaluate(const evaluate_options& o);
 
+/// The page of an evaluate.json made again.
+struct report_options {
+  std::string input, folder;
+};
+int report(const report_options& o);
+
+/// `attention` is the policy whose layers are swapped in.
 struct sensitivity_options : judging_options {
-  std::string attention;  ///< the policy whose layers are swapped in
-  std::string output;     ///< "" or a JSON file
-  bool triples = true;    ///< groups of three neighbouring layers as well
+  std::string output;   ///< "" or a JSON file
+  bool triples = true;  ///< groups of three neighbouring layers as well
 };
 int sensitivity(const sensitivity_options& o);
 
