@@ -50,16 +50,18 @@ class int8_block {
     run_max_ = memory.take<std::int16_t>(R.running_max ? 2 * all : 0);
     s_ = memory.take<std::int16_t>(K * T::rows), p_ = memory.take<std::uint8_t>(K * T::rows);
     f_ = memory.take<float>(K * T::rows), mass_ = memory.take<float>(parts * T::rows);
-    lanes_ = memory.take<std::uint64_t>(K), seen_ = memory.take<key_run>(K);
+    lanes_ = memory.take<std::uint64_t>(K);
     runs_ = memory.take<int8_run>(K / 4), kept_ = memory.take<int8_run>(K / 4 * 2);
   }
 
   /// What tile t sees of block x; `own`: its keys in the set. No runs: nothing.
   tile_of_block look(const key_set<float>& set, const int8_head& head, isize x, isize t, range own) noexcept {
-    const isize j0 = x * K, found = at_.look(set, t, own.first, own.last, lanes_ + (own.first - j0), seen_);
-    tile_of_block at{head, x, t, static_cast<int>(ceil_div(at_.count(t), W)), false, found};
-    if (found == 0) return at;
-    at.whole = found == 1 && !seen_[0].masked && seen_[0].count == K;
+    const isize j0 = x * K;
+    range seen;
+    const tile_kind kind = at_.see(set, t, own.first, own.last, lanes_ + (own.first - j0), seen);
+    tile_of_block at{head, x, t, static_cast<int>(ceil_div(at_.count(t), W)), false, 0};
+    if (kind == tile_kind::empty) return at;
+    at.whole = kind == tile_kind::full && seen.last - seen.first == K;
     at.runs = 1;
     runs_[0] = {0, static_cast<std::int16_t>(K / 4), 0, static_cast<std::int8_t>(at.vectors), false};
     if (at.whole) return at;
@@ -298,7 +300,6 @@ class int8_block {
   std::int16_t *run_max_, *s_;
   std::uint64_t* lanes_;
   int8_run *runs_, *kept_;
-  key_run* seen_;
   view_of_part view_[parts * T::NR];
 };
 

@@ -86,6 +86,8 @@ FOVEA_NOINLINE void int8_scores(const int8_operands& x, isize first, isize count
     } else {
       for (isize c = 0; c < dp; c += 4) step(c);
     }
+    float level[4];  // in memory of its own: each product takes it as a broadcast operand
+    for (int i = 0; i < 4; ++i) level[i] = fold[j + i] + int8_magic;
     tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA {
       word rounded[4];
       tile::unroll<4>([&](auto i) FOVEA_INLINE_LAMBDA {
@@ -98,7 +100,7 @@ FOVEA_NOINLINE void int8_scores(const int8_operands& x, isize first, isize count
           } else {
             // The sum is the integer of a float near int8_magic, and so is the score: no conversion either way.
             const P a = simd::fma(simd::as_floats(acc[i][v], z), P(k_scale[j + i]), P(k_shift[j + i]));
-            y[z] = simd::fma(a, b, P(fold[j + i] + int8_magic));
+            y[z] = simd::fma(a, b, P(level[i]));
             if constexpr (Kind == int8_scoring::masked) {
               const auto live = static_cast<simd::lane_bits>(x.lanes[j + i] >> (x.shift + v * W + z * P::size));
               y[z] = simd::select(live, y[z], P(int8_magic - 32768));
@@ -110,7 +112,7 @@ FOVEA_NOINLINE void int8_scores(const int8_operands& x, isize first, isize count
       if constexpr (Kind != int8_scoring::loose)
         tile::unroll<2>([&](auto h) FOVEA_INLINE_LAMBDA {
           const word pair = simd::join_i16(rounded[h], rounded[h + 2]);
-          pair.store(s + ((j / 2 + h) * rows + v * W) * 2);
+          pair.store(s + (j + 2 * h) * rows + 2 * v * W);
           most[v] = simd::max_i16(most[v], pair);
         });
     });

@@ -74,25 +74,21 @@ FOVEA_NOINLINE void measure_rows(const float* x, isize ld, isize n, row_extents<
   for (isize first = 0; first < row_extents<Arch>::W; first += L) {
     P high[L], square[L];
     for (isize l = 0; l < L; ++l) {
-      P up = zero, down = zero, sum = zero;
+      P most = zero, sum = zero;
       const float* row = x + (first + l) * ld;
       for (isize c = 0; c < n; c += L) {
         const P y = P::load(row + c);
-        up = simd::max(up, y), down = simd::min(down, y), sum = simd::fma(y, y, sum);
+        most = simd::most_magnitude(most, y), sum = simd::fma(y, y, sum);
       }
-      high[l] = simd::max(up, zero - down), square[l] = sum;
+      high[l] = most, square[l] = sum;
     }
-    simd::sum_each(square).store(to.length + first);
-    simd::transpose(high);
-    P all = high[0];
-    for (isize l = 1; l < L; ++l) all = simd::max(all, high[l]);
-    all.store(to.most + first);
-  }
-  for (isize l = 0; l < row_extents<Arch>::W; ++l) {
-    const bool sound = to.length[l] < std::numeric_limits<float>::infinity(), some = sound && to.most[l] > 1e-30F;
-    to.length[l] = sound ? to.length[l] : std::numeric_limits<float>::infinity();
-    to.most[l] = some ? to.most[l] : 0.0F;  // rows of zeros, and those that are marked
-    to.factor[l] = some ? 127.0F / to.most[l] : 0.0F;
+    const P none(std::numeric_limits<float>::infinity());
+    P length = simd::sum_each(square), most = simd::max_each(high);
+    length = simd::select_greater(none, length, length, none);  // NaN too
+    most = simd::select_greater(none, length, simd::select_greater(most, P(1e-30F), most, zero), zero);
+    length.store(to.length + first), most.store(to.most + first);
+    // Rows of zeros, and those that are marked: 0.
+    simd::select_greater(most, zero, P(127.0F) / simd::max(P(1e-30F), most), zero).store(to.factor + first);
   }
 }
 
@@ -104,6 +100,30 @@ FOVEA_INLINE simd::words<Arch> rounded_words(const float* x, simd::pack<float, A
   tile::unroll<simd::float_packs<Arch>>(
       [&](auto i) FOVEA_INLINE_LAMBDA { y[i] = simd::fma(P::load(x + i * P::size), factor, P(shift)); });
   return simd::to_nearest<Arch>(y);
+}
+
+/// A row of n floats times `factor` as bytes: s8, or u8 with 128 added. Returns lanes whose sum is the sum of the s8 (not for u8).
+template <class Arch, bool Unsigned>
+FOVEA_INLINE simd::words<Arch> round_row(const float* x, isize n, simd::pack<float, Arch> factor,
+                                         std::uint8_t* to) noexcept {
+  using word = simd::words<Arch>;
+  constexpr isize W = word::size;
+  constexpr float shift = Unsigned ? 128.0F : 0.0F;
+  word sum = word::splat(0);
+  isize c = 0;
+  for (; c + 4 * W <= n; c += 4 * W) {
+    word y[4];
+    tile::unroll<4>([&](auto i) FOVEA_INLINE_LAMBDA { y[i] = rounded_words<Arch>(x + c + i * W, factor, shift); });
+    const word four = simd::join_bytes<Unsigned>(y);
+    four.store(to + c);
+    if constexpr (!Unsigned) sum = simd::dot4(sum, simd::splat_i8<Arch>(1), four);
+  }
+  for (; c < n; c += W) {
+    const word y = rounded_words<Arch>(x + c, factor, shift);
+    simd::store_low_bytes(y, to + c);
+    if constexpr (!Unsigned) sum = simd::add_i32(sum, y);
+  }
+  return sum;
 }
 
 /// Row j of any source as f32, behind it zeros up to `padded`.
@@ -119,6 +139,14 @@ FOVEA_INLINE void load_padded(const row_source& from, isize j, isize width, isiz
       simd::load_row<Arch, float>(from.type, s.data, width, to);
   }
   for (isize c = width; c < padded; ++c) to[c] = 0.0F;
+}
+/// The same, rotated: without a copy where the row lies as f32.
+template <class Arch>
+FOVEA_INLINE void load_rotated(const row_source& from, isize j, isize width, isize padded, float* to) noexcept {
+  if (from.form == row_form::plain && from.type == dtype::f32 && width == padded)
+    return simd::rotate_row<Arch>(reinterpret_cast<const float*>(from.at(j).data), to, width);
+  load_padded<Arch>(from, j, width, padded, to);
+  simd::rotate_row<Arch>(to, to, width);
 }
 /// Are its integers what the products take?
 inline bool has_codes(const row_source& s) { return s.type == dtype::i8 && s.scale_row == 1; }
@@ -168,22 +196,17 @@ class int8_rounding {
           std::memset(row, 0, static_cast<std::size_t>(to.dp) * sizeof(float));
           continue;
         }
-        load_padded<Arch>(from, j + l, to.d, to.dp, row);
-        if (R.rotate && !from.rotated) simd::rotate_row<Arch>(row, to.d);
+        if (R.rotate && !from.rotated)
+          load_rotated<Arch>(from, j + l, to.d, to.dp, row);
+        else
+          load_padded<Arch>(from, j + l, to.d, to.dp, row);
       }
       measure_rows<Arch>(rows_, to.dp, to.dp, x);
       word sums[W];
       for (isize l = 0; l < W; ++l) {
-        word sum = word::splat(0);
-        const simd::pack<float, Arch> factor(x.factor[l]);
         auto* out = reinterpret_cast<std::uint8_t*>(to.k + (j + l) * to.dp);
         if (x.length[l] == none) std::memset(rows_ + l * to.dp, 0, static_cast<std::size_t>(to.dp) * sizeof(float));
-        for (isize c = 0; c < to.dp; c += W) {
-          const word y = rounded_words<Arch>(rows_ + l * to.dp + c, factor, 0.0F);
-          simd::store_low_bytes(y, out + c);
-          sum = simd::add_i32(sum, y);
-        }
-        sums[l] = sum;
+        sums[l] = round_row<Arch, false>(rows_ + l * to.dp, to.dp, simd::pack<float, Arch>(x.factor[l]), out);
       }
       simd::sum_each(sums).store(to.offset + j);
       for (isize l = 0; l < W; ++l)
@@ -211,35 +234,68 @@ class int8_rounding {
     const word flip = simd::splat_i8<Arch>(128);
     const isize ep = to.ep;
     row_extents<Arch> x;
-    float folds[W];
     for (isize j = first, end = first + R.keys; j < end; j += W) {
-      for (isize l = 0; l < W; ++l)
-        if (j + l < last)
-          load_padded<Arch>(from, j + l, to.e, ep, rows_ + l * ep);
-        else
-          std::memset(rows_ + l * ep, 0, static_cast<std::size_t>(ep) * sizeof(float));
-      measure_rows<Arch>(rows_, ep, ep, x);
-      for (isize l = 0; l < W; ++l) {
-        // A row that is too long to be measured, or a broken one, is zeros. Scales are powers of 2^(1/64): no rounding in the score.
-        const bool broken = x.length[l] == none, some = x.most[l] > 0;
-        const float fold = some ? grid_above(x.most[l] * (1.0F / 127.0F)) : 0.0F;
-        folds[l] = broken ? none : some ? fold : -none;
-        if (broken) std::memset(rows_ + l * ep, 0, static_cast<std::size_t>(ep) * sizeof(float));
+      isize ld = ep;
+      const float* rows = value_rows(from, j, last, to, ld);
+      measure_rows<Arch>(rows, ld, ep, x);
+      if (value_scales(j, x, to)) {  // a broken row: zeros, in a copy
+        for (isize l = 0; l < W; ++l)
+          for (isize c = 0; c < ep; ++c) rows_[l * ep + c] = x.length[l] == none ? 0.0F : rows[l * ld + c];
+        rows = rows_, ld = ep;
       }
-      for (isize l = 0; l < W; l += P::size) simd::exp2(P::load(folds + l) * P(-1.0F / int8_grid)).store(x.factor + l);
-      for (isize l = 0; l < W; ++l) x.factor[l] = set_value(folds[l], x.factor[l], j + l, to);
       for (isize y = 0; y < W; y += 4) {
         auto* out = reinterpret_cast<std::uint8_t*>(to.v + (j + y) * ep);
         for (isize c = 0; c < ep; c += W) {
           word z[4];
           tile::unroll<4>([&](auto i) FOVEA_INLINE_LAMBDA {
-            z[i] = rounded_words<Arch>(rows_ + (y + i) * ep + c, P(x.factor[y + i]), 128.0F);
+            z[i] = rounded_words<Arch>(rows + (y + i) * ld + c, P(x.factor[y + i]), 128.0F);
           });
           const word four = simd::group4(simd::narrow_i16(z[0], z[1]), simd::narrow_i16(z[2], z[3]));
           simd::xor_bits(four, flip).store(out + 4 * c);
         }
       }
     }
+  }
+  /// W rows from j on, zeros behind the last one: where they lie, or in rows_.
+  const float* value_rows(const row_source& from, isize j, isize last, const int8_head& to, isize& ld) noexcept {
+    if (from.form == row_form::plain && from.type == dtype::f32 && to.e == to.ep && j + W <= last) {
+      const stretch s = from.at(j);
+      ld = from.row_bytes / static_cast<isize>(sizeof(float));
+      if (s.count >= W) return reinterpret_cast<const float*>(s.data);
+      ld = to.ep;
+    }
+    for (isize l = 0; l < W; ++l)
+      if (j + l < last)
+        load_padded<Arch>(from, j + l, to.e, to.ep, rows_ + l * to.ep);
+      else
+        std::memset(rows_ + l * to.ep, 0, static_cast<std::size_t>(to.ep) * sizeof(float));
+    return rows_;
+  }
+  /// The scales of W measured rows, and in x.factor what they are multiplied by. Is a row among them whose values are not finite, or
+  /// too long to be measured? Scales are powers of 2^(1/64): no rounding in the score.
+  bool value_scales(isize j, row_extents<Arch>& x, int8_head& to) noexcept {
+    using P = simd::pack<float, Arch>;
+    float folds[W];
+    bool broken = false;
+    for (isize l = 0; l < W; ++l) folds[l] = grid_above(x.most[l] * (1.0F / 127.0F));
+    for (isize l = 0; l < W; ++l) {
+      folds[l] = x.length[l] == none ? none : x.most[l] > 0 ? folds[l] : -none;
+      broken = broken || x.length[l] == none;
+    }
+    for (isize l = 0; l < W; l += P::size) {
+      constexpr float most = static_cast<float>(int8_most_fold * int8_grid);
+      const P fold = P::load(folds + l), large(most + 0.5F), inverse = simd::exp2(fold * P(-1.0F / int8_grid));
+      const auto kept = [&](P yes, P no) {
+        return simd::select_greater(fold, large, no, simd::select_greater(P(-most - 0.5F), fold, no, yes));
+      };
+      const P length = P::load(to.length + j + l), zeros = simd::select_greater(P(-3e38F), fold, length, P(none));
+      kept(length, zeros).store(to.length + j + l);
+      kept(fold, P(-most)).store(to.fold + j + l);
+      kept(inverse, P(static_cast<float>(std::int64_t{1} << static_cast<int>(int8_most_fold))))
+          .store(to.inverse + j + l);
+      kept(inverse, P(0.0F)).store(x.factor + l);
+    }
+    return broken;
   }
   void stored_values(const row_source& from, isize first, isize last, int8_head& to) noexcept {
     const isize ep = to.ep;
@@ -277,21 +333,27 @@ class int8_rounding {
 
   /// 1 / scale of 16 keys from j on, in 15 bits, where the scales are alike. Keys behind the last one count nothing.
   static void weights(isize j, isize last, int8_head& to) noexcept {
+    using P = simd::pack<float, Arch>;
     const isize end = j + int8_part;
-    float most = 0, least = none;
-    for (isize y = j; y < end; ++y) {
-      if (y >= last) to.inverse[y] = 0, to.fold[y] = 0;
-      if (y >= last) continue;
-      most = most > to.inverse[y] ? most : to.inverse[y];
-      least = least < to.inverse[y] ? least : to.inverse[y];
+    for (isize y = j < last ? last : j; y < end; ++y) to.inverse[y] = 0, to.fold[y] = 0;
+    P up(0.0F), down(-none);
+    for (isize y = j; y < end; y += P::size) {
+      const P x = P::load(to.inverse + y);
+      up = simd::max(up, x), down = simd::max(down, simd::select_greater(x, P(0.0F), P(0.0F) - x, P(-none)));
     }
+    const float most = simd::highest(up), least = -simd::highest(down);
     const bool alike = most <= static_cast<float>(int8_most_spread) * least;
     const float unit = !alike || most == 0 ? 0 : 32512.0F / most;
     to.parts[j / int8_part] = {alike ? most / 32512.0F : 0, most};
-    for (isize y = j; y < end; ++y) {
-      const int w = static_cast<int>(std::nearbyint(to.inverse[y] * unit)), high = (w + 128) >> 8;
-      std::uint8_t* at = to.weight + y / 4 * 8 + y % 4;
-      at[0] = static_cast<std::uint8_t>(w - 256 * high), at[4] = static_cast<std::uint8_t>(high);
+    for (isize y = j; y < end; y += W) {
+      std::int32_t w[W];
+      P x[simd::float_packs<Arch>];
+      for (isize i = 0; i < simd::float_packs<Arch>; ++i) x[i] = P::load(to.inverse + y + i * P::size) * P(unit);
+      simd::to_nearest<Arch>(x).store(w);
+      for (isize l = 0; l < W; ++l) {
+        std::uint8_t* at = to.weight + (y + l) / 4 * 8 + l % 4;
+        at[0] = static_cast<std::uint8_t>(w[l]), at[4] = static_cast<std::uint8_t>((w[l] + 128) >> 8);
+      }
     }
   }
 

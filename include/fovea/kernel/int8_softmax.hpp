@@ -45,7 +45,7 @@ class int8_softmax : detail::int8_block<Arch, R> {
     at_.place(rows), skip_ = skip, longest_ = 0;
     const auto log2e = static_cast<float>(1.4426950408889634074), factor = static_cast<float>(scale) * log2e;
     const isize all = at_.used() * T::rows, count = rows.last - rows.first;
-    std::memset(o_, 0, static_cast<std::size_t>(all * e_) * sizeof(float));
+    fresh_ = true;
     for (isize x = 0; R.running_max && x < 2 * all; ++x) run_max_[x] = -32768;
     detail::row_extents<Arch> x;
     for (isize r = 0; r < all; r += W) {
@@ -60,8 +60,7 @@ class int8_softmax : detail::int8_block<Arch, R> {
         if (!(length_[y] <= longest_)) longest_ = sound ? length_[y] : none;
         float* row = rows_of_ + l * wide_;
         if (!sound) std::memset(row, 0, static_cast<std::size_t>(dp_) * sizeof(float));
-        for (isize c = 0; c < dp_; c += W)
-          simd::store_low_bytes(detail::rounded_words<Arch>(row + c, P(x.factor[l]), 128.0F), bytes_ + l * dp_ + c);
+        detail::round_row<Arch, true>(row, dp_, P(x.factor[l]), bytes_ + l * dp_);
       }
       turn(q_ + r / T::rows * T::rows * dp_ + r % T::rows * 4);
     }
@@ -93,17 +92,14 @@ class int8_softmax : detail::int8_block<Arch, R> {
   }
 
   void absorb(const key_set<float>& set, const int8_head& head) noexcept {
-    const range all = hull(set);
-    const isize first = all.first / K, last = ceil_div(all.last, K);
-    const auto block = [&](isize x) {
-      for (isize t = 0; t < at_.used(); ++t) absorb_tile(set, head, x, t);
-    };
-    if (skip_ == 0)
-      for (isize x = first; x < last; ++x) block(x);
-    else if (first < last) {
-      block(first);
-      for (isize x = last - 1; x > first; --x) block(x);
+    if (skip_ > 0) return absorb_outwards(set, head);
+    // Tile by tile: O stays in the first-level cache, and K and V, a byte an element, come from the second.
+    for (isize t = 0; t < at_.used(); ++t) {
+      if (fresh_) clear(t);
+      const range own = hull(set, t);
+      for (isize x = own.first / K; x < ceil_div(own.last, K); ++x) absorb_tile(set, head, x, t);
     }
+    fresh_ = false;
   }
 
   /// `left`: null, or a byte a row: those that are 1 are not written. `skipped` may be null.
@@ -111,6 +107,7 @@ class int8_softmax : detail::int8_block<Arch, R> {
               const std::uint8_t* left) noexcept {
     constexpr isize L = P::size;
     const bool direct = out.type == dtype::f32;
+    for (isize t = 0; fresh_ && t < at_.used(); ++t) clear(t);
     const isize count = at_.rows().last - at_.rows().first, n = at_.rows().q.length, b = at_.rows().b;
     isize h = at_.head(0), i = at_.row(0);
     for (isize r = 0; r < count; r += L) {
@@ -161,23 +158,48 @@ class int8_softmax : detail::int8_block<Arch, R> {
     if constexpr (P::size == W && W > 4)
       for (; c + 4 * W <= dp_; c += 4 * W) {
         P x[W];
-        for (isize l = 0; l < W; ++l) x[l] = P::load(reinterpret_cast<const float*>(bytes_ + l * dp_ + c));
-        simd::transpose(x);
+        simd::load_turned<float, Arch>(
+            [&](isize l) FOVEA_INLINE_LAMBDA { return reinterpret_cast<const float*>(bytes_ + l * dp_ + c); }, x);
         for (isize l = 0; l < W; ++l) x[l].store(reinterpret_cast<float*>(to + (c / 4 + l) * 4 * T::rows));
       }
     for (; c < dp_; c += 4)
       for (isize l = 0; l < W; ++l) std::memcpy(to + c * T::rows + 4 * l, bytes_ + l * dp_ + c, 4);
   }
 
-  range hull(const key_set<float>& set) const noexcept {
+  /// The keys that tile t sees; those that some tile sees.
+  range hull(const key_set<float>& set, isize t) const noexcept {
     if (set.visible == nullptr) return {set.first, set.count};
     range all{set.count, 0};
-    for (isize t = 0; t < at_.used(); ++t)
-      at_.for_segments(t, [&](const typename tiles::segment& g) {
-        const range r = meet(set.visible->keys(tiles::site(set, g), g.i, g.i + g.count), {set.first, set.count});
-        if (!r.empty()) all = {r.first < all.first ? r.first : all.first, r.last > all.last ? r.last : all.last};
-      });
+    at_.for_segments(t, [&](const typename tiles::segment& g) {
+      all = both(all, meet(set.visible->keys(tiles::site(set, g), g.i, g.i + g.count), {set.first, set.count}));
+    });
     return all;
+  }
+  range hull(const key_set<float>& set) const noexcept {
+    range all{set.count, 0};
+    for (isize t = 0; t < at_.used(); ++t) all = both(all, hull(set, t));
+    return all;
+  }
+  static range both(range a, range b) noexcept {
+    if (b.empty()) return a;
+    return {b.first < a.first ? b.first : a.first, b.last > a.last ? b.last : a.last};
+  }
+
+  void clear(isize t) noexcept {
+    std::memset(o_ + t * T::rows * e_, 0, static_cast<std::size_t>(T::rows * e_) * sizeof(float));
+  }
+
+  /// Block 0, then from the last one that the superblock sees back to the first.
+  void absorb_outwards(const key_set<float>& set, const int8_head& head) noexcept {
+    const range all = hull(set);
+    const isize first = all.first / K, last = ceil_div(all.last, K);
+    const auto block = [&](isize x) {
+      for (isize t = 0; t < at_.used(); ++t) absorb_tile(set, head, x, t);
+    };
+    for (isize t = 0; fresh_ && t < at_.used(); ++t) clear(t);
+    fresh_ = false;
+    if (first < last) block(first);
+    for (isize x = last - 1; x > first; --x) block(x);
   }
 
   void absorb_tile(const key_set<float>& set, const int8_head& head, isize x, isize t) noexcept {
@@ -259,6 +281,7 @@ class int8_softmax : detail::int8_block<Arch, R> {
 
   isize d_, e_, wide_;
   float longest_ = 0;
+  bool fresh_ = true;  // O is not yet zeros
   std::uint8_t* bytes_;
   float *o_, *length_, *m_, *rows_of_;
 };

@@ -60,6 +60,9 @@ template <class Arch, class Acc>
 const Acc* load_query(const query_rows& rows, isize h, isize i, isize d, Acc* scratch) noexcept {
   const void* from = rows.q.row(rows.b, h, i);
   if (rows.turn == nullptr && !rows.rotated) return simd::row_as<Arch, Acc>(rows.q.type, from, d, scratch);
+  if constexpr (std::is_same_v<Acc, float>)
+    if (rows.turn == nullptr && rows.q.type == dtype::f32)
+      return simd::rotate_row<Arch>(static_cast<const float*>(from), scratch, d), scratch;
   simd::load_row<Arch, Acc>(rows.q.type, from, d, scratch);
   if (rows.turn != nullptr) rotate(*rows.turn, rows.position(i), scratch);
   if constexpr (std::is_same_v<Acc, float>)  // rotated keys are int8, and those never meet doubles

@@ -68,11 +68,10 @@ class query_tiles {
     }
   }
 
-  /// What tile t sees of keys [j0, j1): bits in lanes [j1 - j0], and the runs of keys in `runs`. Returns how many runs there are.
+  /// What tile t sees of keys [j0, j1): bits in lanes [j1 - j0], and one answer for the keys of `own`, outside of which it sees none.
   template <class Set>
-  isize look(const Set& set, isize t, isize j0, isize j1, std::uint64_t* lanes, key_run* runs) const noexcept {
-    const std::uint64_t all = live(t);
-    range own{j0, j1};
+  tile_kind see(const Set& set, isize t, isize j0, isize j1, std::uint64_t* lanes, range& own) const noexcept {
+    own = {j0, j1};
     tile_kind kind = tile_kind::full;
     if (set.visible != nullptr) {
       own = hull(set, t, j0, j1);
@@ -81,10 +80,20 @@ class query_tiles {
     const auto fill = [&](isize first, isize last, std::uint64_t bits) {
       for (isize j = first; j < last; ++j) lanes[j - j0] = bits;
     };
-    if (kind == tile_kind::empty) return fill(j0, j1, 0), 0;
+    if (kind == tile_kind::empty) return fill(j0, j1, 0), kind;
     fill(j0, own.first, 0), fill(own.last, j1, 0);
+    if (kind == tile_kind::full) fill(own.first, own.last, live(t));
+    return kind;
+  }
+
+  /// The same, and the runs of keys in `runs`. Returns how many runs there are.
+  template <class Set>
+  isize look(const Set& set, isize t, isize j0, isize j1, std::uint64_t* lanes, key_run* runs) const noexcept {
+    const std::uint64_t all = live(t);
+    range own;
+    const tile_kind kind = see(set, t, j0, j1, lanes, own);
+    if (kind == tile_kind::empty) return 0;
     if (kind == tile_kind::full) {
-      fill(own.first, own.last, all);
       runs[0] = {static_cast<std::int16_t>(own.first - j0), static_cast<std::int16_t>(own.last - own.first), 0,
                  vectors_of(all), false};
       return 1;

@@ -2,7 +2,7 @@
 #pragma once
 /// @file  W registers to one: lane i of the result is the sum of the lanes of x[i]. Dot products of W rows end here.
 
-#include <fovea/simd/pack.hpp>
+#include <fovea/simd/transpose.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -74,6 +74,44 @@ FOVEA_INLINE pack<T, A> sum_each(const pack<T, A> (&x)[pack<T, A>::size]) {
     for (isize i = 0; i < P::size; ++i) lanes[i] = reduce_add(x[i]);
     return P::load(lanes);
   }
+}
+
+/// Lane i of the result is the maximum of the lanes of x[i].
+template <class T, class A>
+FOVEA_INLINE pack<T, A> max_each(pack<T, A> (&x)[pack<T, A>::size]) {
+  using P = pack<T, A>;
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<P, pack<float, avx512>>) {
+    __m512 t[8], u[4];
+    for (int i = 0; i < 8; ++i)
+      t[i] =
+          _mm512_max_ps(_mm512_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v), _mm512_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v));
+    for (int i = 0; i < 4; ++i) {
+      const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+      u[i] = _mm512_max_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    const __m512 a = _mm512_max_ps(_mm512_shuffle_f32x4(u[0], u[1], 0x88), _mm512_shuffle_f32x4(u[0], u[1], 0xdd));
+    const __m512 b = _mm512_max_ps(_mm512_shuffle_f32x4(u[2], u[3], 0x88), _mm512_shuffle_f32x4(u[2], u[3], 0xdd));
+    return P(typename P::batch(_mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd))));
+  } else
+#endif
+  {
+    transpose(x);
+    P all = x[0];
+    for (isize l = 1; l < P::size; ++l) all = max(all, x[l]);
+    return all;
+  }
+}
+
+/// The larger of |a| and |b|; of NaN nothing is said.
+template <class A>
+FOVEA_INLINE pack<float, A> most_magnitude(pack<float, A> a, pack<float, A> b) {
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<A, avx512>)
+    return pack<float, A>(typename pack<float, A>::batch(_mm512_range_ps(a.v, b.v, 0x0b)));
+#endif
+  const pack<float, A> zero(0.0F);
+  return max(max(a, zero - a), max(b, zero - b));
 }
 
 }  // namespace simd

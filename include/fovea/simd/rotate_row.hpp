@@ -57,7 +57,7 @@ FOVEA_INLINE isize rotate_inside([[maybe_unused]] float* x, [[maybe_unused]] isi
 #if defined(FOVEA_HAS_AVX512)
 /// 16 * N elements that stay in registers, in the same order of additions.
 template <int N>
-FOVEA_INLINE void rotate_registers(float* x) {
+FOVEA_INLINE void rotate_registers(const float* x, float* to) {
   // a + turned, and turned - a in lanes that are second of their pair: one fma, nothing is rounded that would not be.
   const auto step = [](__m512 a, __m512 turned, int second) FOVEA_INLINE_LAMBDA {
     const __m512 one = _mm512_set1_ps(1.0F);
@@ -85,22 +85,24 @@ FOVEA_INLINE void rotate_registers(float* x) {
   if constexpr (N == 8) apart(std::integral_constant<int, 4>{});
   const __m512 size = _mm512_set1_ps(1.0F / std::sqrt(16.0F * N));
   FOVEA_UNROLL
-  for (int i = 0; i < N; ++i) _mm512_storeu_ps(x + 16 * i, _mm512_mul_ps(r[i], size));
+  for (int i = 0; i < N; ++i) _mm512_storeu_ps(to + 16 * i, _mm512_mul_ps(r[i], size));
 }
 #endif
 }  // namespace detail
 
+/// `from` rotated, into x; they may be the same.
 template <class Arch>
-FOVEA_NOINLINE void rotate_row(float* x, isize n) noexcept {
+FOVEA_NOINLINE void rotate_row(const float* from, float* x, isize n) noexcept {
   using P = pack<float, Arch>;
   const isize block = rotation_block(n);
-  if (block < 2) return;
 #if defined(FOVEA_HAS_AVX512)
   if constexpr (std::is_same_v<Arch, avx512>) {
-    if (n == 64) return detail::rotate_registers<4>(x);
-    if (n == 128) return detail::rotate_registers<8>(x);
+    if (n == 64) return detail::rotate_registers<4>(from, x);
+    if (n == 128) return detail::rotate_registers<8>(from, x);
   }
 #endif
+  for (isize c = 0; from != x && c < n; ++c) x[c] = from[c];
+  if (block < 2) return;
   for (isize apart = detail::rotate_inside<Arch>(x, n, block); apart < block; apart *= 2)
     for (isize first = 0; first < n; first += 2 * apart) {
       float *low = x + first, *high = low + apart;
@@ -118,6 +120,11 @@ FOVEA_NOINLINE void rotate_row(float* x, isize n) noexcept {
   isize c = 0;
   for (; c + P::size <= n; c += P::size) (P::load(x + c) * P(size)).store(x + c);
   for (; c < n; ++c) x[c] *= size;
+}
+
+template <class Arch>
+FOVEA_INLINE void rotate_row(float* x, isize n) noexcept {
+  rotate_row<Arch>(x, x, n);
 }
 
 }  // namespace simd

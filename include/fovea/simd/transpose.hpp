@@ -66,6 +66,40 @@ FOVEA_INLINE void transpose(pack<T, A>* x) {
   }
 }
 
+/// x[i] lane l = row(l)[i] for W rows of W elements in memory. With AVX-512 half of the moves are loads that need no shuffle.
+template <class T, class A, class Row>
+FOVEA_INLINE void load_turned(const Row& row, pack<T, A>* x) {
+  using P = pack<T, A>;
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<P, pack<float, avx512>>) {
+    FOVEA_UNROLL
+    for (int q = 0; q < 4; ++q) {  // columns 4 q .. 4 q + 3; r[i]: rows i, 4 + i, 8 + i, 12 + i, a quarter each
+      __m512 r[4];
+      FOVEA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        r[i] = _mm512_castps128_ps512(_mm_loadu_ps(row(i) + 4 * q));
+        r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(row(4 + i) + 4 * q), 1);
+        r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(row(8 + i) + 4 * q), 2);
+        r[i] = _mm512_insertf32x4(r[i], _mm_loadu_ps(row(12 + i) + 4 * q), 3);
+      }
+      const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1])),
+                    b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1])),
+                    c = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3])),
+                    d = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
+      x[4 * q] = P(typename P::batch(_mm512_castpd_ps(_mm512_unpacklo_pd(a, c))));
+      x[4 * q + 1] = P(typename P::batch(_mm512_castpd_ps(_mm512_unpackhi_pd(a, c))));
+      x[4 * q + 2] = P(typename P::batch(_mm512_castpd_ps(_mm512_unpacklo_pd(b, d))));
+      x[4 * q + 3] = P(typename P::batch(_mm512_castpd_ps(_mm512_unpackhi_pd(b, d))));
+    }
+    return;
+  } else
+#endif
+  {
+    for (isize l = 0; l < P::size; ++l) x[l] = P::load(row(l));
+    transpose(x);
+  }
+}
+
 /// to[c * to_ld + l] = factor * from[l][c] for W rows l and c < width.
 template <class T, class A>
 FOVEA_NOINLINE void rows_to_columns(const T* const (&from)[pack<T, A>::size], isize width, T factor, T* to,
@@ -74,9 +108,8 @@ FOVEA_NOINLINE void rows_to_columns(const T* const (&from)[pack<T, A>::size], is
   isize c = 0;
   for (; c + P::size <= width; c += P::size) {
     P x[P::size];
-    for (isize l = 0; l < P::size; ++l) x[l] = P::load(from[l] + c) * P(factor);
-    transpose(x);
-    for (isize l = 0; l < P::size; ++l) x[l].store(to + (c + l) * to_ld);
+    load_turned<T, A>([&](isize l) FOVEA_INLINE_LAMBDA { return from[l] + c; }, x);
+    for (isize l = 0; l < P::size; ++l) (x[l] * P(factor)).store(to + (c + l) * to_ld);
   }
   for (; c < width; ++c)
     for (isize l = 0; l < P::size; ++l) to[c * to_ld + l] = from[l][c] * factor;
@@ -87,13 +120,11 @@ template <class T, class A>
 FOVEA_NOINLINE void columns_to_rows(const T* from, isize from_ld, isize width, const T* factors,
                                     T* const (&to)[pack<T, A>::size]) {
   using P = pack<T, A>;
-  const P factor = P::load(factors);
   isize c = 0;
   for (; c + P::size <= width; c += P::size) {
     P x[P::size];
-    for (isize l = 0; l < P::size; ++l) x[l] = P::load(from + (c + l) * from_ld) * factor;
-    transpose(x);
-    for (isize l = 0; l < P::size; ++l) x[l].store(to[l] + c);
+    load_turned<T, A>([&](isize l) FOVEA_INLINE_LAMBDA { return from + (c + l) * from_ld; }, x);
+    for (isize l = 0; l < P::size; ++l) (x[l] * P(factors[l])).store(to[l] + c);
   }
   for (; c < width; ++c)
     for (isize l = 0; l < P::size; ++l) to[l][c] = from[c * from_ld + l] * factors[l];

@@ -7,6 +7,7 @@
 ///   swap_i16(w)                the two 16-bit halves of every lane change places
 ///   low_i16(w), high_i16(w)    each lane's low or high 16 bits, widened with their sign
 ///   join_u8(a, b)              a, b of 16-bit numbers below 2^15: lane l holds the bytes a0 >> 7, b0 >> 7, a1 >> 7, b1 >> 7
+///   join_bytes<Unsigned>(x)    the 32-bit lanes of x[0], then x[1], x[2], x[3] as bytes, u8 or s8; they are numbers that fit
 ///   keep(w)                    w stays in one register
 ///
 /// Contract   the same numbers on every instruction set.
@@ -114,6 +115,20 @@ FOVEA_INLINE words<A> join_u8(words<A> a, words<A> b) {
                                _mm256_set1_epi32(static_cast<int>(even)))};
 #endif
   return detail::each_word(a, b, [](std::uint32_t x, std::uint32_t y) { return (x >> 7 & even) | (y << 1 & ~even); });
+}
+
+template <bool Unsigned, class A>
+FOVEA_INLINE words<A> join_bytes(const words<A> (&x)[4]) {
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<A, avx512>) {
+    const __m512i low = _mm512_packs_epi32(x[0].v, x[1].v), high = _mm512_packs_epi32(x[2].v, x[3].v);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return {_mm512_permutexvar_epi32(order, Unsigned ? _mm512_packus_epi16(low, high) : _mm512_packs_epi16(low, high))};
+  }
+#endif
+  std::uint8_t bytes[4 * words<A>::size];
+  for (isize i = 0; i < 4; ++i) store_low_bytes(x[i], bytes + i * words<A>::size);
+  return words<A>::load(bytes);
 }
 
 }  // namespace simd
