@@ -178,7 +178,11 @@ class decode_rows {
       for_groups([&](auto R, isize r) { scores<R>(k.list[x], k_groups, r, r == 0 ? ahead : nullptr, ld); });
     }
     Acc alpha[most_rows];
-    for (isize r = 0; r < count_; ++r) soften(set, j0, count, r, seen[r], k, v, m[r], l[r], alpha[r]);
+    for (isize r = 0; r < count_; ++r) {
+      if (scaled && set.k.scale_row == 1) scale_by(k, s_ + r * s_ld);
+      soften(set, j0, count, r, seen[r], m[r], l[r], alpha[r]);
+      if (scaled && set.v.scale_row == 1) scale_by(v, s_ + r * s_ld);
+    }
     if (!all) return masked_values(set.v, j0, count, seen, alpha, o);
     for (isize x = 0; x < v.count; ++x) {
       const bool more = far && j0 + count < set.count && x < k.count;
@@ -278,13 +282,10 @@ class decode_rows {
   }
 
   /// Scale, score modification, mask, running maximum and exponentials of one row of a block: s_ becomes P.
-  template <class S>
-  void soften(const key_set<Acc>& set, isize j0, isize count, isize r, std::uint64_t seen, const pieces<S>& k,
-              const pieces<S>& v, Acc& m, Acc& l, Acc& alpha) noexcept {
-    constexpr bool scaled = std::is_same_v<S, std::int8_t>;
+  FOVEA_NOINLINE void soften(const key_set<Acc>& set, isize j0, isize count, isize r, std::uint64_t seen, Acc& m,
+                             Acc& l, Acc& alpha) noexcept {
     Acc* s = s_ + r * s_ld;
     constexpr Acc none = -std::numeric_limits<Acc>::infinity();
-    if (scaled && set.k.scale_row == 1) scale_by(k, s);
     for (isize x = 0; set.bias != nullptr && x < count; ++x) s[x] += set.bias[j0 + x] * log2e;
     if (set.modify != nullptr) set.modify->template apply<Acc>(site(set, r), query(r), 1, j0, j0 + count, s, 1);
     for (isize x = count; x < keys; ++x) s[x] = none;
@@ -304,7 +305,6 @@ class decode_rows {
       sum = sum + p;
     }
     l = l * alpha + simd::reduce_add(sum);
-    if (scaled && set.v.scale_row == 1) scale_by(v, s);
   }
   template <class S>
   static void scale_by(const pieces<S>& from, Acc* s) noexcept {
@@ -370,8 +370,8 @@ class decode_rows {
   }
 
   /// The edge of a mask: a value is touched only for the rows that see its key, so that NaN stays where it is.
-  void masked_values(const row_source& from, isize j0, isize count, const std::uint64_t* seen, const Acc* alpha,
-                     Acc* o) noexcept {
+  FOVEA_NOINLINE void masked_values(const row_source& from, isize j0, isize count, const std::uint64_t* seen,
+                                    const Acc* alpha, Acc* o) noexcept {
     const bool scaled = from.type == dtype::i8;
     for (isize r = 0; r < count_; ++r)
       for (isize c = 0; c < e_; ++c) o[r * e_ + c] *= alpha[r];
