@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Exact attention with a C interface, for tools/bench_peers.py: one call each, scratch kept between calls, one thread.
 //
-//   type 0 f32, 1 bf16, 2 f16; tensors are dense [H, n, d], [G, m, d], [G, m, d], [H, n, d] of one sequence
+//   type 0 f32, 1 bf16, 2 f16; 3, 4: f32 and bf16 computed in int8; tensors are dense [H, n, d], [G, m, d], [G, m, d], [H, n, d] of one sequence
 #include <fovea/softmax.hpp>
 #include <fovea/softmax/backward.hpp>
 
@@ -11,13 +11,15 @@ namespace {
 
 using fovea::isize;
 
-constexpr fovea::dtype types[] = {fovea::dtype::f32, fovea::dtype::bf16, fovea::dtype::f16};
+constexpr fovea::dtype types[] = {fovea::dtype::f32, fovea::dtype::bf16, fovea::dtype::f16, fovea::dtype::f32,
+                                  fovea::dtype::bf16};
 
 fovea::tensor_mut dense(const void* data, fovea::dtype t, isize heads, isize rows, isize width) {
   return {const_cast<void*>(data), t, 1, heads, rows, width, heads * rows * width, rows * width, width};
 }
-fovea::softmax_attention mechanism(int causal) {
+fovea::softmax_attention mechanism(int causal, int type = 0) {
   fovea::softmax_attention a;
+  if (type >= 3) a.arithmetic = fovea::precision::int8;
   if (causal != 0) a.mask = fovea::causal{};
   return a;
 }
@@ -35,7 +37,7 @@ int fovea_peer_prefill(const void* q, const void* k, const void* v, void* out, i
                        isize d, int causal, int type) {
   try {
     const fovea::dtype t = types[type];
-    const fovea::softmax_attention a = mechanism(causal);
+    const fovea::softmax_attention a = mechanism(causal, type);
     fovea::prefill(fovea::serial, a, dense(q, t, H, n, d), dense(k, t, G, m, d), dense(v, t, G, m, d),
                    dense(out, t, H, n, d),
                    {.workspace = scratch(a.workspace_size({1, H, G, n, m, d, d, t}, 1) + fovea::alignment)});
