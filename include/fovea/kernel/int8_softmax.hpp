@@ -97,7 +97,8 @@ class int8_softmax : detail::int8_block<Arch, R> {
     for (isize t = 0; t < at_.used(); ++t) {
       if (fresh_) clear(t);
       const range own = hull(set, t);
-      for (isize x = own.first / K; x < ceil_div(own.last, K); ++x) absorb_tile(set, head, x, t);
+      for (isize x = own.first / K; x < ceil_div(own.last, K); ++x)
+        if (!absorb_tile(set, head, x, t)) x += unseen(set, t, (x + 1) * K, own.last) / K;
     }
     fresh_ = false;
   }
@@ -202,11 +203,22 @@ class int8_softmax : detail::int8_block<Arch, R> {
     for (isize x = last - 1; x > first; --x) block(x);
   }
 
-  void absorb_tile(const key_set<float>& set, const int8_head& head, isize x, isize t) noexcept {
+  isize unseen(const key_set<float>& set, isize t, isize j, isize last) const noexcept {
+    return unseen_keys(j, last, K, [&](isize j0, isize j1) {
+      bool any = false;
+      at_.for_segments(t, [&](const typename tiles::segment& g) {
+        any = any || set.visible->tile(tiles::site(set, g), g.i, g.i + g.count, j0, j1) != tile_kind::empty;
+      });
+      return any;
+    });
+  }
+
+  /// False: no row sees a key of the block.
+  bool absorb_tile(const key_set<float>& set, const int8_head& head, isize x, isize t) noexcept {
     const isize j0 = x * K;
     const range own{j0 > set.first ? j0 : set.first, j0 + K < set.count ? j0 + K : set.count};
     tile_of_block at = this->look(set, head, x, t, own);
-    if (at.runs == 0) return;
+    if (at.runs == 0) return false;
     alignas(64) std::int16_t top[2 * T::rows];
     alignas(64) float height[T::rows], beta[T::rows], sum[T::rows];
     for (isize r = 0; r < 2 * T::rows; ++r) top[r] = -32768;
@@ -226,6 +238,7 @@ class int8_softmax : detail::int8_block<Arch, R> {
         simd::fma(P::load(sum + r), P::load(beta + r), P::load(l)).store(l);
       }
     if (at.runs > 0) add_values(at, beta);
+    return true;
   }
 
   /// The running maximum takes in the block's where that lies far above it; beta is what the block is multiplied by.

@@ -167,7 +167,9 @@ class online_softmax {
       const isize j1 = j0 + T::keys < hull.last ? j0 + T::keys : hull.last;
       block rows{j0, j1, nullptr, nullptr, 0, 0};
       if (used_ == 1 && vectors(0) <= few) look_ahead(set, j0, j1);
-      for (isize t = 0; t < used_; ++t) absorb_tile(set, t, rows);
+      bool any = false;
+      for (isize t = 0; t < used_; ++t) any = absorb_tile(set, t, rows) || any;
+      if (!any) j0 += unseen(set, j1, hull.last);
     }
   }
 
@@ -275,11 +277,25 @@ class online_softmax {
     x.v = block_of_rows<Arch, Acc>(set.v, x.j0, x.j1, e_, v_, x.v_stride);
   }
 
-  void absorb_tile(const key_set<Acc>& set, isize t, block& x) noexcept {
+  isize unseen(const key_set<Acc>& set, isize j, isize last) const noexcept {
+    return unseen_keys(j, last, T::keys, [&](isize j0, isize j1) {
+      bool any = false;
+      for (isize t = 0; t < used_; ++t)
+        for_segments(t, [&](const segment& g) {
+          mask_site at = set.site;
+          at.h = g.h;
+          any = any || set.visible->tile(at, g.i, g.i + g.count, j0, j1) != tile_kind::empty;
+        });
+      return any;
+    });
+  }
+
+  /// False: no row sees a key of the block.
+  bool absorb_tile(const key_set<Acc>& set, isize t, block& x) noexcept {
     const range own = meet(keys_of_tile(set, t), {x.j0, x.j1});
-    if (own.empty()) return;
+    if (own.empty()) return false;
     const tile_kind kind = look(set, t, own.first, own.last, x.j0);
-    if (kind == tile_kind::empty) return;
+    if (kind == tile_kind::empty) return false;
     if (x.k == nullptr) fetch(set, x);
 
     detail::panel list[T::most_panels];
@@ -292,7 +308,7 @@ class online_softmax {
       list[0] = {static_cast<std::int16_t>(first), static_cast<std::int16_t>(last - first)};
     } else {
       panels = modified_scores(set, t, x, first, last, kind == tile_kind::partial, top, list);
-      if (panels == 0) return;
+      if (panels == 0) return true;
     }
     if (vectors(t) == 1)
       join<1>(list, panels, t, x, top, alpha);
@@ -300,6 +316,7 @@ class online_softmax {
       join<few>(list, panels, t, x, top, alpha);
     else
       join<T::NR>(list, panels, t, x, top, alpha);
+    return true;
   }
 
   /// Exponentials and values of the panels: (m, l, O) of tile t takes them in. NV: the vectors of the tile that hold rows.

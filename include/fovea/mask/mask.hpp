@@ -37,6 +37,21 @@ FOVEA_HD constexpr range meet(range a, range b) {
 
 enum class tile_kind : unsigned char { empty, partial, full };
 
+/// How many keys from j on, in whole blocks, sees(j0, j1) denies: in a few questions, where a window lies far behind the first keys.
+template <class Sees>
+isize unseen_keys(isize j, isize last, isize block, const Sees& sees) {
+  isize count = 0;
+  for (isize step = block; j + count < last;) {
+    if (!sees(j + count, j + count + step < last ? j + count + step : last)) {
+      count += step, step *= 2;
+      continue;
+    }
+    if (step == block) break;
+    step /= 2;
+  }
+  return count;
+}
+
 /// What a row sees at most: the last `window` keys up to its own position, and the first `first`. Ring stores keep no more.
 struct kept_keys {
   isize window = PTRDIFF_MAX;
