@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: MIT
 // Names: backward/softmax/<type>/<variant>/D<d>/N<n>/H<h>/G<g>[/T<threads>]. of_peak counts five products of visible pairs: 2.5 times
 // the flops of the forward pass, which is not timed.
+// backward/linear/<rule>/D<d>/N<n>: one head, r = d, features elu + 1 with a normaliser (rule none) or the rows as they are; of_peak
+// counts five products of r d for each token.
 #include "backward.hpp"
 
+#include <fovea/linear.hpp>
 #include <fovea/softmax.hpp>
 #include <string>
 
@@ -57,6 +60,34 @@ void run(benchmark::State& b, const backward_case& c, fovea::exec_ref exec) {
   b.counters["bytes"] = static_cast<double>(memory.size());
 }
 
+void run_linear(benchmark::State& b, fovea::rule u, isize d, isize n) {
+  const fovea::shape s{1, 1, 1, n, n, d, d, dtype::f32};
+  fovea::linear_attention m{.rule = u};
+  if (u != fovea::rule::none) m.map = fovea::identity_map{}, m.scale = 0.01, m.normalise = false;
+  const tensors t(s), gradients(s);
+  std::uint64_t seed = 7;
+  fovea::buffer dout(t.out.size());
+  t.fill(dout, seed);
+  const std::vector<float> g(static_cast<std::size_t>(n * d), -0.05F), beta(static_cast<std::size_t>(n), 0.01F);
+  fovea::gates gates;
+  if (u == fovea::rule::decay || u == fovea::rule::gla || u == fovea::rule::gated_delta)
+    gates.log_decay = fovea::bhnd(g.data(), 1, 1, n, u == fovea::rule::gla ? d : 1);
+  if (fovea::is_delta(u)) gates.beta = fovea::bhnd(beta.data(), 1, 1, n, 1);
+  fovea::prefill(fovea::serial, m, t.Q(), t.K(), t.V(), t.O(), {.lse = {}, .gates = gates});
+  const fovea::buffer memory(m.workspace_size_backward(s, 1));
+  const fovea::gradients to{gradients.Q(), gradients.K(), gradients.V()};
+  b.counters["of_peak"] = samples(
+      b,
+      [&] {
+        fovea::backward(fovea::serial, m, t.Q(), t.K(), t.V(), t.O(), {}, t.at(dout, 1, n, d), to,
+                        {.workspace = memory.span(), .gates = gates});
+        machine::use(*gradients.q.data());
+      },
+      [] { return machine::fma_peak(); },
+      [&](double seconds, double peak) { return 10.0 * static_cast<double>(n * d * d) / seconds / peak; });
+  b.counters["bytes"] = static_cast<double>(memory.size());
+}
+
 }  // namespace
 
 void register_backward() {
@@ -77,6 +108,15 @@ void register_backward() {
     benchmark::RegisterBenchmark(c.name().c_str(), [c](benchmark::State& b) {
       run(b, c, c.threads > 1 ? fovea::exec_ref(two) : fovea::exec_ref(fovea::serial));
     })->Unit(benchmark::kMicrosecond);
+  using fovea::rule;
+  for (const rule u : {rule::none, rule::decay, rule::gla, rule::delta, rule::gated_delta})
+    for (const isize d : {64, 128}) {
+      const std::string name =
+          std::string("backward/linear/") + fovea::name_of(u) + "/D" + std::to_string(d) + "/N2048";
+      benchmark::RegisterBenchmark(name.c_str(), [u, d](benchmark::State& b) {
+        run_linear(b, u, d, 2048);
+      })->Unit(benchmark::kMicrosecond);
+    }
 }
 
 }  // namespace bench
