@@ -78,7 +78,7 @@ FOVEA_INLINE pack<T, A> sum_each(const pack<T, A> (&x)[pack<T, A>::size]) {
 
 /// Lane i of the result is the maximum of the lanes of x[i].
 template <class T, class A>
-FOVEA_INLINE pack<T, A> max_each(pack<T, A> (&x)[pack<T, A>::size]) {
+FOVEA_INLINE pack<T, A> max_each(const pack<T, A> (&x)[pack<T, A>::size]) {
   using P = pack<T, A>;
 #if defined(FOVEA_HAS_AVX512)
   if constexpr (std::is_same_v<P, pack<float, avx512>>) {
@@ -96,10 +96,11 @@ FOVEA_INLINE pack<T, A> max_each(pack<T, A> (&x)[pack<T, A>::size]) {
   } else
 #endif
   {
-    transpose(x);
-    P all = x[0];
-    for (isize l = 1; l < P::size; ++l) all = max(all, x[l]);
-    return all;
+    P turned[P::size];
+    for (isize l = 0; l < P::size; ++l) turned[l] = x[l];
+    transpose(turned);
+    for (isize l = 1; l < P::size; ++l) turned[0] = max(turned[0], turned[l]);
+    return turned[0];
   }
 }
 
