@@ -9,9 +9,10 @@ string(APPEND here "#undef FOVEA_INSTANTIATE\n#define FOVEA_INSTANTIATE(...) __V
 # What a mechanism is made of comes first, declared only: another object holds it.
 set(parts_dijiang linear)
 set(parts_linformer softmax)
+set(parts_nystrom softmax)
 set(parts_hybrid softmax)
 set(parts_windowed softmax linear)
-foreach(part IN ITEMS softmax linear dijiang linformer efficient hybrid windowed registry)
+foreach(part IN ITEMS softmax linear dijiang linformer nystrom efficient hybrid windowed registry)
   set(text "#define FOVEA_COMPILED 1\n#include <fovea/core/config.hpp>\n")
   foreach(other IN LISTS parts_${part})
     string(APPEND text "#include <fovea/${other}.hpp>\n")

@@ -15,6 +15,7 @@
 /// Numerics   f32 accumulation (f64 for f64) by blocks of 128 tokens, exponents <= 0; docs/numerics.md.
 /// Reference  efficient/reference.hpp.       Source  Shen et al., Efficient Attention (WACV 2021, arXiv 1812.01243).
 
+#include <fovea/efficient/backward.hpp>
 #include <fovea/efficient/kfree.hpp>
 #include <fovea/efficient/mechanism.hpp>
 #include <fovea/efficient/prefill.hpp>

@@ -17,6 +17,7 @@
 #include <fovea/mask/patterns.hpp>
 #include <fovea/mask/table.hpp>
 #include <fovea/mask/tree.hpp>
+#include <fovea/nystrom.hpp>
 #include <fovea/position/rope_table.hpp>
 #include <fovea/position/rotate.hpp>
 #include <fovea/score/packed.hpp>

@@ -12,6 +12,7 @@
 #include <fovea/hybrid/configure.hpp>
 #include <fovea/linear/configure.hpp>
 #include <fovea/linformer/configure.hpp>
+#include <fovea/nystrom/configure.hpp>
 #include <fovea/softmax/configure.hpp>
 #include <fovea/windowed/configure.hpp>
 
@@ -34,6 +35,7 @@ inline std::span<const registered_mechanism> registered_mechanisms() {
       {"dijiang", configure_dijiang},     {"linformer", configure_linformer},
       {"efficient", configure_efficient}, {"kfree_reconstruction", configure_kfree_reconstruction},
       {"hybrid", configure_hybrid},       {"windowed", configure_windowed},
+      {"nystrom", configure_nystrom},
   };
   return table;
 }

@@ -9,7 +9,7 @@ Each case is run
   --threads 2      must give the same bytes
   in f64           inputs converted exactly; against the golden outputs within 1e-10
   --decode P       for P = 0 and half of the tokens, where a state can express the case; it must be refused elsewhere
-Cases of later versions must be refused by a sentence; cases that no file can express are named. Exit code 1 if anything failed.
+Cases that no file can express are named. Exit code 1 if anything failed.
 """
 import argparse
 import collections
@@ -62,7 +62,6 @@ class Case:
         if "views" in case["params"]:
             self.elsewhere = "strided views"
         self.config = getattr(self, "_" + family)(params)
-        self.later = "gradients" if "do" in self.inputs and self.config["mechanism"] == "efficient" else None
 
     def keep(self, *names):
         """The outputs of these names, and gradients."""
@@ -194,8 +193,6 @@ class Runner:
         return got
 
     def run(self, case):
-        if case.later:
-            return self.refused(case, f"later ({case.later})", "gradients")
         got = self.check(case, "plain", case.tolerance(), case.inputs)
         if got is None:
             return None
@@ -239,7 +236,6 @@ def main():
     for (family, how), worst in sorted(runner.worst.items()):
         print(f"worst difference  {family:8} {how:6} {worst:.1e}")
     print(f"for the unit tests, not for a file: {len(skipped)}: " + ", ".join(skipped))
-    print(f"not in this version, and refused: {count['later']} (gradients)")
     print(f"{count['plain']} cases passed; {count['threads']} the same with two threads, {count['f64']} in f64, {count['decode']} decoded, "
           f"{count['undecodable']} refused to decode; {count['failed']} failed")
     return 1 if count["failed"] or not count["plain"] else 0

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
-/// @file  What linformer_attention, efficient_attention and kfree_reconstruction refuse.
+/// @file  What linformer_attention, efficient_attention, kfree_reconstruction and nystrom_attention refuse.
 
 #include <limits>
 
 #include <fovea/efficient.hpp>
 #include <fovea/linformer.hpp>
+#include <fovea/nystrom.hpp>
 
 #include "contract/contract.hpp"
 
@@ -85,4 +86,19 @@ TEST_CASE("contract of kfree_reconstruction") {
   contract::refuses_what_it_must(contract::caller_of(K{}));
   contract::refuses_value(K{.scale = bad}, {"scale is nan"});
   contract::refuses_value(K{.form = K::form_type::channel}, {"channel"});  // n = 3, m = 5
+}
+
+TEST_CASE("contract of nystrom") {
+  using contract::refuses_value;
+  using N = nystrom_attention;
+  contract::refuses_what_it_must(contract::caller_of(N{.landmarks = 2}));
+  refuses_value(N{.landmarks = 0}, {"landmarks is 0"});
+  refuses_value(N{.iterations = 0}, {"iterations is 0"});
+  refuses_value(N{.iterations = 65}, {"iterations is 65"});
+  refuses_value(N{.scale = bad}, {"scale is nan"});
+  refuses_value(N{.scale = -1.0}, {"scale is -1"});
+  refuses_value(N{.skip = bhnd<const float>(weights(), 1, 1, 1, 4)}, {"skip", "4 taps", "odd"});
+  refuses_value(N{.skip = bhnd<const float>(weights(), 1, 1, 2, 3)}, {"skip", "[1, 1, 2, 3]"});
+  refuses_value(N{.skip = bhnd<const float>(weights(), 1, 5, 1, 3)}, {"skip has 5 heads"});
+  refuses_value(N{.skip = bhnd<const float>(weights(), 1, 1, 1, 3)}, {"rows", "skip"});  // n = 3, m = 5
 }

@@ -146,7 +146,8 @@ TEST_CASE("any_attention: every mechanism can be made, and refuses a key and a t
                                             {"efficient", {}},
                                             {"kfree_reconstruction", {}},
                                             {"hybrid", {}},
-                                            {"windowed", {}}};
+                                            {"windowed", {}},
+                                            {"nystrom", {}}};
   CHECK(least.size() == fovea::registered_mechanisms().size());
   for (const configuration& good : least) {
     INFO(good.mechanism);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file  The laws of linformer_attention, efficient_attention and kfree_reconstruction.
+/// @file  The laws of linformer_attention, efficient_attention, kfree_reconstruction and nystrom_attention.
 ///
 /// Max pooling and the k-free context form are not linear in v and stand in tests/unit/{linformer,efficient}.cpp instead. linformer promises a state in its block-causal form only, and no merge: not any two of its states can be joined.
 
@@ -7,6 +7,8 @@
 #include <fovea/efficient/reference.hpp>
 #include <fovea/linformer.hpp>
 #include <fovea/linformer/reference.hpp>
+#include <fovea/nystrom.hpp>
+#include <fovea/nystrom/reference.hpp>
 
 #include "laws/laws.hpp"
 
@@ -117,9 +119,26 @@ struct kfree_channel : kfree_case<kfree_reconstruction::form_type::channel> {
   bool accepts(const shape& s) const { return s.n == s.m && s.d == s.e; }
 };
 
-using law_cases =
-    std::tuple<per_head, shared_key_value, mean_pool, convolution, block_causal, block_causal_mean, efficient_full,
-               efficient_causal, scaling_full, scaling_causal, kfree_efficient, kfree_channel>;
+/// Segments of unequal length; more landmarks than some of the shapes have rows.
+struct nystrom_case {
+  static constexpr const char* name = "nystrom, 7 landmarks";
+  static constexpr laws::promise promises{.c = 256};
+  nystrom_attention make(const shape&) { return {.landmarks = 7}; }
+  static void reference(const nystrom_attention& m, const problem& p) { fovea::reference::prefill(m, p); }
+};
+struct nystrom_skip : nystrom_case {
+  static constexpr const char* name = "nystrom, 20 landmarks, a convolution of each head";
+  std::vector<float> taps;
+  bool accepts(const shape& s) const { return s.n == s.m; }
+  nystrom_attention make(const shape& s) {
+    taps = weights(s.H * 5, 8);
+    return {.landmarks = 20, .iterations = 4, .scale = 0.3, .skip = bhnd<const float>(taps.data(), 1, s.H, 1, 5)};
+  }
+};
+
+using law_cases = std::tuple<per_head, shared_key_value, mean_pool, convolution, block_causal, block_causal_mean,
+                             efficient_full, efficient_causal, scaling_full, scaling_causal, kfree_efficient,
+                             kfree_channel, nystrom_case, nystrom_skip>;
 
 }  // namespace
 

@@ -6,6 +6,7 @@
 #include <optional>
 #include <span>
 
+#include <fovea/core/backward.hpp>
 #include <fovea/core/mechanism.hpp>
 
 namespace fovea {
@@ -29,6 +30,10 @@ struct efficient_attention {
   void check(const problem& p) const;
   std::size_t workspace_size(const shape& s, int threads) const;
   void prefill(exec_ref exec, const problem& p, arena scratch) const;
+
+  void check(const backward_problem& p) const;
+  std::size_t workspace_size_backward(const shape& s, int threads) const;
+  void backward(exec_ref exec, const backward_problem& p, arena scratch) const;
 
   /// top [d], sum [d], context [d x e] for each (b, g), in the accumulator's type; s.m is not used.
   state make_state(const shape& s) const;
@@ -54,7 +59,7 @@ void attend(exec_ref exec, const efficient_attention& m, tensor_ref q, tensor_mu
 ///   context    o_i = scale q_i softmax(K^T V / sqrt(m))               softmax over the value columns of each key channel
 ///   channel    o_i = v_i softmax(Q^T K / sqrt(m))                     softmax over the key channels; wants n = m and e = d
 ///
-/// Contract   bidirectional only; no lengths, no state.
+/// Contract   bidirectional only; no lengths, no state. Backward of all forms.
 struct kfree_reconstruction {
   static constexpr const char* name = "kfree_reconstruction";
   enum class form_type : unsigned char { efficient, context, channel };
@@ -67,6 +72,11 @@ struct kfree_reconstruction {
   void check(const problem& p) const;
   std::size_t workspace_size(const shape& s, int threads) const;
   void prefill(exec_ref exec, const problem& p, arena scratch) const;
+
+  void check(const backward_problem& p) const;
+  std::size_t workspace_size_backward(const shape& s, int threads) const;
+  void backward(exec_ref exec, const backward_problem& p, arena scratch) const;
+
   double macs(const shape& s) const;
 };
 

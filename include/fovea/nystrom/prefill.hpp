@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  nystrom_attention: landmarks, exact attention of the landmark queries, the pseudo-inverse, exact attention over landmark keys.
+
+#include <algorithm>
+#include <limits>
+
+#include <fovea/kernel/project_sequence.hpp>
+#include <fovea/nystrom/mechanism.hpp>
+#include <fovea/softmax.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+namespace detail {
+
+/// Z ~ pinv(A), A [l x l] row-stochastic; `room` holds 3 l^2 numbers.
+template <class Arch>
+void iterate_inverse(isize l, isize iterations, const double* A, double* Z, double* room) {
+  double *product = room, *inner = room + l * l, *next = room + 2 * l * l;
+  double most = 0;
+  for (isize j = 0; j < l; ++j) {
+    double sum = 0;
+    for (isize i = 0; i < l; ++i) sum += A[i * l + j];
+    most = sum > most || !(sum == sum) ? sum : most;  // NaN goes through
+  }
+  for (isize i = 0; i < l; ++i)
+    for (isize j = 0; j < l; ++j) Z[j * l + i] = A[i * l + j] / most;
+  const auto minus = [l](double diagonal, double* x) {  // x = diagonal I - x
+    for (isize i = 0; i < l * l; ++i) x[i] = -x[i];
+    for (isize i = 0; i < l; ++i) x[i * l + i] += diagonal;
+  };
+  const auto multiply = [l](const double* a, const double* b, double* c) {
+    tile::gemm<Arch, double>(l, l, l, a, l, 1, b, l, c, l, false);
+  };
+  for (isize x = 0; x < iterations; ++x) {
+    multiply(A, Z, product);
+    std::copy_n(product, l * l, inner);
+    minus(7, inner);
+    multiply(product, inner, next), minus(15, next);
+    multiply(product, next, inner), minus(13, inner);
+    multiply(Z, inner, next);
+    for (isize i = 0; i < l * l; ++i) Z[i] = next[i] / 4;
+  }
+}
+
+template <class Acc>
+class nystrom_run {
+  using Arch = simd::native;
+  using projector = kernel::sequence_projector<Arch, double>;
+  static constexpr isize stretch = 64;  // rows of a task of the convolution
+
+ public:
+  nystrom_run(arena& memory, const nystrom_attention& m, const shape& s, int threads)
+      : m_(m), s_(s), l_(m.used(s)), heads_(s.B * s.H) {
+    q_ = memory.take<Acc>(heads_ * l_ * s.d), k_ = memory.take<Acc>(heads_ * l_ * s.d);
+    v_ = memory.take<Acc>(heads_ * l_ * s.e), z_ = memory.take<Acc>(heads_ * l_ * s.e);
+    inverse_ = memory.take<double>(heads_ * l_ * l_);
+    arena one;
+    lay_out(one);
+    piece_ = round_up(one.bytes(), alignment);
+    pieces_ = memory.take<std::byte>(static_cast<isize>(piece_) * threads);
+    const auto softmax_needs = [&](const shape& x) { return softmax().workspace_size(x, threads); };
+    softmax_bytes_ = l_ == 0 ? softmax_needs(s) : std::max(softmax_needs(summary()), softmax_needs(answer()));
+    softmax_ = memory.take<std::byte>(static_cast<isize>(softmax_bytes_));
+  }
+
+  void run(exec_ref exec, const problem& p) const {
+    if (l_ == 0) {
+      softmax().prefill(exec, p, softmax_memory());
+    } else {
+      exec.for_tasks(heads_, [&](isize head, isize slot) { average(p, head, piece(slot)); });
+      problem inner = p;
+      inner.q = over(q_, s_.d), inner.out = over(v_, s_.e);
+      softmax().prefill(exec, inner, softmax_memory());
+      exec.for_tasks(heads_, [&](isize head, isize slot) { weigh(head, piece(slot)); });
+      inner.q = p.q, inner.k = over(k_, s_.d), inner.v = over(z_, s_.e), inner.out = p.out;
+      softmax().prefill(exec, inner, softmax_memory());
+    }
+    if (m_.skip.data == nullptr) return;
+    const isize blocks = ceil_div(s_.n, stretch);
+    exec.for_tasks(heads_ * blocks,
+                   [&](isize task, isize slot) { convolve(p, task / blocks, task % blocks * stretch, piece(slot)); });
+  }
+
+ private:
+  struct room {
+    projector means;
+    double *q, *k, *A, *products, *wide;
+    Acc *row, *sum;
+  };
+  room lay_out(arena& a) const {
+    const isize most = std::max(s_.d, s_.e);
+    return {
+        projector(a, s_.d),          a.take<double>(l_ * s_.d),     a.take<double>(l_ * s_.d), a.take<double>(l_ * l_),
+        a.take<double>(3 * l_ * l_), a.take<double>(2 * l_ * s_.e), a.take<Acc>(most),         a.take<Acc>(most)};
+  }
+  arena piece(isize slot) const {
+    return arena(std::span<std::byte>(pieces_ + static_cast<std::size_t>(slot) * piece_, piece_));
+  }
+  arena softmax_memory() const { return arena(std::span<std::byte>(softmax_, softmax_bytes_)); }
+  softmax_attention softmax() const { return {.mask = no_mask{}, .scale = m_.scale_for(s_)}; }
+  tensor_mut over(Acc* data, isize width) const { return bhnd(data, s_.B, s_.H, l_, width); }
+  shape summary() const {  // landmark queries over all keys
+    shape x = s_;
+    x.n = l_;
+    return x;
+  }
+  shape answer() const {  // all queries over landmark keys, which every query head has of its own
+    shape x = s_;
+    x.m = l_, x.G = s_.H;
+    return x;
+  }
+
+  /// Landmarks of a head, and Z [l x l].
+  void average(const problem& p, isize head, arena memory) const {
+    room r = lay_out(memory);
+    const isize b = head / s_.H, h = head % s_.H;
+    const kernel::projection means{sequence_projection::mean, l_, nullptr, 0};
+    const auto into = [&](const tensor_ref& x, isize of, double* wide, Acc* to) {
+      projector::clear(means, s_.d, 0, l_, wide);
+      r.means.absorb(means, x.row(b, of, 0), x.type, x.row_stride, 0, x.length, x.length, s_.d, 0, l_, wide);
+      for (isize i = 0; i < l_ * s_.d; ++i) to[i] = static_cast<Acc>(wide[i]);
+    };
+    into(p.q, h, r.q, q_ + head * l_ * s_.d);
+    into(p.k, h / s_.group(), r.k, k_ + head * l_ * s_.d);
+    const double scale = m_.scale_for(s_);
+    for (isize i = 0; i < l_; ++i) {
+      double *row = r.A + i * l_, top = -std::numeric_limits<double>::infinity(), sum = 0;
+      for (isize j = 0; j < l_; ++j) {
+        double score = 0;
+        for (isize c = 0; c < s_.d; ++c) score += r.q[i * s_.d + c] * r.k[j * s_.d + c];
+        row[j] = score * scale, top = std::max(top, row[j]);
+      }
+      for (isize j = 0; j < l_; ++j) row[j] = std::exp(row[j] - top), sum += row[j];
+      for (isize j = 0; j < l_; ++j) row[j] /= sum;
+    }
+    iterate_inverse<Arch>(l_, m_.iterations, r.A, inverse_ + head * l_ * l_, r.products);
+  }
+
+  /// z = Z v of a head.
+  void weigh(isize head, arena memory) const {
+    const room r = lay_out(memory);
+    const isize count = l_ * s_.e;
+    double* product = r.wide + count;
+    for (isize i = 0; i < count; ++i) r.wide[i] = static_cast<double>(v_[head * count + i]);
+    tile::gemm<Arch, double>(l_, s_.e, l_, inverse_ + head * l_ * l_, l_, 1, r.wide, s_.e, product, s_.e, false);
+    for (isize i = 0; i < count; ++i) z_[head * count + i] = static_cast<Acc>(product[i]);
+  }
+
+  /// out_i += sum_t w_t v_(i + t - taps / 2), rows [first, first + stretch) of a head.
+  void convolve(const problem& p, isize head, isize first, arena memory) const {
+    const room r = lay_out(memory);
+    const isize b = head / s_.H, h = head % s_.H, taps = m_.skip.width, last = std::min(first + stretch, s_.n);
+    for (isize i = first; i < last; ++i) {
+      simd::load_row<Arch, Acc>(p.out.type, p.out.row(b, h, i), s_.e, r.sum);
+      for (isize t = 0; t < taps; ++t) {
+        const isize j = i + t - taps / 2;
+        if (j < 0 || j >= s_.m) continue;
+        const Acc* v = simd::row_as<Arch, Acc>(p.v.type, p.v.row(b, h / s_.group(), j), s_.e, r.row);
+        const Acc w = static_cast<Acc>(m_.skip(0, m_.skip.heads == 1 ? 0 : h, 0, t));
+        for (isize c = 0; c < s_.e; ++c) r.sum[c] += w * v[c];
+      }
+      simd::store_row<Arch, Acc>(p.out.type, r.sum, s_.e, p.out.row(b, h, i));
+    }
+  }
+
+  nystrom_attention m_;
+  shape s_;
+  isize l_, heads_;
+  Acc *q_, *k_, *v_, *z_;  // landmarks; exact outputs of the landmark queries; the same times Z
+  double* inverse_;
+  std::byte *pieces_, *softmax_;
+  std::size_t piece_, softmax_bytes_;
+};
+
+template <class Acc>
+void nystrom_prefill(const nystrom_attention& m, exec_ref exec, const problem& p, arena memory) {
+  nystrom_run<Acc>(memory, m, p.shape(), exec.concurrency()).run(exec, p);
+}
+
+}  // namespace detail
+
+inline void nystrom_attention::check_settings() const {
+  if (scale) {
+    require_finite("scale", *scale);
+    require(*scale > 0, "scale is ", *scale, "; it must be positive");
+  }
+  require(landmarks >= 1, "landmarks is ", landmarks, "; wanted at least 1");
+  require(iterations >= 1 && iterations <= 64, "iterations is ", iterations, "; wanted 1 to 64");
+  if (skip.width == 0 && skip.data == nullptr) return;
+  require(skip.data != nullptr && skip.batch == 1 && skip.length == 1 && skip.heads >= 1, "skip is [", skip.batch, ", ",
+          skip.heads, ", ", skip.length, ", ", skip.width, "]; wanted [1, 1 or H, 1, taps]");
+  require(skip.width % 2 == 1, "skip has ", skip.width, " taps; wanted an odd number, the middle one of the own row");
+}
+
+inline void nystrom_attention::check(const problem& p) const {
+  detail::check_problem(p);
+  check_settings();
+  require(!p.lse, "lse was given; the weights of Nystrom attention may be negative and have no log-sum-exp");
+  if (skip.data == nullptr) return;
+  require(skip.heads == 1 || skip.heads == p.q.heads, "skip has ", skip.heads, " heads and q has ", p.q.heads,
+          "; wanted one, or as many");
+  require(p.q.length == p.k.length, "q has ", p.q.length, " rows and k has ", p.k.length,
+          "; the convolution of skip wants as many of each");
+}
+
+inline std::size_t nystrom_attention::workspace_size(const shape& s, int threads) const {
+  arena measure;
+  s.type == dtype::f64 ? (void)detail::nystrom_run<double>(measure, *this, s, threads)
+                       : (void)detail::nystrom_run<float>(measure, *this, s, threads);
+  return measure.bytes();
+}
+
+#if FOVEA_DEFINES_LOOPS
+FOVEA_DEFINITION void nystrom_attention::prefill(exec_ref exec, const problem& p, arena scratch) const {
+  p.q.type == dtype::f64 ? detail::nystrom_prefill<double>(*this, exec, p, scratch)
+                         : detail::nystrom_prefill<float>(*this, exec, p, scratch);
+}
+#endif
+
+inline double nystrom_attention::macs(const shape& s) const {
+  const double l = static_cast<double>(used(s)), heads = static_cast<double>(s.B * s.H), n = static_cast<double>(s.n),
+               m = static_cast<double>(s.m), width = static_cast<double>(s.d + s.e);
+  const double convolution = heads * n * static_cast<double>(skip.width * s.e);
+  if (l == 0) return heads * n * m * width + convolution;
+  return heads * ((n + m) * l * width + l * l * (static_cast<double>(4 * iterations) * l + width)) + convolution;
+}
+
+}  // namespace FOVEA_ABI
+}  // namespace fovea
