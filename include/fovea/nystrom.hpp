@@ -10,7 +10,7 @@
 ///            e; l = min(landmarks, n, m). With at least as many landmarks as queries and keys it is exact attention, as in the authors' code.
 ///            Rows of weights sum to about 1 and may be negative: there is no log-sum-exp. `skip`: a depthwise convolution of the values
 ///            along the sequence, zero beyond its ends, is added (n = m).
-/// Cost       H (n + m) l (d + e) multiply-adds an item and 4 l^3 for each iteration and head; scratch H l (2 d + 2 e).
+/// Cost       H (n + m) l (d + e) multiply-adds an item and 4 l^3 for each iteration and head; scratch H l (2 d + 2 e + 2 l), with skip H n e more.
 /// Numerics   landmarks, A and Z in double whatever the storage; docs/mechanisms/nystrom.md.
 /// Reference  nystrom/reference.hpp.       Source  Xiong et al., Nystromformer (2021, arXiv 2102.03902), as in the authors' code.
 

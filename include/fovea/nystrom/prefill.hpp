@@ -55,6 +55,7 @@ class nystrom_run {
     q_ = memory.take<Acc>(heads_ * l_ * s.d), k_ = memory.take<Acc>(heads_ * l_ * s.d);
     v_ = memory.take<Acc>(heads_ * l_ * s.e), z_ = memory.take<Acc>(heads_ * l_ * s.e);
     inverse_ = memory.take<double>(heads_ * l_ * l_);
+    wide_ = memory.take<Acc>(m.skip.data != nullptr ? heads_ * s.n * s.e : 0);
     arena one;
     lay_out(one);
     piece_ = round_up(one.bytes(), alignment);
@@ -65,18 +66,21 @@ class nystrom_run {
   }
 
   void run(exec_ref exec, const problem& p) const {
+    problem inner = p;
+    const bool skips = m_.skip.data != nullptr;  // the sum is rounded once, after the convolution
+    const tensor_mut sum = skips ? bhnd(wide_, s_.B, s_.H, s_.n, s_.e) : p.out;
     if (l_ == 0) {
-      softmax().prefill(exec, p, softmax_memory());
+      inner.out = sum;
+      softmax().prefill(exec, inner, softmax_memory());
     } else {
       exec.for_tasks(heads_, [&](isize head, isize slot) { average(p, head, piece(slot)); });
-      problem inner = p;
       inner.q = over(q_, s_.d), inner.out = over(v_, s_.e);
       softmax().prefill(exec, inner, softmax_memory());
       exec.for_tasks(heads_, [&](isize head, isize slot) { weigh(head, piece(slot)); });
-      inner.q = p.q, inner.k = over(k_, s_.d), inner.v = over(z_, s_.e), inner.out = p.out;
+      inner.q = p.q, inner.k = over(k_, s_.d), inner.v = over(z_, s_.e), inner.out = sum;
       softmax().prefill(exec, inner, softmax_memory());
     }
-    if (m_.skip.data == nullptr) return;
+    if (!skips) return;
     const isize blocks = ceil_div(s_.n, stretch);
     exec.for_tasks(heads_ * blocks,
                    [&](isize task, isize slot) { convolve(p, task / blocks, task % blocks * stretch, piece(slot)); });
@@ -152,7 +156,7 @@ class nystrom_run {
     const room r = lay_out(memory);
     const isize b = head / s_.H, h = head % s_.H, taps = m_.skip.width, last = std::min(first + stretch, s_.n);
     for (isize i = first; i < last; ++i) {
-      simd::load_row<Arch, Acc>(p.out.type, p.out.row(b, h, i), s_.e, r.sum);
+      std::copy_n(wide_ + (head * s_.n + i) * s_.e, s_.e, r.sum);
       for (isize t = 0; t < taps; ++t) {
         const isize j = i + t - taps / 2;
         if (j < 0 || j >= s_.m) continue;
@@ -169,6 +173,7 @@ class nystrom_run {
   isize l_, heads_;
   Acc *q_, *k_, *v_, *z_;  // landmarks; exact outputs of the landmark queries; the same times Z
   double* inverse_;
+  Acc* wide_;  // outputs before the convolution is added
   std::byte *pieces_, *softmax_;
   std::size_t piece_, softmax_bytes_;
 };

@@ -17,8 +17,8 @@ namespace detail {
 
 using matrix = std::vector<std::vector<double>>;
 
-inline matrix zeros(isize rows, isize columns) {
-  return matrix(static_cast<std::size_t>(rows), std::vector<double>(static_cast<std::size_t>(columns), 0.0));
+inline matrix zeros(isize height, isize width) {
+  return matrix(static_cast<std::size_t>(height), std::vector<double>(static_cast<std::size_t>(width), 0.0));
 }
 inline matrix matrix_of(const tensor_ref& x, isize b, isize h) {
   matrix out = zeros(x.length, x.width);
