@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// calibrate: learns the feature maps of a layer from its captured q, k, v, for any_attention and compare.
+// calibrate: learns the feature maps of a layer, or the projections of Linformer, from its captured q, k, v, for any_attention and compare.
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cmath>
@@ -16,6 +16,9 @@
 
 #include "common/complain.hpp"
 #include "compare/input.hpp"
+#if FOVEA_HAS_EIGEN
+#include "calibrate/low_rank/linformer.hpp"
+#endif
 
 namespace {
 
@@ -23,8 +26,9 @@ using fovea::isize;
 
 struct options {
   std::vector<std::string> files;
-  std::string folder = ".", map = "hedgehog_two", loss = "cross_entropy";
-  isize tokens = 0;
+  std::string folder = ".", mechanism = "linear", map = "hedgehog_two", loss = "cross_entropy", share = "none";
+  isize tokens = 0, positions = 0, slots = 0;
+  double error = 0;
   int threads = 1;
   bool resume = false;
   fovea::train::calibration_options how;
@@ -56,7 +60,7 @@ nlohmann::json setting(const std::string& label, const options& o, const compare
   return {{"label", label}, {"file", in.file}, {"attention", a}, {"weights", weights}};
 }
 
-void calibrate(const std::string& file, const options& o, nlohmann::json& settings) {
+void learn_maps(const std::string& file, const options& o, nlohmann::json& settings) {
   const compare::input in = compare::read_input(file, o.tokens);
   const std::string window = o.how.loss.window > 0 ? "_window" + std::to_string(o.how.loss.window) : "";
   const std::string stem = o.folder + "/" + std::filesystem::path(file).stem().string() + "." + o.map + window;
@@ -110,14 +114,54 @@ void merge_settings(const std::string& path, nlohmann::json& now) {
   now = all;
 }
 
+/// Projections of the bidirectional layers; a file of a causal model is refused, unless nobody named it.
+void project(const std::string& file, const options& o, const CLI::App& app, nlohmann::json& settings) {
+#if FOVEA_HAS_EIGEN
+  const compare::input in = compare::read_input(file, o.tokens);
+  if (in.causal && o.files.empty()) return;
+  fovea::require(!in.causal,
+                 "this layer is causal; a Linformer slot mixes all positions and has no causal form to fit");
+  calibrate::linformer_options how;
+  using sharing = fovea::train::projection_sharing;
+  how.how.positions = o.positions, how.how.seed = o.how.seed;
+  how.how.share = o.share == "none" ? sharing::none : o.share == "headwise" ? sharing::headwise : sharing::key_value;
+  const auto given = [&](const char* name) { return app.get_option(name)->count() > 0; };
+  if (given("--steps")) how.how.steps = o.how.steps;
+  if (given("--rate")) how.how.optimiser.rate = o.how.optimiser.rate;
+  if (given("--look-every")) how.how.look_every = o.how.look_every;
+  if (given("--patience")) how.how.patience = o.how.patience;
+  if (given("--held-out")) how.how.held_out = o.how.held_out;
+  how.how.optimiser.decay = o.how.optimiser.decay;
+  how.slots = o.slots, how.error = o.error, how.threads = o.threads, how.folder = o.folder;
+  calibrate::fit_linformer(in, how, settings);
+#else
+  (void)file, (void)o, (void)app, (void)settings;
+  fovea::fail("--mechanism linformer needs Eigen, and this program was built without it");
+#endif
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   using fovea::train::map_kind;
   options o;
-  CLI::App app{"Learns the feature maps of each file's heads from its q [H, n, d], k [G, n, d], v [G, n, e]."};
+  CLI::App app{
+      "Learns the feature maps, or the projections, of each file's heads from its q [H, n, d], k [G, n, d], v [G, n, "
+      "e]."};
   app.add_option("files", o.files, "safetensors files of captured layers; none: the built-in ones");
   app.add_option("--out", o.folder, "folder for the weights, their checkpoints and settings.json");
+  app.add_option("--mechanism", o.mechanism, "linear: feature maps (also DiJiang's); linformer: projections E and F")
+      ->check(CLI::IsMember(std::vector<std::string>{"linear", "linformer"}));
+  app.add_option("--slots", o.slots, "linformer: projected length (a quarter of the positions)")
+      ->check(CLI::Range(1, 1 << 20));
+  app.add_option(
+         "--positions", o.positions,
+         "linformer: tokens of a window, the longest input of E (the whole text; then only queries are held out)")
+      ->check(CLI::Range(2, 1 << 20));
+  app.add_option("--share", o.share, "linformer: none (E, F of each KV head), headwise, key_value (headwise, F = E)")
+      ->check(CLI::IsMember(std::vector<std::string>{"none", "headwise", "key_value"}));
+  app.add_option("--error", o.error, "linformer: the fewest slots whose held-out error is below this share")
+      ->check(CLI::Range(1e-6, 1.0));
   app.add_option("--map", o.map, "t2r, hedgehog, hedgehog_two or dijiang")
       ->check(CLI::IsMember(std::vector<std::string>{"t2r", "hedgehog", "hedgehog_two", "dijiang"}));
   app.add_option("--features", o.how.features, "features of a row (d; 2 d for Hedgehog)")->check(CLI::Range(1, 65536));
@@ -156,6 +200,8 @@ int main(int argc, char** argv) {
                 : o.map == "hedgehog_two" ? map_kind::hedgehog_two
                                           : map_kind::dijiang;
     fovea::require(o.how.loss.first < 0 || o.how.loss.window > 0, "--first goes with --window");
+    fovea::require(o.mechanism == "linformer" || (o.slots == 0 && o.positions == 0 && o.error == 0),
+                   "--slots, --positions and --error go with --mechanism linformer");
     if (o.how.loss.first < 0) o.how.loss.first = o.how.loss.window > 0 ? 4 : 0;
     o.how.loss.cross_entropy = o.loss == "cross_entropy" || o.loss == "both" ? 1.0 : 0.0;
     o.how.loss.mean_square = o.loss == "mean_square" ? 1.0 : 0.0;
@@ -165,11 +211,12 @@ int main(int argc, char** argv) {
     const std::string list = o.folder + "/settings.json";
     for (const std::string& file : o.files.empty() ? built_in_files() : o.files) {
       try {
-        calibrate(file, o, settings);
+        o.mechanism == "linformer" ? project(file, o, app, settings) : learn_maps(file, o, settings);
       } catch (const fovea::contract_error& e) {
         throw fovea::file_error(file, e);
       }
     }
+    fovea::require(!settings.empty(), "nothing to learn: none of the files suits --mechanism ", o.mechanism);
     merge_settings(list, settings);
     fovea::write_whole(list, [&](std::ostream& out) { out << settings.dump(1) << "\n"; });
     std::printf("written: %s\n", list.c_str());
