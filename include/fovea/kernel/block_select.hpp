@@ -18,56 +18,16 @@
 #include <cmath>
 #include <limits>
 
+#include <fovea/kernel/block_choose.hpp>
 #include <fovea/kernel/block_summary.hpp>
-#include <fovea/mask/mask.hpp>
+#include <fovea/kernel/code_pass.hpp>
 #include <fovea/simd/exp.hpp>
-#include <fovea/tile/codes.hpp>
+#include <fovea/simd/dot8.hpp>
 #include <fovea/tile/gemm.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
 namespace kernel {
-
-enum class block_score : unsigned char { mean, variance, bound, code, exact };
-enum block_fate : std::uint8_t { skipped = 0, computed = 1, pooled = 2 };
-
-/// The geometry and budget of a selection. Row i of a call is in query block (i + origin) / block_q and at position i + offset.
-struct block_rule {
-  block_score score = block_score::mean;
-  isize block_q = 1, block_k = 1, origin = 0, offset = 0;
-  isize n = 0, m = 0;
-  isize top = 0, at_least = 0, first = 0, window = 0;
-  double budget = 0, scale = 1;
-  bool causal = false, pool = false;
-
-  FOVEA_HD isize blocks() const { return ceil_div(m, block_k); }
-  FOVEA_HD range rows(isize block) const {
-    return meet({block * block_q - origin, (block + 1) * block_q - origin}, {0, n});
-  }
-  /// Position of the first row of a query block, which may have come in an earlier call.
-  FOVEA_HD isize start(isize block) const { return block * block_q - origin + offset; }
-  /// Blocks [0, past) are wholly before the query block; [past, seen) hold its own keys, or keys that only some rows may see.
-  struct reach {
-    isize past, seen;
-  };
-  FOVEA_HD reach reach_of(isize block) const {
-    if (!causal) return {blocks(), blocks()};
-    const isize p0 = start(block), p1 = rows(block).last - 1 + offset;
-    const isize past = p0 < 0 ? 0 : p0 / block_k, seen = p1 < 0 ? 0 : p1 / block_k + 1;
-    return {past < blocks() ? past : blocks(), seen < blocks() ? seen : blocks()};
-  }
-  /// Is key block J < past computed whatever its score?
-  FOVEA_HD bool always(isize block, isize J) const {
-    const isize j0 = J * block_k, j1 = j0 + block_k - 1, p0 = start(block), p1 = rows(block).last - 1 + offset;
-    return j0 < first || (window > 0 && j1 > p0 - window && (causal || j0 < p1 + window));
-  }
-  /// How many of the candidates are computed, given how many own blocks are.
-  isize count(isize candidates, isize own) const {
-    const isize by_share = static_cast<isize>(std::ceil(budget * static_cast<double>(candidates) * (1 - 1e-12)));
-    const isize wanted = top > 0 ? (top > own ? top - own : 0) : by_share, floor = ceil_div(at_least, block_k);
-    return std::min(candidates, std::max(wanted, floor));
-  }
-};
 
 /// Keys of one KV head as stored, for exact token scores.
 struct key_rows {
@@ -87,31 +47,38 @@ class block_select {
   static constexpr isize W = P::size, rows = 64;
   static constexpr isize most_few = 4;  // up to so many rows token scores are dot products along d, as in decoding
   static constexpr Acc none = -std::numeric_limits<Acc>::infinity();
+  struct no_pass {
+    no_pass(arena&, isize) {}
+  };
+  static constexpr bool has_pass = has_code_pass<Arch> && std::is_same_v<Acc, float>;
 
  public:
   block_select(arena& memory, const block_rule& rule, isize d)
-      : rule_(rule), d_(d), chunk_(rule.block_k >= 128 ? rule.block_k : 128 / rule.block_k * rule.block_k) {
+      : rule_(rule),
+        d_(d),
+        chunk_(rule.block_k >= 128 ? rule.block_k : 128 / rule.block_k * rule.block_k),
+        pass_(memory, d) {
     const isize blocks = rule.blocks();
     per_token_ = rule.score == block_score::code || rule.score == block_score::exact;
     two_ = rule.score == block_score::variance || rule.score == block_score::bound;
     q_ = memory.take<Acc>(d * rows);
     q2_ = memory.take<Acc>(two_ ? d * rows : 0);
     factor_ = memory.take<Acc>(rows);
-    peak_ = memory.take<Acc>(blocks * rows + W);
-    mass_ = memory.take<Acc>(per_token_ ? blocks * rows + W : blocks);
+    peak_ = memory.take<Acc>(blocks * rows * (per_token_ ? 2 : 1) + W);
+    mass_ = per_token_ ? peak_ + blocks * rows : memory.take<Acc>(blocks);
     s_ = memory.take<Acc>(per_token_ ? chunk_ * rows : 0);
     k_ = memory.take<Acc>(per_token_ ? chunk_ * d : 0);
     few_ = memory.take<Acc>(rule.score == block_score::exact ? most_few * d : 0);
-    few_code_ = memory.take<std::int8_t>(rule.score == block_score::code ? (most_few + 2) * d : 0);
-    panel_ = memory.take<std::uint8_t>(integers() ? ceil_div(d, 4) * 256 : 0);
+    few_code_ = memory.take<std::int8_t>(rule.score == block_score::code ? (most_few + 1) * d : 0);
     row_ = memory.take<Acc>(d);
-    votes_ = memory.take<Acc>(blocks);
-    order_ = memory.take<std::int32_t>(blocks);
+    weight_ = memory.take<Acc>(rule.block_q > 1 ? ceil_div(blocks, W) * W * W : 0);
+    votes_ = memory.take<Acc>(blocks + 2 * W);
   }
 
-  /// Fates of all key blocks for `count` query blocks: row x of table [count x blocks] is that of list[x].
-  void run(const block_summary<Acc>& s, const key_rows& keys, const tensor_ref& q, isize b, const query_block* list,
-           isize count, std::uint8_t* table) noexcept {
+  /// Fates of all key blocks for `count` query blocks: row x of table [count x blocks] is that of list[x]. codes: of s, or null.
+  void run(const block_summary<Acc>& s, const code_keys* codes, const key_rows& keys, const tensor_ref& q, isize b,
+           const query_block* list, isize count, std::uint8_t* table) noexcept {
+    codes_ = has_pass && rule_.score == block_score::code ? codes : nullptr;
     isize at = 0, done = 0;  // rows of query block list[at] that earlier panels held
     while (at < count) {
       isize lanes = 0, segments = 0, past = 0;
@@ -125,10 +92,12 @@ class block_select {
         lanes += take, done = closes ? 0 : done + take, at += closes ? 1 : 0;
       }
       for (isize x = lanes; x < ceil_div(lanes, W) * W; ++x) clear(x);
+      ld_ = codes_ != nullptr ? 2 * W : rows, vector_ = codes_ != nullptr ? past * 2 * W : W;
       estimate(s, keys, past, lanes);
       for (isize x = 0; x < segments; ++x) {
         vote(segments_[x]);
-        if (segments_[x].closes) choose(segments_[x].block, table + segments_[x].index * rule_.blocks());
+        if (segments_[x].closes)
+          choose_blocks<Arch>(rule_, segments_[x].block, votes_, table + segments_[x].index * rule_.blocks());
       }
     }
   }
@@ -140,7 +109,8 @@ class block_select {
   };
 
   void clear(isize lane) noexcept {
-    for (isize c = 0; integers() && c < ceil_div(d_, 4) * 4; ++c) panel_[c / 4 * 256 + lane * 4 + c % 4] = 0;
+    if constexpr (has_pass)
+      if (codes_ != nullptr) return pass_.clear(lane);
     for (isize c = 0; c < d_; ++c) q_[c * rows + lane] = Acc(0);
     for (isize c = 0; two_ && c < d_; ++c) q2_[c * rows + lane] = Acc(0);
     factor_[lane] = Acc(0);
@@ -154,9 +124,10 @@ class block_select {
     Acc* to = q_ + lane;
     switch (rule_.score) {
       case block_score::code: {
+        if constexpr (has_pass)
+          if (codes_ != nullptr) return pass_.load(x, to_log2, levels_, lane);
         std::int8_t* code = few_code_ + std::min(lane, most_few) * d_;
         factor_[lane] = to_log2 * round_row<Arch>(x, d_, levels_, code);
-        if (integers()) return tile::load_code_lane(code, d_, lane, panel_);
         for (isize c = 0; c < d_; ++c) to[c * rows] = static_cast<Acc>(code[c]);
         return;
       }
@@ -177,6 +148,8 @@ class block_select {
   /// peak_[J][lane] (log2) and mass_: the estimated mass of block J is mass * 2^peak.
   void estimate(const block_summary<Acc>& s, const key_rows& keys, isize past, isize lanes) noexcept {
     const isize width = ceil_div(lanes, W) * W;
+    if constexpr (has_pass)
+      if (codes_ != nullptr) return pass_.run(*codes_, rule_.m, rule_.block_k, past, lanes, peak_);
     if (per_token_) return token_scores(s, keys, past, lanes);
     for (isize J = 0; J < past; ++J) mass_[J] = static_cast<Acc>(size_of_block(J));
     if (rule_.score == block_score::bound) {
@@ -202,8 +175,6 @@ class block_select {
       const isize count = std::min(chunk_, last - j0);
       if (rule_.score == block_score::code && lanes <= most_few)
         few_code_scores(s, j0, count, lanes, width);
-      else if (integers())
-        integer_scores(s, j0, count, width);
       else
         panel_scores(s, keys, j0, count, lanes, width);
       for (isize J = j0 / rule_.block_k; J * rule_.block_k < j0 + count; ++J) fold_block(s, J, j0, width);
@@ -244,16 +215,6 @@ class block_select {
         s_[x * rows + r] = static_cast<Acc>(simd::dot8<Arch>(s.code + (j0 + x) * d_, few_code_ + r * d_, d_));
     }
   }
-  bool integers() const noexcept {
-    return tile::has_code_panel<Arch, Acc> && rule_.score == block_score::code && d_ <= 512;
-  }
-  void integer_scores(const block_summary<Acc>& s, isize j0, isize count, isize width) noexcept {
-    if constexpr (tile::has_code_panel<Arch, Acc>) {
-      std::int8_t* ones = few_code_ + (most_few + 1) * d_;
-      for (isize c = 0; c < d_; ++c) ones[c] = 1;
-      tile::code_panel(count, width, d_, s.code + j0 * d_, ones, panel_, s_, rows);
-    }
-  }
   void clear_scores(isize x, isize width) noexcept {
     for (isize r = 0; r < width; r += W) P(Acc(0)).store(s_ + x * rows + r);
   }
@@ -271,57 +232,71 @@ class block_select {
         top = simd::max(top, v);
       }
       P sum(Acc(0));
-      for (isize y = 0; y < count; ++y) sum = sum + simd::exp2(P::load(at + y * rows) - top);
+      if (code) top = whole_below(top);
+      for (isize y = 0; y < count; ++y) {
+        const P v = P::load(at + y * rows) - top;
+        sum = sum + (code ? chord(v) : simd::exp2(v));
+      }
       top.store(peak_ + J * rows + x);
       sum.store(mass_ + J * rows + x);
     }
   }
+  static P whole_below(P x) noexcept {
+    const P magic(static_cast<Acc>(sizeof(Acc) == 4 ? 12582912.0 : 6755399441055744.0)), near = (x + magic) - magic;
+    return near - simd::select_greater(near, x, P(Acc(1)), P(Acc(0)));
+  }
+  /// code_pass.hpp's chord2.
+  static P chord(P x) noexcept {
+    const P n = whole_below(x);
+    return simd::exp2(n) * (P(Acc(1)) + (x - n));
+  }
 
-  P mass_at(isize J, isize lane) const noexcept { return per_token_ ? P::load(mass_ + J * rows + lane) : P(mass_[J]); }
+  /// Of W rows from lane x on. The pass keeps a vector's peaks and masses side by side, [vector][past][2][W].
+  const Acc* peak_at(isize J, isize x) const noexcept { return peak_ + x / W * vector_ + J * ld_ + x % W; }
+  const Acc* mass_at(isize J, isize x) const noexcept {
+    return codes_ != nullptr ? peak_at(J, x) + W : mass_ + J * rows + x;
+  }
 
   void vote(const segment& g) noexcept {
     const isize past = rule_.reach_of(g.block).past;
     if (g.opens)
-      for (isize J = 0; J < past; ++J) votes_[J] = Acc(0);
+      for (isize J = 0; J < past + W; ++J) votes_[J] = Acc(0);
     if (rule_.block_q == 1) {  // one row: the order of the masses themselves, which cannot underflow
       for (isize J = 0; J < past && g.count > 0; ++J)
-        votes_[J] = peak_[J * rows + g.lane] + std::log2(per_token_ ? mass_[J * rows + g.lane] : mass_[J]);
+        votes_[J] = *peak_at(J, g.lane) + std::log2(per_token_ ? *mass_at(J, g.lane) : mass_[J]);
       return;
     }
-    for (isize x = g.lane; x < g.lane + g.count;
-         x += W) {  // lanes behind the segment are other rows': computed, not counted
-      const isize live = std::min(W, g.lane + g.count - x);
-      const auto bits = static_cast<simd::lane_bits>(~std::uint64_t{0} >> (64 - live));
-      P top(none), sum(Acc(0));
-      for (isize J = 0; J < past; ++J) top = simd::max(top, P::load(peak_ + J * rows + x));
-      for (isize J = 0; J < past; ++J) sum = sum + mass_at(J, x) * simd::exp2(P::load(peak_ + J * rows + x) - top);
-      const P inverse = P(Acc(1)) / sum;
-      for (isize J = 0; J < past; ++J) {
-        const P share = mass_at(J, x) * simd::exp2(P::load(peak_ + J * rows + x) - top) * inverse;
-        votes_[J] += simd::reduce_add(simd::select(bits, share, P(Acc(0))));
+    for (isize x = g.lane / W * W; x < g.lane + g.count; x += W) {  // other rows' lanes do not count
+      const isize low = std::max(g.lane - x, isize{0}), high = std::min(g.lane + g.count - x, W);
+      const auto live = static_cast<simd::lane_bits>((~std::uint64_t{0} >> (64 - (high - low))) << low);
+      const P inverse = weigh(past, x);
+      for (isize J = 0; J < past; J += W) {
+        P share[W];
+        for (isize y = 0; y < W; ++y) share[y] = simd::select(live, P::load(weight_ + (J + y) * W) * inverse, P(Acc(0)));
+        (P::load(votes_ + J) + simd::sum_each(share)).store(votes_ + J);
       }
     }
   }
 
-  void choose(isize block, std::uint8_t* fate) noexcept {
-    const isize blocks = rule_.blocks();
-    for (isize J = 0; J < blocks; ++J) fate[J] = skipped;
-    const auto reach = rule_.reach_of(block);
-    isize candidates = 0;
-    for (isize J = 0; J < reach.past; ++J) {
-      const bool always = rule_.always(block, J);
-      fate[J] = always ? computed : rule_.pool ? pooled : skipped;
-      if (!always) order_[candidates++] = static_cast<std::int32_t>(J);
+  /// weight_ [J] = mass 2^(peak - top) of W rows, zeros behind the last block: the shares but for one factor, which is returned.
+  P weigh(isize past, isize x) noexcept {
+    P top(none), sum(Acc(0));
+    for (isize J = 0; J < past; ++J) top = simd::max(top, P::load(peak_at(J, x)));
+    const bool whole = codes_ != nullptr;  // the peaks are whole numbers
+    for (isize J = 0; J < past; ++J) {
+      const P below = P::load(peak_at(J, x)) - top, mass = per_token_ ? P::load(mass_at(J, x)) : P(mass_[J]);
+      const P weight = mass * (whole ? power(below) : simd::exp2(below));
+      weight.store(weight_ + J * W);
+      sum = sum + weight;
     }
-    for (isize J = reach.past; J < reach.seen; ++J) fate[J] = computed;
-    const isize count = rule_.count(candidates, reach.seen - reach.past);
-    if (count < candidates)
-      std::nth_element(order_, order_ + count, order_ + candidates, [&](std::int32_t x, std::int32_t y) {
-        const Acc a = votes_[x], c = votes_[y];
-        if ((a != a) != (c != c)) return a != a;
-        return a > c || (!(a < c) && x < y);
-      });
-    for (isize x = 0; x < count; ++x) fate[order_[x]] = computed;
+    for (isize J = past; J < ceil_div(past, W) * W; ++J) P(Acc(0)).store(weight_ + J * W);
+    return P(Acc(1)) / sum;
+  }
+  static P power(P whole) noexcept {
+    if constexpr (has_pass)
+      return chord_of_bits<Arch>(whole);
+    else
+      return simd::exp2(whole);
   }
 
  public:
@@ -329,13 +304,13 @@ class block_select {
 
  private:
   block_rule rule_;
-  isize d_, chunk_;
+  isize d_, chunk_, ld_ = rows, vector_ = W;
   bool per_token_ = false, two_ = false;
+  const code_keys* codes_ = nullptr;
+  std::conditional_t<has_pass, code_pass<Arch>, no_pass> pass_;
   segment segments_[rows];
-  Acc *q_, *q2_, *factor_, *peak_, *mass_, *s_, *k_, *few_, *row_, *votes_;
-  std::int8_t* few_code_;  // most_few rows, one to spare, one of ones
-  std::uint8_t* panel_;
-  std::int32_t* order_;
+  Acc *q_, *q2_, *factor_, *peak_, *mass_, *s_, *k_, *few_, *row_, *weight_, *votes_;
+  std::int8_t* few_code_;  // most_few rows, one to spare
 };
 
 }  // namespace kernel

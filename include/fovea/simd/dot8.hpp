@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: MIT
 #pragma once
-/// @file  Dot product of two rows of signed 8-bit integers, exact in 32 bits for up to 2^17 elements.
+/// @file  Dot products of signed 8-bit integers: two rows, exact in 32 bits for up to 2^17 elements; or four bytes a lane.
+///
+///   dot4_signed(acc, a, b)    lane l: acc[l] + sum of s8 a[4 l + i] * s8 b[4 l + i], i = 0..3; no byte is -128
+///
+/// Cost       dot4_signed: 4 instructions with plain AVX2, where words.hpp's dot4 takes 9; 1 with NEON's dot product.
 
-#include <fovea/simd/arch.hpp>
+#include <fovea/simd/words.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -38,6 +42,36 @@ FOVEA_INLINE std::int32_t dot8(const std::int8_t* a, const std::int8_t* b, isize
 #endif
   for (; c < n; ++c) sum += static_cast<std::int32_t>(a[c]) * static_cast<std::int32_t>(b[c]);
   return sum;
+}
+
+/// Is dot4_signed the shorter way on Arch? Elsewhere a is kept as u8, + 128, for dot4.
+template <class Arch>
+inline constexpr bool has_dot4_signed = std::is_same_v<Arch, neon64> || (std::is_same_v<Arch, avx2> && !has_dot4<avx2>);
+
+template <class A>
+FOVEA_INLINE words<A> dot4_signed(words<A> acc, words<A> a, words<A> b) {
+#if defined(FOVEA_HAS_AVX512) || defined(FOVEA_HAS_AVX2)
+  if constexpr (std::is_same_v<A, avx2>) {  // |a| |b| <= 127^2: two products stay inside 16 bits
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(b.v), _mm256_sign_epi8(a.v, b.v));
+    return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+  }
+#endif
+#if defined(FOVEA_HAS_NEON64)
+  if constexpr (std::is_same_v<A, neon64>) {
+    const int8x16_t x = vreinterpretq_s8_s32(a.v), y = vreinterpretq_s8_s32(b.v);
+#if defined(__ARM_FEATURE_DOTPROD)
+    return {vdotq_s32(acc.v, x, y)};
+#else
+    const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(x), vget_low_s8(y)));
+    return {vaddq_s32(acc.v, vpaddq_s32(low, vpaddlq_s16(vmull_high_s8(x, y))))};
+#endif
+  }
+#endif
+  std::int8_t x[4 * words<A>::size], y[4 * words<A>::size];
+  std::int32_t z[words<A>::size];
+  a.store(x), b.store(y), acc.store(z);
+  for (isize l = 0; l < 4 * words<A>::size; ++l) z[l / 4] += int{x[l]} * int{y[l]};
+  return words<A>::load(z);
 }
 
 }  // namespace simd
