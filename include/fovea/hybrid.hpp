@@ -103,4 +103,4 @@ void error_bound(exec_ref exec, const hybrid_attention& m, tensor_ref q, tensor_
 }  // namespace FOVEA_ABI
 }  // namespace fovea
 
-#include <fovea/hybrid/prefill.hpp>
+#include <fovea/hybrid/plan.hpp>

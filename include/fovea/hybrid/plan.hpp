@@ -1,81 +1,225 @@
 // SPDX-License-Identifier: MIT
 #pragma once
-/// @file  The plan of a superblock: the fate of every key block for every query block in it, as a mask and as a score term.
+/// @file  The plan of some query blocks of one KV head's group: the fate of every key block, as lists that kernels take.
 ///
-/// Contract   trivially copyable views of scratch; a plan lives as long as its superblock. Table row of head h, query row i:
-///            first_row[h - first_head] + (i + origin) / block_q.
+/// Query blocks of a group are counted head by head: unit u is block `first_block + u % per_head` of head u / per_head. A superblock
+/// is a run of units that are planned together and share the reading of keys.
+///
+/// Contract   lists rise. Computed: key blocks. Pooled: tokens of block_summary's pool, without those that stand for nothing.
 
+#include <fovea/hybrid.hpp>
+#include <fovea/hybrid/summaries.hpp>
 #include <fovea/kernel/block_select.hpp>
+#include <fovea/kernel/sparse_tiles.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
 namespace detail {
 
-/// Keys of the blocks whose fate is `wanted`. For pooled tokens a key is a block: block_k = 1, not causal.
-struct planned_blocks {
-  const std::uint8_t* fate = nullptr;
-  const range* hull = nullptr;  ///< of each table row: blocks that hold all of the wanted fate
-  const isize* first_row = nullptr;
-  isize first_head = 0, blocks = 0, block_q = 1, block_k = 1, origin = 0, offset = 0;
-  std::uint8_t wanted = kernel::computed;
-  bool causal = false;
-
-  /// Hulls are widened to the key blocks of kernel/online_softmax.hpp: its panels then start at the same keys whatever is selected
-  /// for other rows of a tile, and a row's bits depend on nothing that the row may not see.
-  static constexpr isize unit = 128;
-
-  isize row(const mask_site& at, isize i) const { return first_row[at.h - first_head] + (i + origin) / block_q; }
-
-  bool visible(const mask_site& at, isize i, isize j) const {
-    return fate[row(at, i) * blocks + j / block_k] == wanted && (!causal || j <= i + offset);
-  }
-  range keys(const mask_site& at, isize i0, isize i1) const {
-    range all{blocks, 0};
-    for (isize r = row(at, i0); r <= row(at, i1 - 1); ++r)
-      if (!hull[r].empty()) all = {std::min(all.first, hull[r].first), std::max(all.last, hull[r].last)};
-    if (all.empty()) return {0, 0};
-    const range wide{all.first * block_k / unit * unit, ceil_div(all.last * block_k, unit) * unit};
-    return meet(wide, {0, causal ? i1 + offset : at.m});
-  }
-  tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
-    if (causal && j0 > i1 - 1 + offset) return tile_kind::empty;
-    bool any = false, all = !causal || j1 - 1 <= i0 + offset;
-    for (isize r = row(at, i0); r <= row(at, i1 - 1); ++r)
-      for (isize c = j0 / block_k; c <= (j1 - 1) / block_k; ++c) {
-        const bool on = fate[r * blocks + c] == wanted;
-        any = any || on, all = all && on;
-      }
-    return all ? tile_kind::full : any ? tile_kind::partial : tile_kind::empty;
-  }
-  /// Whole blocks at once; then the causal edge, one shift a key.
-  void lanes(const mask_site& at, isize i0, isize count, isize j0, isize j1, std::uint64_t* out) const {
-    for (isize c = j0 / block_k; c <= (j1 - 1) / block_k; ++c) {
-      std::uint64_t bits = 0;
-      for (isize i = i0; i < i0 + count;) {
-        const isize end = std::min(i0 + count, ((i + origin) / block_q + 1) * block_q - origin);
-        if (fate[row(at, i) * blocks + c] == wanted) bits |= (~std::uint64_t{0} >> (64 - (end - i))) << (i - i0);
-        i = end;
-      }
-      for (isize j = std::max(j0, c * block_k); j < std::min(j1, (c + 1) * block_k); ++j) {
-        const isize hidden = causal ? j - offset - i0 : 0;  // rows before this one do not see key j
-        out[j - j0] = hidden <= 0 ? bits : hidden >= 64 ? 0 : bits & (~std::uint64_t{0} << hidden);
-      }
-    }
-  }
-};
+/// What the selector and the pooling ask of the block summaries.
+inline kernel::summary_needs hybrid_needs(const hybrid_attention& m) {
+  const bool pools = m.compensate != compensation::none;
+  kernel::summary_needs needs;
+  needs.means = pools || m.select == block_selector::mean || m.select == block_selector::variance;
+  needs.spread = m.compensate == compensation::cumulant || m.select == block_selector::variance;
+  needs.range = m.select == block_selector::bound;
+  needs.levels = m.select == block_selector::int8 ? 127 : m.select == block_selector::int4 ? 7 : 0;
+  return needs;
+}
 
 /// The cumulant's variance term of pooled token j for row i, from a table [blocks x rows] of nats.
 template <class Acc>
 struct variance_term {
   const Acc* table = nullptr;
   isize ld = 0, first_head = 0, first = 0;  ///< rows r = (h - first_head) * n + i, from `first` on
+  const std::int32_t* list = nullptr;       ///< token j is list[j]; null: j
 
   template <class T>
   T operator()(const mask_site& at, isize i, isize j, T s) const {
-    return s + static_cast<T>(table[j * ld + (at.h - first_head) * at.n + i - first]);
+    const isize token = list != nullptr ? list[j] : j;
+    return s + static_cast<T>(table[token * ld + (at.h - first_head) * at.n + i - first]);
+  }
+};
+
+/// What one call works on: the problem with all its keys, `past` tokens of them from earlier calls.
+template <class Acc>
+struct hybrid_plan {
+  using tiles = kernel::sparse_tiles<simd::native, Acc>;
+
+  const hybrid_attention& m;
+  shape s;
+  isize past;
+  kernel::block_rule rule;
+  isize rows, parts;              ///< rows of a query group; pooled tokens a block
+  isize first_block, per_head;    ///< query blocks of a head
+  isize unit_rows, unit_tiles;    ///< of a query block, at most
+  isize most_units, most_tiles;   ///< of a superblock; of a batch
+  std::uint8_t* record = nullptr;  ///< [B, H, query blocks, key blocks]: the fates, for who asks for them; null: nobody
+
+  hybrid_plan(const hybrid_attention& mechanism, const shape& sizes, isize tokens_before)
+      : m(mechanism), s(sizes), past(tokens_before) {
+    using enum block_selector;
+    rule.score = m.select == variance                   ? kernel::block_score::variance
+                 : m.select == bound                    ? kernel::block_score::bound
+                 : m.select == int8 || m.select == int4 ? kernel::block_score::code
+                 : m.select == exact                    ? kernel::block_score::exact
+                                                        : kernel::block_score::mean;
+    rule.block_q = m.block_q, rule.block_k = m.block_k, rule.origin = past;
+    rule.n = s.n, rule.m = s.m, rule.offset = m.align.position({0, 0, s.n, s.m, s.H, s.G}, 0);
+    rule.top = m.top, rule.at_least = m.at_least, rule.first = m.first, rule.window = m.window;
+    rule.budget = m.budget, rule.scale = m.scale_for(s);
+    rule.causal = m.is_causal, rule.pool = m.compensate != compensation::none;
+    rows = s.group() * s.n, parts = hybrid_needs(m).parts;
+    first_block = past / m.block_q;
+    per_head = s.n > 0 ? (s.n - 1 + past) / m.block_q + 1 - first_block : 0;
+    unit_rows = std::min(m.block_q, s.n), unit_tiles = ceil_div(unit_rows, tiles::rows);
+    const isize room = s.group() * std::min(s.n, s.n / m.block_q + 2);  // units, wherever the blocks begin
+    most_tiles = std::min(tiles::most(s.d, s.e), room * unit_tiles);
+    most_units = few() ? 64 / std::max(unit_rows, isize{1}) : unit_tiles > 0 ? most_tiles / unit_tiles : 0;
+    most_units = std::min(std::max(most_units, isize{1}), room);
+  }
+  bool plans() const { return m.select != block_selector::pattern; }
+  bool cumulant() const { return m.compensate == compensation::cumulant; }
+  /// A tile of so few rows is mostly empty: row by row, as in decoding.
+  bool few() const { return plans() && unit_rows < 4; }
+  isize units() const { return s.group() * per_head; }
+
+  /// One query block: rows [first, first + count) of a head of the group.
+  struct unit {
+    isize head, block, first, count;
+  };
+  unit unit_at(isize u) const {
+    const isize block = first_block + u % per_head;
+    const range r = rule.rows(block);
+    return {u / per_head, block, r.first, r.last - r.first};
+  }
+
+  /// Scratch of the plan of one task; laid out over a null arena it measures.
+  struct planner {
+    kernel::block_select<simd::native, Acc> choose;
+    std::uint8_t* fate;
+    std::int32_t* tokens;  // of all lists
+    kernel::block_list *computed, *pooled;
+    kernel::query_block* list;
+    Acc *term, *squares, *row, *bias;
+    isize first = 0, count = 0;  // units that are planned
+    bool pools = false;
+
+    planner(arena& memory, const hybrid_plan& x)
+        : choose(memory, x.m.selects() ? x.rule : kernel::block_rule{}, x.s.d) {
+      const isize blocks = x.plans() ? x.rule.blocks() : 0, units = x.plans() ? x.most_units : 0;
+      fate = memory.take<std::uint8_t>(units * blocks);
+      tokens = memory.take<std::int32_t>(units * blocks * (x.rule.pool ? 1 + x.parts : 1));
+      computed = memory.take<kernel::block_list>(units), pooled = memory.take<kernel::block_list>(units);
+      list = memory.take<kernel::query_block>(units);
+      term = memory.take<Acc>(x.cumulant() ? blocks * units * x.unit_rows : 0);
+      squares = memory.take<Acc>(x.cumulant() ? x.s.d * 64 : 0);
+      row = memory.take<Acc>(std::max(x.s.d, x.s.e));
+      bias = memory.take<Acc>(x.rule.pool ? blocks * x.parts : 0);
+    }
+  };
+
+  /// The lists of units [u0, u1).
+  void plan(planner& at, const problem& p, const kernel::block_summary<Acc>& summary, const kernel::code_keys* codes,
+            isize b, isize g, isize u0, isize u1) const {
+    const isize blocks = rule.blocks();
+    at.first = u0, at.count = u1 - u0, at.pools = false;
+    FOVEA_ASSERT(at.count <= most_units);
+    for (isize u = u0; u < u1; ++u) {
+      const unit x = unit_at(u);
+      at.list[u - u0] = {g * s.group() + x.head, x.block};
+      if (!m.selects()) copy_given(b, g * s.group() + x.head, x.block, at.fate + (u - u0) * blocks);
+    }
+    at.choose.levels_ = summary.levels;
+    if (m.selects() && s.m > 0)
+      at.choose.run(summary, codes, {p.k.row(b, g, 0), p.k.type, p.k.row_stride}, p.q, b, at.list, at.count, at.fate);
+    if (record != nullptr) note(at.list, at.count, at.fate, b);
+    std::int32_t* to = at.tokens;
+    const auto fill = [&](isize u, std::uint8_t wanted, isize pieces) {
+      const std::uint8_t* fate = at.fate + u * blocks;
+      const std::int32_t* first = to;
+      for (isize J = 0; J < blocks; ++J)
+        if (fate[J] == wanted)
+          for (isize x = J * pieces; x < (J + 1) * pieces; ++x) {
+            *to = static_cast<std::int32_t>(x);
+            to += wanted == kernel::computed || summary.members[x] > 0 ? 1 : 0;
+          }
+      return kernel::block_list{first, to - first};
+    };
+    for (isize u = 0; u < at.count; ++u) {
+      at.computed[u] = fill(u, kernel::computed, 1);
+      at.pooled[u] = {};
+      if (rule.pool) at.pooled[u] = fill(u, kernel::pooled, parts);
+      at.pools = at.pools || at.pooled[u].count > 0;
+    }
+  }
+
+  void note(const kernel::query_block* list, isize count, const std::uint8_t* fate, isize b) const {
+    const isize blocks = rule.blocks();
+    for (isize r = 0; r < count; ++r)
+      std::copy_n(fate + r * blocks, blocks,
+                  record + ((b * s.H + list[r].head) * ceil_div(s.n, rule.block_q) + list[r].block) * blocks);
+  }
+
+  void copy_given(isize b, isize h, isize block, std::uint8_t* fate) const {
+    const auto& t = m.blocks;
+    const isize head = t.heads == s.H ? h : t.heads == 1 ? 0 : h / s.group();
+    const std::uint8_t* given = t.row(t.batch == 1 ? 0 : b, head, block);
+    for (isize J = 0; J < rule.blocks(); ++J) {
+      const bool open =
+          !rule.causal || (J + 1) * rule.block_k - 1 <= rule.start(block);  // whole and past, as it will stay
+      fate[J] = given[J] != 0 ? kernel::computed : rule.pool && open ? kernel::pooled : kernel::skipped;
+    }
+  }
+
+  kernel::key_set<Acc> keys_of(const problem& p, isize b, isize g) const {
+    kernel::key_set<Acc> keys;
+    keys.k = rows_of(p.k, b, g), keys.v = rows_of(p.v, b, g), keys.count = s.m;
+    keys.site = {b, 0, s.n, s.m, s.H, s.G};
+    return keys;
+  }
+
+  /// The pooled tokens of all blocks: mean key, mean value, log of their number, and the variance terms of the planned rows where asked for.
+  kernel::key_set<Acc> pool_of(planner& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b,
+                               isize g) const {
+    kernel::key_set<Acc> pool;
+    pool.k = dense_rows(summary.pool_k(), s.d), pool.v = dense_rows(summary.pool_v(), s.e);
+    pool.count = rule.blocks() * parts;
+    pool.site = {b, 0, s.n, pool.count, s.H, s.G};
+    for (isize x = 0; x < pool.count; ++x) at.bias[x] = std::log(static_cast<Acc>(summary.members[x]));
+    pool.bias = at.bias;
+    if (cumulant()) variances(at, p, summary, b, g);
+    return pool;
+  }
+  isize row_of(isize u) const { return unit_at(u).head * s.n + unit_at(u).first; }
+  variance_term<Acc> term_of(const planner& at, isize g) const {
+    return {at.term, most_units * unit_rows, g * s.group(), row_of(at.first), nullptr};
+  }
+
+  /// term[J][r - r0] = scale^2 / 2 sum_c q_rc^2 var_c(k_J), nats.
+  void variances(planner& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b, isize g) const {
+    const isize blocks = rule.blocks(), ld = most_units * unit_rows, r0 = row_of(at.first);
+    const isize r1 = row_of(at.first + at.count - 1) + unit_at(at.first + at.count - 1).count;
+    const Acc half = static_cast<Acc>(rule.scale * rule.scale / 2);
+    for (isize x = r0; x < r1; x += 64) {
+      const isize count = std::min<isize>(64, r1 - x);
+      for (isize y = 0; y < count; ++y) {
+        const void* from = p.q.row(b, g * s.group() + (x + y) / s.n, (x + y) % s.n);
+        const Acc* q = simd::row_as<simd::native, Acc>(p.q.type, from, s.d, at.row);
+        for (isize c = 0; c < s.d; ++c) at.squares[c * 64 + y] = q[c] * q[c] * half;
+      }
+      Acc* term = at.term + x - r0;
+      tile::gemm<simd::native, Acc>(blocks, count, s.d, summary.spread, s.d, 1, at.squares, 64, term, ld, false);
+      for (isize J = 0; J < blocks; ++J) {
+        const Acc inverse = Acc(1) / static_cast<Acc>(std::max<std::int32_t>(summary.members[J], 1));
+        for (isize y = 0; y < count; ++y) term[J * ld + y] *= inverse;
+      }
+    }
   }
 };
 
 }  // namespace detail
 }  // namespace FOVEA_ABI
 }  // namespace fovea
+
+#include <fovea/hybrid/prefill.hpp>

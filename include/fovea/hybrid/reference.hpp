@@ -101,6 +101,15 @@ inline double log_mass(const hybrid_attention& m, const problem& p, const block_
                      (levels > 0 ? dot(rounded(q, levels, p.q.type), rounded(k, levels, p.q.type)) : dot(q, k)));
   }
   const double top = *std::max_element(logits.begin(), logits.end());
+  if (levels > 0) {  // rounded scores are summed by chords of 2^x between whole numbers: kernel/code_pass.hpp
+    const double log2e = 1.4426950408889634074, peak = std::floor(top * log2e);
+    double chords = 0;
+    for (const double y : logits) {
+      const double z = y * log2e - peak, whole = std::floor(z);
+      chords += std::exp2(whole) * (1 + z - whole);
+    }
+    return peak / log2e + std::log(chords);
+  }
   double sum = 0;
   for (const double y : logits) sum += std::exp(y - top);
   return top + std::log(sum);

@@ -128,23 +128,26 @@ template <class Arch, class Acc, class Code>
 FOVEA_NOINLINE Acc round_row(const Acc* x, isize width, int levels, Code* out) noexcept {
   constexpr Acc magic = sizeof(Acc) == 4 ? static_cast<Acc>(12582912.0)
                                          : static_cast<Acc>(6755399441055744.0);  // 1.5 * 2^(mantissa bits)
-  Acc top = 0, sum = 0;
-  for (isize c = 0; c < width; ++c) {
-    const Acc size = x[c] < 0 ? -x[c] : x[c];
-    top = size > top ? size : top;
-    sum += size * Acc(0);  // NaN if any is NaN or infinite
-  }
-  // Divided, not multiplied by an inverse: then ties of 16-bit elements are exact, and every compiler rounds them alike.
-  const Acc scale = static_cast<Acc>(levels);
-  const bool usable = top > 0 && sum == 0 && top < std::numeric_limits<Acc>::max() / scale;
   using P = simd::pack<Acc, Arch>;
+  P most(Acc(0)), odd(Acc(0));
+  for (isize c = 0; c < width; c += P::size) {
+    const P y = simd::load_n<P>(x + c, width - c);
+    most = simd::max(most, simd::max(y, P(Acc(0)) - y)), odd = simd::fma(y, P(Acc(0)), odd);
+  }
+  const Acc top = simd::highest(most), scale = static_cast<Acc>(levels);
+  const bool sound = simd::reduce_add(odd) == 0;  // else some element is NaN or infinite
+  const bool usable = sound && top > 0 && top < std::numeric_limits<Acc>::max() / scale;
+  // Divided, not multiplied by an inverse: then ties of 16-bit elements are exact, and every compiler rounds them alike.
   for (isize c = 0; c < width; c += P::size) {
     const isize left = width - c < P::size ? width - c : P::size;
-    Acc whole[P::size] = {};
+    alignas(64) Acc whole[P::size] = {};
     if (usable) (simd::load_n<P>(x + c, left) * P(scale) / P(top) + P(magic) - P(magic)).store(whole);
-    for (isize l = 0; l < left; ++l) out[c + l] = static_cast<Code>(static_cast<int>(whole[l]));
+    if (left == P::size)
+      for (isize l = 0; l < P::size; ++l) out[c + l] = static_cast<Code>(static_cast<int>(whole[l]));
+    else
+      for (isize l = 0; l < left; ++l) out[c + l] = static_cast<Code>(static_cast<int>(whole[l]));
   }
-  return usable || top == 0 ? top / scale : std::numeric_limits<Acc>::quiet_NaN();
+  return usable || (sound && top == 0) ? top / scale : std::numeric_limits<Acc>::quiet_NaN();
 }
 
 /// An upper bound of the Euclidean norm of at(0), ..., at(width - 1), whatever the size of the elements; NaN if one is not finite.
