@@ -50,10 +50,10 @@ struct hybrid_plan {
   shape s;
   isize past;
   kernel::block_rule rule;
-  isize rows, parts;              ///< rows of a query group; pooled tokens a block
-  isize first_block, per_head;    ///< query blocks of a head
-  isize unit_rows, unit_tiles;    ///< of a query block, at most
-  isize most_units, most_tiles;   ///< of a superblock; of a batch
+  isize rows, parts;               ///< rows of a query group; pooled tokens a block
+  isize first_block, per_head;     ///< query blocks of a head
+  isize unit_rows, unit_tiles;     ///< of a query block, at most
+  isize most_units, most_tiles;    ///< of a superblock; of a batch
   std::uint8_t* record = nullptr;  ///< [B, H, query blocks, key blocks]: the fates, for who asks for them; null: nobody
 
   hybrid_plan(const hybrid_attention& mechanism, const shape& sizes, isize tokens_before)

@@ -89,9 +89,9 @@ inline std::size_t hybrid_state_bytes(const hybrid_attention& m, const shape& s)
 template <class Acc>
 struct hybrid_run : hybrid_plan<Acc> {
   using base = hybrid_plan<Acc>;
+  using base::m, base::s, base::rule, base::rows, base::parts, base::most_units, base::most_tiles;
   using typename base::planner;
   using typename base::unit;
-  using base::m, base::s, base::rule, base::rows, base::parts, base::most_units, base::most_tiles;
   using dense = kernel::online_softmax<simd::native, Acc>;
   using tiles = typename base::tiles;
 
@@ -272,11 +272,11 @@ struct hybrid_run : hybrid_plan<Acc> {
           });
     }
   };
-  void attend(exec_ref exec, const problem& p, arena scratch, const shared& at, const hybrid_summaries<Acc>& all) const {
+  void attend(exec_ref exec, const problem& p, arena scratch, const shared& at,
+              const hybrid_summaries<Acc>& all) const {
     at.prepare(exec, *this, all);
     attend(
-        exec, p, scratch,
-        [&](isize head) { return all.any() ? all.head(head) : kernel::block_summary<Acc>{}; },
+        exec, p, scratch, [&](isize head) { return all.any() ? all.head(head) : kernel::block_summary<Acc>{}; },
         [&](isize head) { return at.codes == nullptr ? nullptr : at.codes + head; });
   }
   static std::size_t workspace_size(const hybrid_attention& m, const shape& s, int threads) {

@@ -21,8 +21,8 @@
 #include <fovea/kernel/block_choose.hpp>
 #include <fovea/kernel/block_summary.hpp>
 #include <fovea/kernel/code_pass.hpp>
-#include <fovea/simd/exp.hpp>
 #include <fovea/simd/dot8.hpp>
+#include <fovea/simd/exp.hpp>
 #include <fovea/tile/gemm.hpp>
 
 namespace fovea {
@@ -272,7 +272,8 @@ class block_select {
       const P inverse = weigh(past, x);
       for (isize J = 0; J < past; J += W) {
         P share[W];
-        for (isize y = 0; y < W; ++y) share[y] = simd::select(live, P::load(weight_ + (J + y) * W) * inverse, P(Acc(0)));
+        for (isize y = 0; y < W; ++y)
+          share[y] = simd::select(live, P::load(weight_ + (J + y) * W) * inverse, P(Acc(0)));
         (P::load(votes_ + J) + simd::sum_each(share)).store(votes_ + J);
       }
     }

@@ -32,9 +32,9 @@ inline constexpr bool has_code_pass = simd::words<Arch>::size > 4 || std::is_sam
 /// The rounded keys of one KV head as the products read them.
 struct code_keys {
   isize d = 0, dp = 0;
-  const std::int8_t* k = nullptr;    // [keys][dp]
-  std::int8_t* copy = nullptr;       // where rows are not whole multiples of 16 bytes
-  std::int32_t* offset = nullptr;    // [keys] what a product starts from
+  const std::int8_t* k = nullptr;  // [keys][dp]
+  std::int8_t* copy = nullptr;     // where rows are not whole multiples of 16 bytes
+  std::int32_t* offset = nullptr;  // [keys] what a product starts from
   float *scale = nullptr, *shift = nullptr;
   std::uint8_t* broken = nullptr;  // [blocks]
 
@@ -67,8 +67,8 @@ void prepare_codes(const block_summary<float>& s, isize keys, code_keys& to) noe
     const bool some = j < keys;
     const float step = some ? s.step[j] : 0.0F;
     if (!(step - step == 0)) to.broken[j / s.block_k] = 1;
-    // One bit less, so that 1.5 * 2^23 times the scale is exact.
-    const float scale = step - step == 0 ? std::bit_cast<float>(std::bit_cast<std::uint32_t>(step) & ~1U) : 0.0F;
+    // Two bits less, to nearest, so that 1.5 * 2^23 times the scale is exact.
+    const float scale = step - step == 0 ? std::bit_cast<float>((std::bit_cast<std::uint32_t>(step) + 2U) & ~3U) : 0.0F;
     to.scale[j] = scale, to.shift[j] = to.dp <= int8_most_width ? -int8_magic * scale : 0.0F;
     std::int32_t sum = 0;
     if (some && to.dp != to.d) {
@@ -108,8 +108,8 @@ FOVEA_NOINLINE void code_scores(const code_keys& x, isize first, isize count, is
       tile::unroll<4>([&](auto i) FOVEA_INLINE_LAMBDA {
         const word z = simd::splat4<Arch>(k[i] + c);
         tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA {
-          acc[i][v] = simd::has_dot4_signed<Arch> ? simd::dot4_signed(acc[i][v], y[v], z)
-                                                  : simd::dot4(acc[i][v], y[v], z);
+          acc[i][v] =
+              simd::has_dot4_signed<Arch> ? simd::dot4_signed(acc[i][v], y[v], z) : simd::dot4(acc[i][v], y[v], z);
           simd::keep(acc[i][v]);
         });
       });
@@ -140,8 +140,7 @@ FOVEA_NOINLINE void fold_scores(isize count, const float* f, const float* factor
   P most[NV], sum[NV], slope[NV], base[NV];
   tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { most[v] = P::load(f + v * W), sum[v] = zero; });
   for (isize j = 1; j < count; ++j)
-    tile::unroll<NV>([&](auto v)
-                         FOVEA_INLINE_LAMBDA { most[v] = simd::max(most[v], P::load(f + j * rows + v * W)); });
+    tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { most[v] = simd::max(most[v], P::load(f + j * rows + v * W)); });
   tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA {
     const P b = P::load(factor + v * W), x = most[v] * b, near = (x + P(int8_magic)) - P(int8_magic);
     most[v] = near - simd::select_greater(near, x, P(1.0F), zero);  // the largest whole number below
