@@ -9,6 +9,9 @@
 /// block: own blocks, blocks that hold the `first` keys or the `window` keys before the query block, and the best of the rest
 /// (the candidates), `top` in number with the own ones, or a share `budget` of them, in either case `at_least` keys.
 ///
+/// Kept keys: of each stretch of keys the few with the smallest |v| (attention sinks in mid-text; `keep_small`) are computed for every row, whatever
+/// becomes of their blocks, and then leave the mean and the count n_J of a pooled token, whose logit takes log n_J of those that stay.
+///
 /// Contract   query block I holds rows [I block_q, (I + 1) block_q). Scores of a selection: each row's estimated share of the mass of
 ///            the blocks wholly before the query block, averaged over the rows of the block; ties go to the earlier block.
 ///            Causal: a pooled block lies wholly in the past of every row that uses it, and a selection depends on queries of its own
@@ -23,6 +26,7 @@
 #include <cmath>
 #include <optional>
 
+#include <fovea/core/backward.hpp>
 #include <fovea/core/mechanism.hpp>
 #include <fovea/mask/patterns.hpp>
 
@@ -54,6 +58,14 @@ struct hybrid_attention {
   double budget = 0.25;  ///< share of the candidate blocks, rounded up
   isize at_least = 256;  ///< keys: a floor under either, in whole blocks
   isize first = 16, window = 64;
+  /// Token scores only, not 0: in place of top and budget, so many of the best candidates that what is left out holds at most 1 - top_p of
+  /// the estimated mass before the query block (mean over its rows).
+  double top_p = 0;
+  /// Share of the keys, those of the smallest |v|, that a selection keeps exact: of each stretch of ceil(1 / keep_small) keys, in whole
+  /// blocks, that many. Blocks of a stretch that is not over before the query block are computed. 0: none.
+  double keep_small = 0;
+  bool share_group = false;  ///< one selection for all query heads of a KV head: their rows vote together
+  isize parts = 1;  ///< pooled tokens of a skipped block, of block_k / parts keys each; 2 and 4 are halves and quarters
   compensation compensate = compensation::zeroth;
   hsa_mode pattern = hsa_mode::sparse;  ///< for block_selector::pattern
   isize stride = 128;
@@ -70,11 +82,18 @@ struct hybrid_attention {
   static hybrid_attention moba(isize block_k, isize top);
 
   double scale_for(const shape& s) const { return scale ? *scale : 1.0 / std::sqrt(static_cast<double>(s.d)); }
+  /// Kept keys belong to a selection: a pattern and a given mask say themselves what is computed.
+  double kept_share() const { return selects() ? keep_small : 0.0; }
   bool selects() const { return select != block_selector::pattern && select != block_selector::given; }
 
   void check(const problem& p) const;
   std::size_t workspace_size(const shape& s, int threads) const;
   void prefill(exec_ref exec, const problem& p, arena scratch) const;
+
+  /// dq, dk, dv; the selection is not differentiated. Not for cumulant.
+  void check(const backward_problem& p) const;
+  std::size_t workspace_size_backward(const shape& s, int threads) const;
+  void backward(exec_ref exec, const backward_problem& p, arena scratch) const;
 
   /// A KV cache of shape.m tokens in the storage type, and the block summaries that the selection and the pooling need.
   bool streaming() const { return is_causal; }

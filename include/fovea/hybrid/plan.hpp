@@ -2,10 +2,11 @@
 #pragma once
 /// @file  The plan of some query blocks of one KV head's group: the fate of every key block, as lists that kernels take.
 ///
-/// Query blocks of a group are counted head by head: unit u is block `first_block + u % per_head` of head u / per_head. A superblock
-/// is a run of units that are planned together and share the reading of keys.
+/// Query blocks of a group are counted head by head: unit u is block `first_block + u % per_head` of head u / per_head; where heads share
+/// a selection, block by block. A superblock is a run of units that are planned together and share the reading of keys.
 ///
-/// Contract   lists rise. Computed: key blocks. Pooled: tokens of block_summary's pool, without those that stand for nothing.
+/// Contract   lists rise. Computed: key blocks. Pooled: tokens of block_summary's pool, without those that stand for nothing. Kept: keys in
+///            blocks that are not computed.
 
 #include <fovea/hybrid.hpp>
 #include <fovea/hybrid/summaries.hpp>
@@ -23,6 +24,8 @@ inline kernel::summary_needs hybrid_needs(const hybrid_attention& m) {
   needs.means = pools || m.select == block_selector::mean || m.select == block_selector::variance;
   needs.spread = m.compensate == compensation::cumulant || m.select == block_selector::variance;
   needs.range = m.select == block_selector::bound;
+  needs.parts = pools ? m.parts : 1;
+  if (m.kept_share() > 0) needs.keep(m.keep_small, m.block_k);
   needs.levels = m.select == block_selector::int8 ? 127 : m.select == block_selector::int4 ? 7 : 0;
   return needs;
 }
@@ -51,6 +54,7 @@ struct hybrid_plan {
   isize past;
   kernel::block_rule rule;
   isize rows, parts;               ///< rows of a query group; pooled tokens a block
+  isize keeps = 0;                 ///< kept keys
   isize first_block, per_head;     ///< query blocks of a head
   isize unit_rows, unit_tiles;     ///< of a query block, at most
   isize most_units, most_tiles;    ///< of a superblock; of a batch
@@ -67,9 +71,12 @@ struct hybrid_plan {
     rule.block_q = m.block_q, rule.block_k = m.block_k, rule.origin = past;
     rule.n = s.n, rule.m = s.m, rule.offset = m.align.position({0, 0, s.n, s.m, s.H, s.G}, 0);
     rule.top = m.top, rule.at_least = m.at_least, rule.first = m.first, rule.window = m.window;
-    rule.budget = m.budget, rule.scale = m.scale_for(s);
+    rule.budget = m.budget, rule.scale = m.scale_for(s), rule.top_p = m.top_p;
+    const kernel::summary_needs needs = hybrid_needs(m);
+    rule.stretch = needs.stretch, rule.share = m.share_group && m.selects() ? s.group() : 1;
+    keeps = needs.kept > 0 ? s.m / needs.stretch * needs.kept : 0;
     rule.causal = m.is_causal, rule.pool = m.compensate != compensation::none;
-    rows = s.group() * s.n, parts = hybrid_needs(m).parts;
+    rows = s.group() * s.n, parts = needs.parts;
     first_block = past / m.block_q;
     per_head = s.n > 0 ? (s.n - 1 + past) / m.block_q + 1 - first_block : 0;
     unit_rows = std::min(m.block_q, s.n), unit_tiles = ceil_div(unit_rows, tiles::rows);
@@ -77,6 +84,7 @@ struct hybrid_plan {
     most_tiles = std::min(tiles::most(s.d, s.e), room * unit_tiles);
     most_units = few() ? 64 / std::max(unit_rows, isize{1}) : unit_tiles > 0 ? most_tiles / unit_tiles : 0;
     most_units = std::min(std::max(most_units, isize{1}), room);
+    if (rule.share > 1) most_units = std::max(most_units / rule.share, isize{1}) * rule.share;
   }
   bool plans() const { return m.select != block_selector::pattern; }
   bool cumulant() const { return m.compensate == compensation::cumulant; }
@@ -89,9 +97,9 @@ struct hybrid_plan {
     isize head, block, first, count;
   };
   unit unit_at(isize u) const {
-    const isize block = first_block + u % per_head;
+    const isize block = first_block + (rule.share > 1 ? u / rule.share : u % per_head);
     const range r = rule.rows(block);
-    return {u / per_head, block, r.first, r.last - r.first};
+    return {rule.share > 1 ? u % rule.share : u / per_head, block, r.first, r.last - r.first};
   }
 
   /// Scratch of the plan of one task; laid out over a null arena it measures.
@@ -99,18 +107,19 @@ struct hybrid_plan {
     kernel::block_select<simd::native, Acc> choose;
     std::uint8_t* fate;
     std::int32_t* tokens;  // of all lists
-    kernel::block_list *computed, *pooled;
+    kernel::block_list *computed, *pooled, *kept;
     kernel::query_block* list;
     Acc *term, *squares, *row, *bias;
     isize first = 0, count = 0;  // units that are planned
-    bool pools = false;
+    bool pools = false, keeps = false;
 
     planner(arena& memory, const hybrid_plan& x)
         : choose(memory, x.m.selects() ? x.rule : kernel::block_rule{}, x.s.d) {
       const isize blocks = x.plans() ? x.rule.blocks() : 0, units = x.plans() ? x.most_units : 0;
       fate = memory.take<std::uint8_t>(units * blocks);
-      tokens = memory.take<std::int32_t>(units * blocks * (x.rule.pool ? 1 + x.parts : 1));
+      tokens = memory.take<std::int32_t>(units * (blocks * (x.rule.pool ? 1 + x.parts : 1) + x.keeps) + 1);
       computed = memory.take<kernel::block_list>(units), pooled = memory.take<kernel::block_list>(units);
+      kept = memory.take<kernel::block_list>(units);
       list = memory.take<kernel::query_block>(units);
       term = memory.take<Acc>(x.cumulant() ? blocks * units * x.unit_rows : 0);
       squares = memory.take<Acc>(x.cumulant() ? x.s.d * 64 : 0);
@@ -123,7 +132,7 @@ struct hybrid_plan {
   void plan(planner& at, const problem& p, const kernel::block_summary<Acc>& summary, const kernel::code_keys* codes,
             isize b, isize g, isize u0, isize u1) const {
     const isize blocks = rule.blocks();
-    at.first = u0, at.count = u1 - u0, at.pools = false;
+    at.first = u0, at.count = u1 - u0, at.pools = at.keeps = false;
     FOVEA_ASSERT(at.count <= most_units);
     for (isize u = u0; u < u1; ++u) {
       const unit x = unit_at(u);
@@ -151,7 +160,24 @@ struct hybrid_plan {
       at.pooled[u] = {};
       if (rule.pool) at.pooled[u] = fill(u, kernel::pooled, parts);
       at.pools = at.pools || at.pooled[u].count > 0;
+      at.kept[u] = kept_of(at.fate + u * blocks, summary, rule.start(unit_at(u0 + u).block), to);
+      at.keeps = at.keeps || at.kept[u].count > 0;
     }
+  }
+
+  /// Keys of stretches that are over before `position` (causal) whose blocks are not computed.
+  kernel::block_list kept_of(const std::uint8_t* fate, const kernel::block_summary<Acc>& summary, isize position,
+                             std::int32_t*& to) const {
+    const std::int32_t* first = to;
+    for (isize x = 0; x < keeps; x += summary.kept) {
+      const isize end = (x / summary.kept + 1) * summary.stretch;
+      if (rule.causal && end > position) break;
+      std::int32_t* const begin = to;
+      for (isize y = x; y < x + summary.kept; ++y)
+        if (fate[summary.small[y] / rule.block_k] != kernel::computed) *to++ = summary.small[y];
+      std::sort(begin, to);
+    }
+    return {first, to - first};
   }
 
   void note(const kernel::query_block* list, isize count, const std::uint8_t* fate, isize b) const {

@@ -33,6 +33,25 @@ inline hybrid_attention hybrid_attention::moba(isize block_k, isize top) {
 
 namespace detail {
 
+inline bool scores_tokens(const hybrid_attention& m) {
+  return m.select == block_selector::int8 || m.select == block_selector::int4 || m.select == block_selector::exact;
+}
+inline void check_hybrid_extras(const hybrid_attention& m) {
+  require_finite("top_p", m.top_p), require_finite("keep_small", m.keep_small);
+  require(m.top_p >= 0 && m.top_p <= 1, "top_p is ", m.top_p, "; it is a share of the mass, from 0 (off) to 1");
+  require(
+      m.top_p == 0 || scores_tokens(m),
+      "top_p with a score of whole blocks; their masses miss single strong keys: wanted select int8, int4 or exact");
+  require(m.keep_small == 0 || (m.keep_small >= 1e-6 && m.keep_small <= 0.5), "keep_small is ", m.keep_small,
+          "; it is a share of the keys, 0 or from 1e-6 to 0.5");
+  require(m.parts >= 1 && m.block_k % m.parts == 0, "parts is ", m.parts, " and block_k ", m.block_k,
+          "; the pooled tokens of a block cut it into equal parts");
+  require(!m.share_group || m.compensate != compensation::cumulant,
+          "share_group with compensation::cumulant; the variance term is laid out head by head");
+  require(m.parts == 1 || m.compensate != compensation::cumulant, "parts is ", m.parts,
+          " with compensation::cumulant; the variance is that of whole blocks");
+}
+
 inline void check_hybrid_options(const hybrid_attention& m) {
   require(m.block_q >= 1 && m.block_k >= 1, "block_q, block_k are ", m.block_q, ", ", m.block_k,
           "; they must be at least 1");
@@ -43,6 +62,7 @@ inline void check_hybrid_options(const hybrid_attention& m) {
     require(*m.scale > 0, "scale is ", *m.scale, "; it must be positive");
   }
   require_finite("budget", m.budget);
+  check_hybrid_extras(m);
   require(m.budget >= 0 && m.budget <= 1, "budget is ", m.budget,
           "; it is a share of the candidate blocks, from 0 to 1");
   require(m.top >= 0, "top is ", m.top, "; it counts blocks and must not be negative (0: go by budget)");
@@ -183,6 +203,8 @@ struct hybrid_run : hybrid_plan<Acc> {
       if (s.m > 0) at.run.absorb(keys, at.lists, {rule.block_k, rule.causal, rule.offset});
       for (isize t = 0; t < count; ++t) at.lists[t] = at.pooled[at.unit_of[t]];
       if (at.pools) at.run.absorb(pool, at.lists, {});
+      for (isize t = 0; t < count; ++t) at.lists[t] = at.kept[at.unit_of[t]];
+      if (at.keeps) at.run.absorb(keys, at.lists, {});
       at.run.finish(p.out, p.lse);
       count = 0;
     };
@@ -212,6 +234,7 @@ struct hybrid_run : hybrid_plan<Acc> {
         at.run.begin({p.q, b, g * s.group(), r, r + 1}, rule.scale);
         const isize end = rule.causal ? std::min(i + rule.offset + 1, s.m) : s.m;
         join(at, paged(keys, at.computed[u], rule.block_k, end), all);
+        join(at, paged(keys, at.kept[u], 1, end), all);
         kernel::key_set<Acc> tokens = paged(pool, at.pooled[u], 1, pool.count);
         variance.list = at.pooled[u].at;
         const score term = variance;
@@ -332,6 +355,7 @@ FOVEA_DEFINITION void hybrid_attention::prefill(exec_ref exec, const problem& p,
 }  // namespace FOVEA_ABI
 }  // namespace fovea
 
+#include <fovea/hybrid/backward.hpp>
 #include <fovea/hybrid/certificate.hpp>
 #include <fovea/hybrid/cost.hpp>
 #include <fovea/hybrid/recall.hpp>

@@ -18,29 +18,59 @@ namespace reference {
 
 namespace hybrid_detail {
 
+/// One stretch of keys with its means: a block, or a part of one. `count` leaves the kept keys out, and so do the means.
 struct block_of_keys {
-  isize first, last;
+  isize first, last, count;
   std::vector<double> mean_k, mean_v, var, low, high;
 };
 
-inline std::vector<block_of_keys> blocks_of(const hybrid_attention& m, const problem& p, isize b, isize g) {
+/// kept[j]: key j is computed by every row whose selection skips its block.
+inline std::vector<bool> kept_keys_of(const hybrid_attention& m, const problem& p, isize b, isize g) {
+  std::vector<bool> kept(static_cast<std::size_t>(p.k.length), false);
+  if (m.kept_share() == 0) return kept;
+  const isize keys = static_cast<isize>(std::ceil(1 / m.keep_small - 1e-9)),
+              stretch = (keys + m.block_k - 1) / m.block_k * m.block_k;
+  const isize count = std::max<isize>(1, static_cast<isize>(m.keep_small * static_cast<double>(stretch) + 0.5));
+  for (isize first = 0; first + stretch <= p.k.length; first += stretch) {
+    std::vector<std::pair<double, isize>> order;
+    for (isize j = first; j < first + stretch; ++j) {
+      double square = 0;
+      for (isize c = 0; c < p.v.width; ++c) square += std::pow(p.v.get(b, g, j, c), 2);
+      order.emplace_back(square, j);
+    }
+    std::sort(order.begin(), order.end());
+    for (isize x = 0; x < std::min(count, stretch); ++x)
+      kept[static_cast<std::size_t>(order[static_cast<std::size_t>(x)].second)] = true;
+  }
+  return kept;
+}
+
+/// Stretches of `size` keys; `kept` keys are left out of counts and means.
+inline std::vector<block_of_keys> blocks_of(isize size, const problem& p, isize b, isize g,
+                                            const std::vector<bool>& kept) {
   std::vector<block_of_keys> all;
   const isize keys = p.k.length, d = p.k.width, e = p.v.width;
-  for (isize first = 0; first < keys; first += m.block_k) {
-    block_of_keys x{first, std::min(first + m.block_k, keys), {}, {}, {}, {}, {}};
-    const double count = static_cast<double>(x.last - x.first);
+  for (isize first = 0; first < keys; first += size) {
+    block_of_keys x{first, std::min(first + size, keys), 0, {}, {}, {}, {}, {}};
+    std::vector<isize> in;
+    for (isize j = x.first; j < x.last; ++j)
+      if (!kept[static_cast<std::size_t>(j)]) in.push_back(j);
+    x.count = static_cast<isize>(in.size());
+    const double count = in.empty() ? 1.0 : static_cast<double>(x.count);
     for (isize c = 0; c < d; ++c) {
       double sum = 0, square = 0, low = std::numeric_limits<double>::infinity(), high = -low;
       for (isize j = x.first; j < x.last; ++j) {
         const double k = p.k.get(b, g, j, c);
-        sum += k, low = std::min(low, k), high = std::max(high, k);
+        low = std::min(low, k), high = std::max(high, k);
       }
-      for (isize j = x.first; j < x.last; ++j) square += std::pow(p.k.get(b, g, j, c) - sum / count, 2);
-      x.mean_k.push_back(sum / count), x.var.push_back(square / count), x.low.push_back(low), x.high.push_back(high);
+      for (const isize j : in) sum += p.k.get(b, g, j, c);
+      for (const isize j : in) square += std::pow(p.k.get(b, g, j, c) - sum / count, 2);
+      x.mean_k.push_back(sum / count), x.var.push_back(square / static_cast<double>(x.last - x.first)),
+          x.low.push_back(low), x.high.push_back(high);
     }
     for (isize c = 0; c < e; ++c) {
       double sum = 0;
-      for (isize j = x.first; j < x.last; ++j) sum += p.v.get(b, g, j, c);
+      for (const isize j : in) sum += p.v.get(b, g, j, c);
       x.mean_v.push_back(sum / count);
     }
     all.push_back(std::move(x));
@@ -115,6 +145,23 @@ inline double log_mass(const hybrid_attention& m, const problem& p, const block_
   return top + std::log(sum);
 }
 
+/// One row that votes alone: the order of its log-masses, which cannot underflow.
+inline bool votes_are_logs(const hybrid_attention& m) { return m.block_q == 1 && !m.share_group && m.top_p == 0; }
+
+/// How many of the candidates, best first, leave at most 1 - top_p of all votes behind.
+inline isize wanted_by_mass(const hybrid_attention& m, const std::vector<double>& vote,
+                            const std::vector<isize>& best) {
+  double all = 0, left = 0;
+  for (const double x : vote) all += x;
+  for (const isize J : best) left += vote[static_cast<std::size_t>(J)];
+  isize wanted = 0;
+  for (const isize J : best) {
+    if (left <= (1 - m.top_p) * all) break;
+    left -= vote[static_cast<std::size_t>(J)], ++wanted;
+  }
+  return wanted;
+}
+
 /// The vote of rows [i0, i1) on blocks [0, past).
 inline std::vector<double> votes(const hybrid_attention& m, const problem& p, const std::vector<block_of_keys>& blocks,
                                  isize past, isize b, isize h, isize i0, isize i1) {
@@ -123,7 +170,7 @@ inline std::vector<double> votes(const hybrid_attention& m, const problem& p, co
   for (isize i = i0; i < i1; ++i) {
     std::vector<double> mass;
     for (isize J = 0; J < past; ++J) mass.push_back(log_mass(m, p, blocks[static_cast<std::size_t>(J)], b, h, i));
-    if (m.block_q == 1) return mass;
+    if (hybrid_detail::votes_are_logs(m)) return mass;
     const double top = past > 0 ? *std::max_element(mass.begin(), mass.end()) : 0;
     double sum = 0;
     for (const double x : mass) sum += std::exp(x - top);
@@ -140,8 +187,11 @@ inline std::vector<double> votes(const hybrid_attention& m, const problem& p, co
 /// fates[I][J] of query block I and key block J for head h.
 inline std::vector<std::vector<int>> block_fates(const hybrid_attention& m, const problem& p, isize b, isize h) {
   const shape s = p.shape();
-  const auto blocks = hybrid_detail::blocks_of(m, p, b, h / s.group());
+  const auto kept = hybrid_detail::kept_keys_of(m, p, b, h / s.group());
+  const auto blocks = hybrid_detail::blocks_of(m.block_k, p, b, h / s.group(), kept);
   const isize count = static_cast<isize>(blocks.size());
+  const isize stretch_keys = m.kept_share() > 0 ? static_cast<isize>(std::ceil(1 / m.keep_small - 1e-9)) : 1,
+              stretch = (stretch_keys + m.block_k - 1) / m.block_k * m.block_k;
   std::vector<std::vector<int>> fates;
   for (isize i0 = 0; i0 < s.n; i0 += m.block_q) {
     const isize i1 = std::min(i0 + m.block_q, s.n), shift = m.align.position({b, h, s.n, s.m, s.H, s.G}, 0),
@@ -173,6 +223,7 @@ inline std::vector<std::vector<int>> block_fates(const hybrid_attention& m, cons
         for (isize i = i0; i < i1 && m.window > 0; ++i)
           always = always || (j > i + shift - m.window && (m.is_causal || j < i + shift + m.window));
       }
+      if (m.kept_share() > 0 && m.is_causal) always = always || (J * m.block_k / stretch + 1) * stretch > p0;
       at(J) = always ? 1 : rest;
       if (!always) candidates.push_back(J);
     }
@@ -180,10 +231,18 @@ inline std::vector<std::vector<int>> block_fates(const hybrid_attention& m, cons
     isize wanted = static_cast<isize>(std::ceil(m.budget * static_cast<double>(all) * (1 - 1e-12)));
     if (m.top > 0) wanted = std::max<isize>(m.top - own, 0);
     wanted = std::min(all, std::max(wanted, (m.at_least + m.block_k - 1) / m.block_k));
-    const auto vote = hybrid_detail::votes(m, p, blocks, past, b, h, i0, i1);
+    std::vector<double> vote(static_cast<std::size_t>(past), 0.0);
+    const isize h0 = m.share_group ? h / s.group() * s.group() : h, h1 = m.share_group ? h0 + s.group() : h + 1;
+    for (isize x = h0; x < h1; ++x) {
+      const auto one = hybrid_detail::votes(m, p, blocks, past, b, x, i0, i1);
+      for (std::size_t J = 0; J < vote.size(); ++J) vote[J] += one[J];
+    }
     std::stable_sort(candidates.begin(), candidates.end(), [&](isize x, isize y) {
       return vote[static_cast<std::size_t>(x)] > vote[static_cast<std::size_t>(y)];
     });
+    if (m.top_p > 0)
+      wanted = std::max(hybrid_detail::wanted_by_mass(m, vote, candidates),
+                        std::min(all, (m.at_least + m.block_k - 1) / m.block_k));
     for (isize x = 0; x < wanted; ++x) at(candidates[static_cast<std::size_t>(x)]) = 1;
     fates.push_back(fate);
   }
@@ -201,7 +260,8 @@ struct candidate {
 
 inline std::vector<candidate> row_candidates(const hybrid_attention& m, const problem& p,
                                              const std::vector<std::vector<int>>& fates,
-                                             const std::vector<block_of_keys>& blocks, isize b, isize h, isize i) {
+                                             const std::vector<block_of_keys>& pools, const std::vector<bool>& kept,
+                                             isize b, isize h, isize i) {
   const shape s = p.shape();
   const double scale = m.scale_for(s);
   const isize position = m.align.position({b, h, s.n, s.m, s.H, s.G}, i);
@@ -217,17 +277,19 @@ inline std::vector<candidate> row_candidates(const hybrid_attention& m, const pr
             : m.pattern == hsa_mode::sparse  ? near || far
                                              : fixed))
         continue;
-    } else if (fates[static_cast<std::size_t>(i / m.block_q)][static_cast<std::size_t>(j / m.block_k)] != 1) {
+    } else if (fates[static_cast<std::size_t>(i / m.block_q)][static_cast<std::size_t>(j / m.block_k)] != 1 &&
+               !kept[static_cast<std::size_t>(j)]) {
       continue;
     }
     all.push_back({scale * dot(q, row_of(p.k, b, h / s.group(), j)), j, nullptr});
   }
-  for (std::size_t J = 0; J < blocks.size() && m.select != block_selector::pattern; ++J) {
-    if (fates[static_cast<std::size_t>(i / m.block_q)][J] != 2) continue;
-    double logit = scale * dot(q, blocks[J].mean_k) + std::log(static_cast<double>(blocks[J].last - blocks[J].first));
+  for (const block_of_keys& x : pools) {
+    if (m.select == block_selector::pattern || x.count == 0) continue;
+    if (fates[static_cast<std::size_t>(i / m.block_q)][static_cast<std::size_t>(x.first / m.block_k)] != 2) continue;
+    double logit = scale * dot(q, x.mean_k) + std::log(static_cast<double>(x.count));
     for (std::size_t c = 0; c < q.size() && m.compensate == compensation::cumulant; ++c)
-      logit += scale * scale / 2 * q[c] * q[c] * blocks[J].var[c];
-    all.push_back({logit, -1, &blocks[J]});
+      logit += scale * scale / 2 * q[c] * q[c] * x.var[c];
+    all.push_back({logit, -1, &x});
   }
   return all;
 }
@@ -239,11 +301,12 @@ inline void prefill(const hybrid_attention& m, const problem& p) {
   const double none = -std::numeric_limits<double>::infinity();
   for (isize b = 0; b < s.B; ++b)
     for (isize h = 0; h < s.H; ++h) {
-      const auto blocks = hybrid_detail::blocks_of(m, p, b, h / s.group());
+      const auto kept = hybrid_detail::kept_keys_of(m, p, b, h / s.group());
+      const auto pools = hybrid_detail::blocks_of(m.block_k / m.parts, p, b, h / s.group(), kept);
       const auto fates =
           m.select == block_selector::pattern ? std::vector<std::vector<int>>{} : block_fates(m, p, b, h);
       for (isize i = 0; i < s.n; ++i) {
-        const auto all = hybrid_detail::row_candidates(m, p, fates, blocks, b, h, i);
+        const auto all = hybrid_detail::row_candidates(m, p, fates, pools, kept, b, h, i);
         double top = none, sum = 0;
         for (const auto& x : all)
           if (!(x.logit <= top)) top = x.logit;

@@ -12,10 +12,11 @@ inline namespace FOVEA_ABI {
 inline std::uint64_t hybrid_attention::tag() const {
   detail::fingerprint f;
   f.text(name);
-  for (const isize x : {static_cast<isize>(select), block_q, block_k, top, at_least, first, window,
-                        static_cast<isize>(compensate), static_cast<isize>(pattern), stride})
+  for (const isize x :
+       {static_cast<isize>(select), block_q, block_k, top, at_least, first, window, static_cast<isize>(compensate),
+        static_cast<isize>(pattern), stride, parts, static_cast<isize>(share_group)})
     f.number(static_cast<double>(x));
-  return f.number(budget).number(scale ? *scale : 0.0).value;
+  return f.number(budget).number(top_p).number(kept_share()).number(scale ? *scale : 0.0).value;
 }
 
 inline state hybrid_attention::make_state(const shape& s) const {

@@ -27,8 +27,14 @@ struct block_rule {
   isize block_q = 1, block_k = 1, origin = 0, offset = 0;
   isize n = 0, m = 0;
   isize top = 0, at_least = 0, first = 0, window = 0;
-  double budget = 0, scale = 1;
+  double budget = 0, scale = 1, top_p = 0;
+  isize stretch =
+      0;  ///< blocks of a stretch of so many keys that is not over before the query block are computed; 0: none
+  isize share = 1;  ///< heads that share a selection
   bool causal = false, pool = false;
+
+  /// One row that votes alone: the order of its log-masses, which cannot underflow.
+  bool votes_are_logs() const { return block_q == 1 && share == 1 && top_p == 0; }
 
   FOVEA_HD isize blocks() const { return ceil_div(m, block_k); }
   FOVEA_HD range rows(isize block) const {
@@ -49,7 +55,8 @@ struct block_rule {
   /// Is key block J < past computed whatever its score?
   FOVEA_HD bool always(isize block, isize J) const {
     const isize j0 = J * block_k, j1 = j0 + block_k - 1, p0 = start(block), p1 = rows(block).last - 1 + offset;
-    return j0 < first || (window > 0 && j1 > p0 - window && (causal || j0 < p1 + window));
+    return j0 < first || (stretch > 0 && causal && (j0 / stretch + 1) * stretch > p0) ||
+           (window > 0 && j1 > p0 - window && (causal || j0 < p1 + window));
   }
   /// How many of the candidates are computed, given how many own blocks are.
   isize count(isize candidates, isize own) const {
@@ -101,12 +108,30 @@ FOVEA_NOINLINE T count_th_largest(const T* x, isize n, isize count) noexcept {
 
 }  // namespace detail
 
-/// fate [blocks] of query block `block`. votes [past, and a vector more] are changed.
+/// How many candidates, best first, leave at most 1 - top_p of all votes behind; all of them where votes are not numbers. `sorted` [past] is scratch.
 template <class Arch, class T>
-void choose_blocks(const block_rule& rule, isize block, T* votes, std::uint8_t* fate) noexcept {
+FOVEA_NOINLINE isize count_by_mass(const block_rule& rule, isize block, isize past, const T* votes,
+                                   T* sorted) noexcept {
+  double all = 0, left = 0;
+  isize candidates = 0;
+  for (isize J = 0; J < past; ++J) {
+    all += static_cast<double>(votes[J]);
+    if (!rule.always(block, J)) left += static_cast<double>(votes[J]), sorted[candidates++] = votes[J];
+  }
+  if (!(all < std::numeric_limits<double>::infinity())) return candidates;
+  std::sort(sorted, sorted + candidates, [](T a, T b) { return a > b; });
+  isize count = 0;
+  while (count < candidates && left > (1 - rule.top_p) * all) left -= static_cast<double>(sorted[count++]);
+  return count;
+}
+
+/// fate [blocks] of query block `block`. votes [past, and a vector more] are changed. sorted [past]: scratch, with top_p only.
+template <class Arch, class T>
+void choose_blocks(const block_rule& rule, isize block, T* votes, std::uint8_t* fate, T* sorted = nullptr) noexcept {
   constexpr T least = -std::numeric_limits<T>::infinity(), most = std::numeric_limits<T>::infinity();
   const isize blocks = rule.blocks();
   const auto reach = rule.reach_of(block);
+  const isize by_mass = rule.top_p > 0 ? count_by_mass<Arch>(rule, block, reach.past, votes, sorted) : 0;
   isize candidates = 0;
   for (isize J = 0; J < reach.past; ++J) {
     const bool always = rule.always(block, J);
@@ -116,7 +141,8 @@ void choose_blocks(const block_rule& rule, isize block, T* votes, std::uint8_t* 
   }
   for (isize J = reach.past; J < blocks; ++J) fate[J] = J < reach.seen ? computed : skipped;
   for (isize J = reach.past; J < reach.past + simd::pack<T, Arch>::size; ++J) votes[J] = least;
-  isize count = rule.count(candidates, reach.seen - reach.past);
+  isize count = rule.top_p > 0 ? std::max(by_mass, std::min(candidates, ceil_div(rule.at_least, rule.block_k)))
+                               : rule.count(candidates, reach.seen - reach.past);
   if (count <= 0) return;
   const T last = count < candidates ? detail::count_th_largest<Arch>(votes, reach.past, count) : least;
   for (isize J = 0; J < reach.past; ++J)

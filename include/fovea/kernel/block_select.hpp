@@ -71,7 +71,8 @@ class block_select {
     few_ = memory.take<Acc>(rule.score == block_score::exact ? most_few * d : 0);
     few_code_ = memory.take<std::int8_t>(rule.score == block_score::code ? (most_few + 1) * d : 0);
     row_ = memory.take<Acc>(d);
-    weight_ = memory.take<Acc>(rule.block_q > 1 ? ceil_div(blocks, W) * W * W : 0);
+    sorted_ = memory.take<Acc>(rule.top_p > 0 ? blocks : 0);
+    weight_ = memory.take<Acc>(!rule.votes_are_logs() ? ceil_div(blocks, W) * W * W : 0);
     votes_ = memory.take<Acc>(blocks + 2 * W);
   }
 
@@ -86,18 +87,21 @@ class block_select {
         const range r = rule_.rows(list[at].block);
         const isize all = r.last - r.first, take = std::min(all - done, rows - lanes);
         for (isize x = 0; x < take; ++x) load(q, b, list[at].head, r.first + done + x, lanes + x);
-        const bool opens = done == 0, closes = done + take == all;
-        segments_[segments++] = {at, list[at].block, lanes, take, opens, closes};
+        const bool whole = done + take == all;  // heads that share a selection stand side by side
+        segments_[segments++] = {
+            at, list[at].block, lanes, take, done == 0 && at % rule_.share == 0, whole && (at + 1) % rule_.share == 0};
         past = std::max(past, rule_.reach_of(list[at].block).past);
-        lanes += take, done = closes ? 0 : done + take, at += closes ? 1 : 0;
+        lanes += take, done = whole ? 0 : done + take, at += whole ? 1 : 0;
       }
       for (isize x = lanes; x < ceil_div(lanes, W) * W; ++x) clear(x);
       ld_ = codes_ != nullptr ? 2 * W : rows, vector_ = codes_ != nullptr ? past * 2 * W : W;
       estimate(s, keys, past, lanes);
       for (isize x = 0; x < segments; ++x) {
         vote(segments_[x]);
-        if (segments_[x].closes)
-          choose_blocks<Arch>(rule_, segments_[x].block, votes_, table + segments_[x].index * rule_.blocks());
+        if (!segments_[x].closes) continue;
+        std::uint8_t* const fate = table + segments_[x].index * rule_.blocks();
+        choose_blocks<Arch>(rule_, segments_[x].block, votes_, fate, sorted_);
+        for (isize y = 1; y < rule_.share; ++y) std::copy_n(fate, rule_.blocks(), fate - y * rule_.blocks());
       }
     }
   }
@@ -261,7 +265,7 @@ class block_select {
     const isize past = rule_.reach_of(g.block).past;
     if (g.opens)
       for (isize J = 0; J < past + W; ++J) votes_[J] = Acc(0);
-    if (rule_.block_q == 1) {  // one row: the order of the masses themselves, which cannot underflow
+    if (rule_.votes_are_logs()) {  // one row: the order of the masses themselves, which cannot underflow
       for (isize J = 0; J < past && g.count > 0; ++J)
         votes_[J] = *peak_at(J, g.lane) + std::log2(per_token_ ? *mass_at(J, g.lane) : mass_[J]);
       return;
@@ -310,7 +314,7 @@ class block_select {
   const code_keys* codes_ = nullptr;
   std::conditional_t<has_pass, code_pass<Arch>, no_pass> pass_;
   segment segments_[rows];
-  Acc *q_, *q2_, *factor_, *peak_, *mass_, *s_, *k_, *few_, *row_, *weight_, *votes_;
+  Acc *q_, *q2_, *factor_, *peak_, *mass_, *s_, *k_, *few_, *row_, *weight_, *votes_, *sorted_;
   std::int8_t* few_code_;  // most_few rows, one to spare
 };
 
