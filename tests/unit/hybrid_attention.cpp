@@ -183,7 +183,7 @@ TEST_CASE("hybrid: NaN in a skipped block stays there") {
 
 TEST_CASE("hybrid: ragged, rectangular and shared blocks against the twin") {
   test::random r(11);
-  for (int round = 0; round < 60; ++round) {
+  for (int round = 0; round < 120; ++round) {
     const isize G = r.integer(1, 2), H = G * r.integer(1, 3), n = r.integer(1, 90), m = r.integer(1, 120),
                 d = r.integer(1, 40), e = r.integer(1, 40);
     call c(H, G, n, m, d, e, 100 + static_cast<std::uint64_t>(round), round % 3 == 0 ? dtype::f64 : dtype::f32);
@@ -193,10 +193,16 @@ TEST_CASE("hybrid: ragged, rectangular and shared blocks against the twin") {
     h.at_least = r.integer(0, 20);
     h.top = r.coin(0.3) ? r.integer(1, 5) : 0, h.first = r.integer(0, 9), h.window = r.integer(0, 20);
     if (r.coin(0.2)) h.align = top_left;
+    if (r.coin(0.4)) h.keep_small = r.uniform(0.02, 0.4);
+    if (r.coin(0.3) && h.compensate != compensation::cumulant) h.share_group = true;
+    if (r.coin(0.3) && h.compensate == compensation::zeroth)
+      h.parts = h.block_k % 3 == 0 ? 3 : h.block_k % 2 == 0 ? 2 : 1;
+    if (r.coin(0.3) && h.select >= block_selector::int8) h.top_p = r.uniform();
     tensor want = test::unwritten(dtype::f64, 1, H, n, e), sums = test::unwritten(dtype::f64, 1, H, n, 1);
     reference::prefill(h, {c.q, c.k, c.v, want, sums, {}});
     c.run(h);
-    CAPTURE(round, H, G, n, m, d, e, static_cast<int>(h.select), h.block_q, h.block_k, h.is_causal, h.budget, h.top);
+    CAPTURE(round, H, G, n, m, d, e, static_cast<int>(h.select), h.block_q, h.block_k, h.is_causal, h.budget, h.top,
+            h.keep_small, h.share_group, h.parts, h.top_p, static_cast<int>(h.compensate));
     CHECK_CLOSE(c.out.values(), want.values(), {.c = 128, .acc = c.q.type()});
     CHECK_CLOSE(c.lse.values(), sums.values(), {.c = 128, .acc = c.q.type(), .scale = 4});
   }

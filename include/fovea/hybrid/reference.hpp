@@ -65,8 +65,7 @@ inline std::vector<block_of_keys> blocks_of(isize size, const problem& p, isize 
       }
       for (const isize j : in) sum += p.k.get(b, g, j, c);
       for (const isize j : in) square += std::pow(p.k.get(b, g, j, c) - sum / count, 2);
-      x.mean_k.push_back(sum / count), x.var.push_back(square / static_cast<double>(x.last - x.first)),
-          x.low.push_back(low), x.high.push_back(high);
+      x.mean_k.push_back(sum / count), x.var.push_back(square / count), x.low.push_back(low), x.high.push_back(high);
     }
     for (isize c = 0; c < e; ++c) {
       double sum = 0;
@@ -115,7 +114,8 @@ inline double log_mass(const hybrid_attention& m, const problem& p, const block_
   if (m.select == block_selector::mean) return scale * dot(q, x.mean_k) + log_n;
   if (m.select == block_selector::variance) {
     double var = 0;
-    for (std::size_t c = 0; c < q.size(); ++c) var += q[c] * q[c] * x.var[c];
+    const double nominal = static_cast<double>(x.count) / static_cast<double>(x.last - x.first);
+    for (std::size_t c = 0; c < q.size(); ++c) var += q[c] * q[c] * x.var[c] * nominal;
     return scale * dot(q, x.mean_k) + scale * scale * var / 4 + log_n;
   }
   if (m.select == block_selector::bound) {

@@ -243,6 +243,7 @@ void summarise(const block_summary<Acc>& s, isize first, isize count, const tens
       if (seen == 0) detail::copy(key, s.d, low), detail::copy(key, s.d, high);
       detail::fold_range<Arch>(key, s.d, low, high);
     }
+    for (isize x = 0; s.members != nullptr && seen == 0 && x < s.parts; ++x) s.members[block * s.parts + x] = 0;
     if (s.mean_k != nullptr) {
       Acc* spread = s.spread == nullptr ? nullptr : s.spread + block * s.d;
       detail::fold_token<Arch>(key, s.d, seen, s.mean_k + block * s.d, spread);
