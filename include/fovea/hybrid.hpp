@@ -63,7 +63,7 @@ struct hybrid_attention {
   double top_p = 0;
   /// Share of the keys, those of the smallest |v|, that a selection keeps exact: of each stretch of ceil(1 / keep_small) keys, in whole
   /// blocks, that many. Blocks of a stretch that is not over before the query block are computed. 0: none.
-  double keep_small = 0;
+  double keep_small = 1.0 / 64;
   bool share_group = false;  ///< one selection for all query heads of a KV head: their rows vote together
   isize parts = 1;  ///< pooled tokens of a skipped block, of block_k / parts keys each; 2 and 4 are halves and quarters
   compensation compensate = compensation::zeroth;

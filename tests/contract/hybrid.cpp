@@ -37,6 +37,9 @@ TEST_CASE("contract of hybrid: its own values") {
   refuses_value(H{.at_least = -5}, {"at_least", "-5"});
   refuses_value(H{.first = -5}, {"first", "-5"});
   refuses_value(H{.window = -5}, {"window", "-5"});
+  refuses_value(H{.top_p = -0.5}, {"top_p is -0.5"});
+  refuses_value(H{.keep_small = bad}, {"keep_small is nan"});
+  refuses_value(H{.parts = 0}, {"parts is 0"});
   refuses_value(H{.scale = bad}, {"scale is nan"});
   refuses_value(H{.scale = -2.0}, {"scale is -2"});
   refuses_value(H{.select = block_selector::pattern, .stride = 0}, {"stride", "0"});

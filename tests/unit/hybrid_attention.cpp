@@ -131,7 +131,8 @@ TEST_CASE("hybrid: recall is the mass of the computed keys") {
                      .budget = 0.2,
                      .at_least = 0,
                      .first = 8,
-                     .window = 8};
+                     .window = 8,
+                     .keep_small = 0};
   tensor recall = test::unwritten(dtype::f32, 1, 2, 48, 1);
   mass_recall(serial, m, c.q, c.k, c.v, recall);
   c.run(m);
@@ -218,7 +219,8 @@ TEST_CASE("hybrid: multiply-adds follow the plan") {
                      .budget = 0.25,
                      .at_least = 16,
                      .first = 8,
-                     .window = 8};
+                     .window = 8,
+                     .keep_small = 0};
   double want = 0;
   for (isize h = 0; h < 4; ++h) {
     const auto fates = reference::block_fates(m, {c.q, c.k, c.v, c.out, c.lse, {}}, 0, h);
@@ -253,6 +255,12 @@ TEST_CASE("hybrid: a call that breaks the contract is refused by a sentence, and
   refused({.budget = NAN}, "budget");
   refused({.at_least = -1}, "at_least");
   refused({.window = -1}, "window");
+  refused({.top_p = 1.5}, "top_p");
+  refused({.select = block_selector::mean, .top_p = 0.9}, "top_p");
+  refused({.keep_small = 0.7}, "keep_small");
+  refused({.parts = 3}, "parts");
+  refused({.parts = 2, .compensate = compensation::cumulant}, "parts");
+  refused({.share_group = true, .compensate = compensation::cumulant}, "share_group");
   refused({.scale = -1.0}, "scale");
   refused({.scale = HUGE_VAL}, "scale");
   refused({.select = block_selector::given}, "blocks is null");
@@ -305,11 +313,15 @@ TEST_CASE("hybrid: from a configuration") {
   const auto recipe = make({"hybrid", {{"causal", true}}});
   const auto* m = recipe.as<hybrid_attention>();
   CHECK((m->select == block_selector::int8 && m->block_q == 16 && m->budget == 0.25 && m->at_least == 256 &&
-         m->compensate == compensation::zeroth));
+         m->compensate == compensation::zeroth && m->keep_small == 1.0 / 64));
+  const auto wide =
+      make({"hybrid", {{"causal", true}, {"top_p", 0.95}, {"parts", 4.0}, {"share_group", true}, {"keep_small", 0.0}}});
+  m = wide.as<hybrid_attention>();
+  CHECK((m->top_p == 0.95 && m->parts == 4 && m->share_group && m->keep_small == 0));
   const auto moba = make({"hybrid", {{"causal", true}, {"top", 3.0}, {"block_k", 64.0}}});
   m = moba.as<hybrid_attention>();
   CHECK((m->select == block_selector::mean && m->block_q == 1 && m->block_k == 64 && m->top == 3 && m->window == 0 &&
-         m->compensate == compensation::none));
+         m->keep_small == 0 && m->compensate == compensation::none));
   const auto hsa = make({"hybrid", {{"causal", true}, {"pattern", std::string("fixed")}, {"stride", 32.0}}});
   CHECK(hsa.as<hybrid_attention>()->pattern == hsa_mode::fixed);
   const arrays table{{"blocks", array({2, 2}, std::vector<std::uint8_t>{1, 0, 1, 1})}};
@@ -323,5 +335,6 @@ TEST_CASE("hybrid: from a configuration") {
   refused({"hybrid", {{"select", std::string("given")}}}, "blocks is missing");
   refused({"hybrid", {{"select", std::string("int2")}}}, "int2");
   refused({"hybrid", {{"top", 3.0}, {"budget", 0.5}}}, "one of them");
+  refused({"hybrid", {{"top_p", 0.9}, {"budget", 0.5}}}, "one of them");
   refused({"hybrid", {{"pattern", std::string("local")}, {"causal", true}}}, "one of them", table);
 }

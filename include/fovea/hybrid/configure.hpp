@@ -5,11 +5,12 @@
 /// Keys       block_q, block_k, causal, align ("bottom_right" | "top_left" | "none"), scale,
 ///            pattern ("local" | "strided" | "sparse" | "fixed") with stride,
 ///            or select ("given" | "mean" | "variance" | "bound" | "int8" | "int4" | "exact") with top (blocks) or budget (share of the
-///            candidate blocks), at_least (keys), first and window (keys always computed),
-///            compensate ("none" | "zeroth" | "cumulant").
+///            candidate blocks) or top_p (share of the estimated mass), at_least (keys), first and window (keys always computed), keep_small
+///            (share of the keys, those of smallest |v|, kept exact), share_group (flag: one selection for a query group),
+///            compensate ("none" | "zeroth" | "cumulant"), parts (pooled tokens a block).
 /// Tensors    blocks (u8 or bool, [.., query blocks, key blocks], broadcast to [B, H or G, ..], 1 = computed): makes select "given".
-/// Defaults   select int8, block_q = block_k = 16, budget 1/4, at_least 256, first 16, window 64, compensate zeroth. With `top`, MoBA's
-///            form: select mean, block_q 1, no floor, no first keys, no window. Compensation of a pattern, a given mask and of `top`: none.
+/// Defaults   select int8, block_q = block_k = 16, budget 1/4, at_least 256, first 16, window 64, keep_small 1/64, compensate zeroth,
+///            parts 1. With `top`, MoBA's form: select mean, block_q 1, no floor, no first keys, no window, no kept keys. Compensation of a pattern, a given mask and of `top`: none.
 
 #include <fovea/core/any.hpp>
 #include <fovea/hybrid.hpp>
@@ -45,11 +46,16 @@ inline void configure_hybrid_budget(configuration_reader& c, hybrid_attention& m
                        {"exact", exact}},
                       by_top ? mean : int8);
   require(m.select != given, "configuration of hybrid: select is \"given\" and the tensor blocks is missing");
-  if (by_top) m.budget = 0, m.at_least = m.first = m.window = 0, m.compensate = compensation::none;
+  if (by_top) m.budget = 0, m.at_least = m.first = m.window = 0, m.keep_small = 0, m.compensate = compensation::none;
   m.top = c.integer("top", 0);
   require(!by_top || m.top >= 1, "configuration of hybrid: top is ", m.top,
           "; it counts blocks, the own one included, and must be at least 1");
   m.budget = c.number("budget", m.budget);
+  m.top_p = c.number("top_p", m.top_p);
+  require(m.top_p == 0 || (!by_top && !c.has("budget")),
+          "configuration of hybrid: top_p and top or budget were both given; wanted one of them");
+  m.keep_small = c.number("keep_small", m.keep_small);
+  m.share_group = c.flag("share_group", m.share_group);
   m.at_least = c.integer("at_least", m.at_least);
   m.first = c.integer("first", m.first);
   m.window = c.integer("window", m.window);
@@ -90,6 +96,7 @@ inline any_attention configure_hybrid(configuration_reader& c) {
       c.choice("compensate",
                {{"none", compensation::none}, {"zeroth", compensation::zeroth}, {"cumulant", compensation::cumulant}},
                m.compensate);
+  m.parts = c.integer("parts", m.parts);
   detail::check_hybrid_options(m);
   return any_attention::hold(m, blocks != nullptr ? blocks->owner() : nullptr);
 }

@@ -33,14 +33,20 @@ inline double hybrid_selection_macs(const hybrid_attention& m, const shape& s, i
 struct hybrid_row_count {
   double keys = 0, pools = 0;
 };
-inline hybrid_row_count hybrid_selected(const kernel::block_rule& rule, isize block, isize i) {
+inline hybrid_row_count hybrid_selected(const hybrid_attention& m, const kernel::block_rule& rule, isize block,
+                                        isize i) {
   const auto reach = rule.reach_of(block);
   isize candidates = 0;
   for (isize J = 0; J < reach.past; ++J) candidates += rule.always(block, J) ? 0 : 1;
   const isize count = rule.count(candidates, reach.seen - reach.past),
               own = std::min(rule.causal ? i + rule.offset + 1 : rule.m, rule.m) - reach.past * rule.block_k;
-  return {static_cast<double>((reach.past - candidates + count) * rule.block_k + std::max<isize>(own, 0)),
-          rule.pool ? static_cast<double>(candidates - count) : 0.0};
+  // Kept keys lie anywhere: of those of the past, the share that blocks are skipped by.
+  const isize over =
+      rule.stretch == 0 ? 0 : (rule.causal ? std::max<isize>(rule.start(block), 0) : rule.m) / rule.stretch;
+  const double kept = static_cast<double>(over * rule.kept) * static_cast<double>(candidates - count) /
+                      static_cast<double>(std::max<isize>(reach.past, 1));
+  return {kept + static_cast<double>((reach.past - candidates + count) * rule.block_k + std::max<isize>(own, 0)),
+          rule.pool ? static_cast<double>((candidates - count) * m.parts) : 0.0};
 }
 
 /// All rows of one head, given a row's block mask of the caller.
@@ -58,7 +64,7 @@ inline double hybrid_given_macs(const hybrid_attention& m, const shape& s, const
       if (t.row(t.batch == 1 ? 0 : b, head, block)[J] != 0)
         keys += static_cast<double>(std::max<isize>(std::min(last, end) - J * rule.block_k, 0));
       else if (rule.pool && (!rule.causal || (J + 1) * rule.block_k - 1 <= open))
-        pools += 1;
+        pools += static_cast<double>(m.parts);
     }
     sum += hybrid_row_macs(m, s, keys, pools);
   }
@@ -85,7 +91,7 @@ inline double hybrid_macs(const hybrid_attention& m, const shape& s) {
       continue;
     }
     const isize block = (i + rule.origin) / rule.block_q;
-    const auto count = hybrid_selected(rule, block, i);
+    const auto count = hybrid_selected(m, rule, block, i);
     sum += hybrid_row_macs(m, s, count.keys, count.pools) + hybrid_selection_macs(m, s, rule.reach_of(block).past);
   }
   return sum * static_cast<double>(s.B * s.H);

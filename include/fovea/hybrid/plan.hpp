@@ -73,7 +73,7 @@ struct hybrid_plan {
     rule.top = m.top, rule.at_least = m.at_least, rule.first = m.first, rule.window = m.window;
     rule.budget = m.budget, rule.scale = m.scale_for(s), rule.top_p = m.top_p;
     const kernel::summary_needs needs = hybrid_needs(m);
-    rule.stretch = needs.stretch, rule.share = m.share_group && m.selects() ? s.group() : 1;
+    rule.stretch = needs.stretch, rule.kept = needs.kept, rule.share = m.share_group && m.selects() ? s.group() : 1;
     keeps = needs.kept > 0 ? s.m / needs.stretch * needs.kept : 0;
     rule.causal = m.is_causal, rule.pool = m.compensate != compensation::none;
     rows = s.group() * s.n, parts = needs.parts;

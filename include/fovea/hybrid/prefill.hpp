@@ -27,7 +27,7 @@ inline hybrid_attention hybrid_attention::moba(isize block_k, isize top) {
   hybrid_attention m;
   m.select = block_selector::mean, m.is_causal = true, m.compensate = compensation::none;
   m.block_q = 1, m.block_k = block_k, m.top = top;
-  m.budget = 0, m.at_least = 0, m.first = 0, m.window = 0;
+  m.budget = 0, m.at_least = 0, m.first = 0, m.window = 0, m.keep_small = 0;
   return m;
 }
 

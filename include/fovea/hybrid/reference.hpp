@@ -18,7 +18,8 @@ namespace reference {
 
 namespace hybrid_detail {
 
-/// One stretch of keys with its means: a block, or a part of one. `count` leaves the kept keys out, and so do the means.
+/// One stretch of keys with its means: a block, or a part of one. `count` leaves the kept keys out, and so do the means (but where
+/// every key is kept).
 struct block_of_keys {
   isize first, last, count;
   std::vector<double> mean_k, mean_v, var, low, high;
@@ -56,7 +57,8 @@ inline std::vector<block_of_keys> blocks_of(isize size, const problem& p, isize 
     for (isize j = x.first; j < x.last; ++j)
       if (!kept[static_cast<std::size_t>(j)]) in.push_back(j);
     x.count = static_cast<isize>(in.size());
-    const double count = in.empty() ? 1.0 : static_cast<double>(x.count);
+    for (isize j = x.first; j < x.last && x.count == 0; ++j) in.push_back(j);  // nothing pooled: what a score looks at
+    const double count = static_cast<double>(in.size());
     for (isize c = 0; c < d; ++c) {
       double sum = 0, square = 0, low = std::numeric_limits<double>::infinity(), high = -low;
       for (isize j = x.first; j < x.last; ++j) {
@@ -114,7 +116,8 @@ inline double log_mass(const hybrid_attention& m, const problem& p, const block_
   if (m.select == block_selector::mean) return scale * dot(q, x.mean_k) + log_n;
   if (m.select == block_selector::variance) {
     double var = 0;
-    const double nominal = static_cast<double>(x.count) / static_cast<double>(x.last - x.first);
+    const double nominal =
+        static_cast<double>(x.count > 0 ? x.count : x.last - x.first) / static_cast<double>(x.last - x.first);
     for (std::size_t c = 0; c < q.size(); ++c) var += q[c] * q[c] * x.var[c] * nominal;
     return scale * dot(q, x.mean_k) + scale * scale * var / 4 + log_n;
   }

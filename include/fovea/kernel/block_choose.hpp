@@ -30,6 +30,7 @@ struct block_rule {
   double budget = 0, scale = 1, top_p = 0;
   isize stretch =
       0;  ///< blocks of a stretch of so many keys that is not over before the query block are computed; 0: none
+  isize kept = 0;   ///< keys that each stretch keeps
   isize share = 1;  ///< heads that share a selection
   bool causal = false, pool = false;
 
