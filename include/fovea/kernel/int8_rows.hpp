@@ -59,6 +59,24 @@ FOVEA_INLINE float grid_above(float x) noexcept {
   return std::ceil((whole + f + 0.3463F * f * (1.0F - f) + 0.0095F) * static_cast<float>(int8_grid));
 }
 
+/// The same of W numbers.
+template <class Arch>
+FOVEA_INLINE void grid_above(const float* x, float* to) noexcept {
+  using P = simd::pack<float, Arch>;
+  constexpr isize W = simd::words<Arch>::size;
+  std::int32_t bits[W];
+  float whole[W], rest[W];
+  std::memcpy(bits, x, sizeof bits);
+  for (isize l = 0; l < W; ++l) whole[l] = static_cast<float>((bits[l] >> 23) - 127);
+  for (isize l = 0; l < W; ++l) rest[l] = static_cast<float>(bits[l] & 0x7fffff);
+  for (isize l = 0; l < W; l += P::size) {
+    const P f = P::load(rest + l) * P(0x1p-23F), one(1.0F), magic(int8_magic);
+    const P y = (P::load(whole + l) + f + P(0.3463F) * f * (one - f) + P(0.0095F)) * P(static_cast<float>(int8_grid)),
+            near = (y + magic) - magic;
+    simd::select_greater(y, near, near + one, near).store(to + l);
+  }
+}
+
 /// What rounding to 8 bits wants to know of a batch of W rows: largest magnitude, squared length (infinite: a number is not finite, or
 /// too large), and what the row is multiplied by.
 template <class Arch>
@@ -177,10 +195,12 @@ class int8_rounding {
     else
       values(set.v, first, last, to);
     for (isize j = first; j < first + R.keys; j += int8_part) weights(j, last, to);
-    to.longest[x] = 0;
     for (isize j = first; j < first + R.keys; ++j)
       to.k_shift[j] = -int8_magic * to.k_scale[j], to.offset[j] += std::bit_cast<std::int32_t>(int8_magic);
-    for (isize j = first; j < last; ++j) to.longest[x] = to.longest[x] > to.length[j] ? to.longest[x] : to.length[j];
+    simd::pack<float, Arch> longest(0.0F);  // lengths are numbers; of keys behind the last one they are 0
+    for (isize j = first; j < first + R.keys; j += simd::pack<float, Arch>::size)
+      longest = simd::max(longest, simd::pack<float, Arch>::load(to.length + j));
+    to.longest[x] = simd::highest(longest);
   }
 
  private:
@@ -277,7 +297,8 @@ class int8_rounding {
     using P = simd::pack<float, Arch>;
     float folds[W];
     bool broken = false;
-    for (isize l = 0; l < W; ++l) folds[l] = grid_above(x.most[l] * (1.0F / 127.0F));
+    for (isize l = 0; l < W; ++l) folds[l] = x.most[l] * (1.0F / 127.0F);
+    grid_above<Arch>(folds, folds);
     for (isize l = 0; l < W; ++l) {
       folds[l] = x.length[l] == none ? none : x.most[l] > 0 ? folds[l] : -none;
       broken = broken || x.length[l] == none;
