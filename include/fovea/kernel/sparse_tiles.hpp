@@ -105,7 +105,11 @@ class sparse_tiles {
     last = std::min(last, set.count);
     for (isize j0 = first / window_ * window_; j0 < last; j0 += window_) {
       k_.open(set.k), v_.open(set.v);
-      for (isize t = 0; t < used_; ++t) absorb_window(set, lists[t], cut, t, j0, std::min(j0 + window_, last));
+      const isize j1 = std::min(j0 + window_, last);
+      for (isize t = 0; t < used_; ++t) {
+        ask_ahead(set, t, j1, std::min(j1 + window_, last));
+        absorb_window(set, lists[t], cut, t, j0, j1);
+      }
     }
   }
 
@@ -193,6 +197,16 @@ class sparse_tiles {
     }
   };
 
+  /// The t-th part of the next window's rows is asked into L2, where every tile of this one finds its own.
+  void ask_ahead(const key_set<Acc>& set, isize t, isize j0, isize j1) const noexcept {
+    if (used_ < 4 || set.count * (set.k.row_bytes + set.v.row_bytes) <= (1 << 20)) return;
+    const isize first = j0 + (j1 - j0) * t / used_, last = j0 + (j1 - j0) * (t + 1) / used_;
+    for (isize j = first; j < last; ++j) {
+      if (k_.in_place) simd::prefetch(set.k.data + j * set.k.row_bytes, d_ * static_cast<isize>(sizeof(Acc)));
+      if (v_.in_place) simd::prefetch(set.v.data + j * set.v.row_bytes, e_ * static_cast<isize>(sizeof(Acc)));
+    }
+  }
+
   /// Keys [base, end) of the blocks of a list, for tile t.
   void absorb_window(const key_set<Acc>& set, const block_list& list, const block_cut& cut, isize t, isize base,
                      isize end) noexcept {
@@ -201,37 +215,71 @@ class sparse_tiles {
     const isize whole = cut.causal ? std::min(end, at.first + 1 + cut.offset) : end;        // by every row
     slots_ = used_runs_ = 0;
     isize& x = cursor_[t];
+    // Blocks of few keys: a panel of scores bridges short gaps between them, what lies there is hidden.
+    const isize gap = cut.size < 8 ? 8 : 0;
     while (x < list.count && list.at[x] * cut.size < end) {
       isize last = x + 1;
-      while (last < list.count && list.at[last] == list.at[last - 1] + 1 && list.at[last] * cut.size < end) ++last;
-      const isize j0 = std::max(list.at[x] * cut.size, base), j1 = (list.at[last - 1] + isize{1}) * cut.size;
-      const range plain = meet({j0, j1}, {base, whole}), edge = meet({j0, j1}, {whole, seen});
-      add(set, t, plain, base, end, false, 0);
-      add(set, t, edge, base, end, true, at.first + cut.offset);
-      x = j1 > end ? last - 1 : last;
-      if (j1 > end) break;  // the rest of the block in the next window
+      while (last < list.count && (list.at[last] - list.at[last - 1] - 1) * cut.size <= gap &&
+             list.at[last] * cut.size < end)
+        ++last;
+      const range keys{list.at[x] * cut.size, (list.at[last - 1] + isize{1}) * cut.size};
+      add({set, list, cut.size, t, base, end, x}, meet(keys, {base, whole}), false, 0);
+      add({set, list, cut.size, t, base, end, x}, meet(keys, {whole > base ? whole : base, seen}), true,
+          at.first + cut.offset);
+      x = keys.last > end ? last - 1 : last;
+      if (keys.last > end) break;  // the rest of the block in the next window
     }
     flush(t);
   }
 
+  /// Keys of a list that are taken in, from list.at[x] on, in the window [base, end).
+  struct stretch_of_list {
+    const key_set<Acc>& set;
+    const block_list& list;
+    isize size, t, base, end, x;
+  };
   /// Scores of `keys` into the next slots. masked: row l of the tile sees key j if j <= shift + l.
-  void add(const key_set<Acc>& set, isize t, range keys, isize base, isize end, bool masked, isize shift) noexcept {
+  void add(stretch_of_list from, range keys, bool masked, isize shift) noexcept {
+    const isize t = from.t;
     for (isize j0 = keys.first, count = 0; j0 < keys.last; j0 += count) {
       if (slots_ == 0)
         for (isize r = 0; r < T::rows; ++r) top_[r] = -std::numeric_limits<Acc>::infinity();
       count = std::min(keys.last - j0, T::keys - slots_);
-      const Acc* k = k_.get(set.k, j0, j0 + count, base, end, d_);
-      score(set, t, j0, count, k, masked, shift);
-      runs_[used_runs_++] = {v_.get(set.v, j0, j0 + count, base, end, e_), static_cast<std::int16_t>(slots_),
-                             static_cast<std::int16_t>(count), masked};
-      v_stride_ = v_.stride(set.v, e_);
+      const Acc* k = k_.get(from.set.k, j0, j0 + count, from.base, from.end, d_);
+      const Acc* v = v_.get(from.set.v, j0, j0 + count, from.base, from.end, e_);
+      v_stride_ = v_.stride(from.set.v, e_);
+      const bool gaps = name_runs(from, j0, count, v, masked);
+      score(from.set, t, j0, count, k, masked, shift, gaps);
       slots_ += count;
       if (slots_ == T::keys) flush(t);
     }
   }
+  /// The runs of keys [j0, j0 + count) that are listed; true if some are not.
+  bool name_runs(stretch_of_list& from, isize j0, isize count, const Acc* v, bool masked) noexcept {
+    const isize before = used_runs_, j1 = j0 + count;
+    isize listed = 0;
+    for (; from.x < from.list.count; ++from.x) {
+      const range all{from.list.at[from.x] * from.size, (from.list.at[from.x] + isize{1}) * from.size};
+      const range own = meet(all, {j0, j1});
+      if (all.first >= j1) break;
+      if (!own.empty()) {
+        const isize slot = slots_ + own.first - j0, here = own.last - own.first;
+        listed += here;
+        if (used_runs_ > before && runs_[used_runs_ - 1].slot + runs_[used_runs_ - 1].count == slot)
+          runs_[used_runs_ - 1].count = static_cast<std::int16_t>(runs_[used_runs_ - 1].count + here);
+        else
+          runs_[used_runs_++] = {v + (own.first - j0) * v_stride_, static_cast<std::int16_t>(slot),
+                                 static_cast<std::int16_t>(here), masked};
+      }
+      if (all.last > j1) break;
+    }
+    first_run_ = before;
+    return listed < count;
+  }
 
-  void score(const key_set<Acc>& set, isize t, isize j0, isize count, const Acc* k, bool masked, isize shift) noexcept {
-    const bool changed = masked || set.modify != nullptr;
+  void score(const key_set<Acc>& set, isize t, isize j0, isize count, const Acc* k, bool masked, isize shift,
+             bool gaps) noexcept {
+    const bool changed = masked || gaps || set.modify != nullptr;
     const isize stride = k_.stride(set.k, d_);
     alignas(64) Acc unused[T::rows] = {}, bias[T::MR] = {};
     Acc *s = s_ + slots_ * T::rows, *top = changed ? unused : top_;
@@ -245,6 +293,12 @@ class sparse_tiles {
       mask_site at = set.site;
       at.h = at_[t].head;
       set.modify->template apply<Acc>(at, at_[t].first, at_[t].count, j0, j0 + count, s, T::rows);
+    }
+    for (isize n = first_run_, j = 0; gaps && n <= used_runs_; ++n) {  // what lies between the runs
+      const isize next = n < used_runs_ ? runs_[n].slot - slots_ : count;
+      for (; j < next; ++j)
+        for (isize r = 0; r < T::rows; ++r) s[j * T::rows + r] = -std::numeric_limits<Acc>::infinity();
+      if (n < used_runs_) j = next + runs_[n].count;
     }
     std::uint64_t* lanes = masked ? lanes_ + slots_ : nullptr;
     for (isize j = 0; masked && j < count; ++j) {
@@ -267,7 +321,7 @@ class sparse_tiles {
   }
 
   isize d_, e_, tiles_, window_, wide_, used_ = 0, b_ = 0;
-  isize slots_ = 0, used_runs_ = 0, v_stride_ = 0;
+  isize slots_ = 0, used_runs_ = 0, first_run_ = 0, v_stride_ = 0;
   alignas(64) Acc top_[T::rows];
   row_window k_, v_;
   Acc *qt_, *ot_, *m_, *l_, *s_, *rows_of_, *zeros_;
