@@ -30,11 +30,12 @@ std::string now_text() {
 }
 
 json figures(const text_summary& s) {
+  const bool known = std::isfinite(s.difference.error);
   return {{"exact_perplexity", number(s.exact_perplexity)},
           {"perplexity", number(s.perplexity)},
           {"loss", number(s.ratio() - 1)},
-          {"low", number(s.ratio_low() - 1)},
-          {"high", number(s.ratio_high() - 1)},
+          {"low", known ? json(s.ratio_low() - 1) : json(nullptr)},
+          {"high", known ? number(s.ratio_high() - 1) : json(nullptr)},
           {"error", number(s.difference.error)},
           {"kl", number(s.kl.mean)},
           {"kl_error", number(s.kl.error)},

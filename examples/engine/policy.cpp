@@ -10,6 +10,8 @@
 #include <fovea/interop/json.hpp>
 #include <fovea/interop/safetensors.hpp>
 
+#include "error.hpp"
+
 namespace engine {
 namespace {
 
@@ -113,6 +115,11 @@ struct weight_files {
     return at != open.end() ? at->second : open.emplace(path, fovea::read_safetensors(path).tensors).first->second;
   }
 };
+
+bool is_exact(const fovea::configuration& a) {
+  const fovea::configuration exact = exact_policy().rules[0].attention;
+  return a.mechanism == exact.mechanism && a.values == exact.values;
+}
 
 std::string rule_name(std::size_t i) { return i == 0 ? "default" : "overrides[" + std::to_string(i - 1) + "]"; }
 
@@ -219,13 +226,10 @@ array cut_to_heads(const std::string& name, const array& a, const model_config& 
 }
 
 std::set<isize> changed_layers(const policy& p, const model_config& c) {
-  const fovea::configuration exact = exact_policy().rules[0].attention;
   std::set<isize> out;
   for (isize l = 0; l < c.layers; ++l)
-    for (isize h = 0; h < c.heads; ++h) {
-      const fovea::configuration& a = p.rules[rule_of(p, l, h)].attention;
-      if (a.mechanism != exact.mechanism || a.values != exact.values) out.insert(l);
-    }
+    for (isize h = 0; h < c.heads; ++h)
+      if (!is_exact(p.rules[rule_of(p, l, h)].attention)) out.insert(l);
   return out;
 }
 
@@ -246,6 +250,11 @@ attention_plan make_plan(const policy& p, const model_config& c) {
       }
     plan.layers.push_back(std::move(layer));
   }
+  try {
+    check_plan(plan, c);
+  } catch (const error& e) {
+    throw file_error(p.path, e.what());
+  }
   return plan;
 }
 
@@ -255,6 +264,7 @@ policy only_in(const policy& p, const std::set<isize>& layers, isize model_layer
   policy out = exact_policy();
   out.path = p.path, out.label = p.label;
   for (const policy_rule& rule : p.rules) {
+    if (&rule == &p.rules[0] && is_exact(rule.attention)) continue;
     policy_rule part = rule;
     part.layers.clear();
     for (isize l = 0; l < model_layers; ++l) {

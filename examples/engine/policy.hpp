@@ -53,7 +53,7 @@ policy exact_policy();
 policy read_policy(const std::string& path);
 policy parse_policy(const nlohmann::json& j, const std::string& path);
 
-/// The mechanisms, weights read and cut.
+/// The mechanisms, weights read and cut; what check_plan refuses is refused.
 attention_plan make_plan(const policy& p, const model_config& c);
 /// Both in one.
 attention_plan read_policy(const std::string& path, const model_config& c);
