@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: MIT
 """The commands `engine evaluate`, `sensitivity` and `policy` on a real model and short texts.
 
-  check_judging.py ENGINE --model DIR        exit code 0, 1, or 77 where DIR has no model
+  check_judging.py ENGINE COMPARE --model DIR        exit code 0, 1, or 77 where DIR has no model
 
   * a policy that says exact attention in other words has no loss, no divergence and every first choice;
   * perplexities are those of `engine perplexity` on the same window; the pooled loss is the predictions' mean of the texts' losses;
   * int8 stores move little, untrained maps in many layers a lot, and the retrieval text is the easier one for exact attention;
   * `sensitivity` finds the layer that was made loud on purpose; `policy` leaves it out, and what it writes can be run;
+  * what `compare --budget` writes is a policy that runs;
   * a layer that does not exist, an unknown mechanism, missing weights, a text too short, a file that is no model: one line, exit code 2.
 """
 import argparse
@@ -96,6 +97,18 @@ def check_ranking(e):
     expect(done.returncode == 2, "--keep-loss nonsense is taken")
 
 
+def check_compare(e, compare):
+    capture = TEXT.parent.parent / "data" / "smollm2_layer14.safetensors"
+    done = subprocess.run([compare, str(capture), "--budget", "0.2", "--only", "hybrid", "--tokens", "128", "--repeats", "1", "--seconds", "0.01", "--no-pictures", "--report", str(e.folder / "compare")],
+                          capture_output=True, text=True, check=False)
+    expect(done.returncode == 0, f"compare: {done.stderr.strip()}")
+    path = e.folder / "compare" / "policy.json"
+    overrides = json.loads(path.read_text())["overrides"]
+    expect(any(o["attention"]["mechanism"] == "hybrid" and o["layers"] == [14, 14] for o in overrides), f"compare proposes {overrides}")
+    done = e.run("perplexity", "--text", TEXT, "--context", 64, "--offsets", 0, "--attention", path)
+    expect(done.returncode == 0, f"compare's policy: {done.stderr.strip()}")
+
+
 def check_refusals(e):
     short = e.folder / "short.txt"
     short.write_text("too short")
@@ -120,6 +133,7 @@ def check_refusals(e):
 def main():
     parser = argparse.ArgumentParser(description="tests evaluate, sensitivity and policy on a real model")
     parser.add_argument("engine")
+    parser.add_argument("compare")
     parser.add_argument("--model", type=pathlib.Path, required=True, metavar="DIR")
     args = parser.parse_args()
     if not (args.model / "model.safetensors").is_file():
@@ -129,6 +143,7 @@ def main():
         e = Engine(args.engine, args.model, pathlib.Path(folder))
         for part in (check_evaluate, check_ranking, check_refusals):
             part(e)
+        check_compare(e, args.compare)
     for fault in faults:
         print(f"check_judging: {fault}")
     print("all well" if not faults else f"{len(faults)} faults")

@@ -86,7 +86,7 @@ def check(browser, page, screenshots=None):
         for name, width, _ in check_report.FRAMES if screenshots else []:
             pathlib.Path(screenshots).mkdir(parents=True, exist_ok=True)
             tall = 6000 if name == "phone" else 4300
-            dark = "<script>onload = () => document.querySelector('iframe').contentDocument.getElementById('theme').click()</script>" if name == "dark" else ""
+            dark = "<script>onload = () => document.querySelector('iframe').contentDocument.documentElement.dataset.theme = 'dark'</script>" if name == "dark" else ""
             shot = scratch / f"{name}.html"
             shot.write_text('<!doctype html><meta charset="utf-8"><body style="margin:0">' + check_report.frame(text, name, width, tall) + dark + "</body>", encoding="utf-8")
             check_report.browse(browser, scratch / "profile", shot, f"--window-size={max(width, 500)},{tall}", f"--screenshot={pathlib.Path(screenshots).resolve() / (name + '.png')}")
