@@ -13,6 +13,7 @@
 #include "exact.hpp"
 #include "int8.hpp"
 #include "linear.hpp"
+#include "lowrank.hpp"
 #include "measure.hpp"
 #include "windowed.hpp"
 
@@ -94,6 +95,7 @@ int main(int argc, char** argv) {
   bench::register_int8();
   bench::register_backward();
   bench::register_windowed();
+  bench::register_lowrank();
   benchmark::AddCustomContext("fovea_arch", fovea::simd::name_of_arch<fovea::simd::native>);
   benchmark::AddCustomContext("cpu", machine::cpu_name());
   // Names stay as they are above: a minimum time set on the cases would be added to each.

@@ -148,6 +148,15 @@ void add_low_rank(std::vector<setting>& all) {
          c.values["scale"] = in.scale;
          return c;
        }});
+  for (const double landmarks : {32.0, 64.0})
+    all.push_back({0, "Nystrom " + std::to_string(static_cast<int>(landmarks)) + " landmarks", "linformer", "untrained",
+                   "segment means of queries and keys, iterated pseudo-inverse", [landmarks](const input& in) {
+                     if (in.causal)
+                       throw not_applicable{"a landmark mixes a whole segment: there is no causal form"};
+                     configuration c{"nystrom", {{"landmarks", landmarks}}};
+                     c.values["scale"] = in.scale;
+                     return c;
+                   }});
   all.push_back({0, "Efficient Attention", "efficient", "untrained", "d global maps, no query-specific retrieval",
                  plain("efficient", {{"normalisation", "softmax"}})});
 }
