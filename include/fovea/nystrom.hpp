@@ -14,5 +14,6 @@
 /// Numerics   landmarks, A and Z in double whatever the storage; docs/mechanisms/nystrom.md.
 /// Reference  nystrom/reference.hpp.       Source  Xiong et al., Nystromformer (2021, arXiv 2102.03902), as in the authors' code.
 
+#include <fovea/nystrom/backward.hpp>
 #include <fovea/nystrom/mechanism.hpp>
 #include <fovea/nystrom/prefill.hpp>

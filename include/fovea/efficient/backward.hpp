@@ -77,10 +77,14 @@ class channel_backward {
     load(p.left.t, b, c / p.left.share, first, count, to);
     if (!p.exponential) return;
     const states s = states::at(forward_.part(b * forward_.contexts + c, 0), d_, e_);
-    for (isize x = 0; x < d_; ++x) {
-      const Acc shift = std::max(s.top[x], kernel::detail::lowest<Acc>);
-      const Acc inverse = s.sum[x] > Acc(0) ? Acc(1) / s.sum[x] : s.sum[x] * Acc(0);
-      for (isize i = 0; i < count; ++i) to[i * d_ + x] = std::exp(to[i * d_ + x] - shift) * inverse;
+    using P = simd::pack<Acc, Arch>;
+    const P to_log2(kernel::detail::log2_of_e<Acc>), zero(Acc(0)), one(Acc(1));
+    for (isize x = 0; x < d_; x += P::size) {
+      const isize left = d_ - x;
+      const P shift = simd::max(simd::load_n<P>(s.top + x, left), P(kernel::detail::lowest<Acc>)),
+              sum = simd::load_n<P>(s.sum + x, left), inverse = simd::select_greater(sum, zero, one / sum, sum * zero);
+      for (Acc* row = to + x; row < to + x + count * d_; row += d_)
+        simd::store_n(row, simd::exp2((simd::load_n<P>(row, left) - shift) * to_log2) * inverse, left);
     }
   }
 

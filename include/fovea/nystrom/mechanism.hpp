@@ -5,7 +5,7 @@
 #include <cmath>
 #include <optional>
 
-#include <fovea/core/mechanism.hpp>
+#include <fovea/core/backward.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -30,6 +30,10 @@ struct nystrom_attention {
   void check(const problem& p) const;
   std::size_t workspace_size(const shape& s, int threads) const;
   void prefill(exec_ref exec, const problem& p, arena scratch) const;
+
+  void check(const backward_problem& p) const;
+  std::size_t workspace_size_backward(const shape& s, int threads) const;
+  void backward(exec_ref exec, const backward_problem& p, arena scratch) const;
 
   double macs(const shape& s) const;
 };

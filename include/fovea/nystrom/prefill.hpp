@@ -50,43 +50,54 @@ class nystrom_run {
   static constexpr isize stretch = 64;  // rows of a task of the convolution
 
  public:
-  nystrom_run(arena& memory, const nystrom_attention& m, const shape& s, int threads)
+  /// `keeps`: for backward, which needs A and the outputs before the convolution.
+  nystrom_run(arena& memory, const nystrom_attention& m, const shape& s, int threads, bool keeps = false)
       : m_(m), s_(s), l_(m.used(s)), heads_(s.B * s.H) {
     q_ = memory.take<Acc>(heads_ * l_ * s.d), k_ = memory.take<Acc>(heads_ * l_ * s.d);
     v_ = memory.take<Acc>(heads_ * l_ * s.e), z_ = memory.take<Acc>(heads_ * l_ * s.e);
-    inverse_ = memory.take<double>(heads_ * l_ * l_);
-    wide_ = memory.take<Acc>(m.skip.data != nullptr ? heads_ * s.n * s.e : 0);
+    inverse_ = memory.take<double>(heads_ * l_ * l_), kept_ = memory.take<double>(keeps ? heads_ * l_ * l_ : 0);
+    if (!keeps) kept_ = nullptr;
+    wide_ = memory.take<Acc>(keeps || skips() ? heads_ * s.n * s.e : 0);
     arena one;
     lay_out(one);
     piece_ = round_up(one.bytes(), alignment);
     pieces_ = memory.take<std::byte>(static_cast<isize>(piece_) * threads);
-    const auto softmax_needs = [&](const shape& x) { return softmax().workspace_size(x, threads); };
+    const auto softmax_needs = [&](const shape& x) {
+      const std::size_t bytes = softmax().workspace_size(x, threads);
+      return keeps ? std::max(bytes, softmax().workspace_size_backward(x, threads)) : bytes;
+    };
     softmax_bytes_ = l_ == 0 ? softmax_needs(s) : std::max(softmax_needs(summary()), softmax_needs(answer()));
     softmax_ = memory.take<std::byte>(static_cast<isize>(softmax_bytes_));
   }
 
   void run(exec_ref exec, const problem& p) const {
-    problem inner = p;
-    const bool skips = m_.skip.data != nullptr;  // the sum is rounded once, after the convolution
-    const tensor_mut sum = skips ? bhnd(wide_, s_.B, s_.H, s_.n, s_.e) : p.out;
-    if (l_ == 0) {
-      inner.out = sum;
-      softmax().prefill(exec, inner, softmax_memory());
-    } else {
-      exec.for_tasks(heads_, [&](isize head, isize slot) { average(p, head, piece(slot)); });
-      inner.q = over(q_, s_.d), inner.out = over(v_, s_.e);
-      softmax().prefill(exec, inner, softmax_memory());
-      exec.for_tasks(heads_, [&](isize head, isize slot) { weigh(head, piece(slot)); });
-      inner.q = p.q, inner.k = over(k_, s_.d), inner.v = over(z_, s_.e), inner.out = sum;
-      softmax().prefill(exec, inner, softmax_memory());
-    }
-    if (!skips) return;
+    // With a convolution the sum is rounded once, at its end.
+    attend(exec, p, skips() ? all_rows() : p.out, {}, {});
+    if (!skips()) return;
     const isize blocks = ceil_div(s_.n, stretch);
     exec.for_tasks(heads_ * blocks,
                    [&](isize task, isize slot) { convolve(p, task / blocks, task % blocks * stretch, piece(slot)); });
   }
 
- private:
+ protected:
+  bool skips() const { return m_.skip.data != nullptr; }
+  tensor_mut all_rows() const { return bhnd(wide_, s_.B, s_.H, s_.n, s_.e); }
+  /// Everything but the convolution; the log-sum-exps of the two products where they are asked for.
+  void attend(exec_ref exec, const problem& p, const tensor_mut& out, const tensor_mut& summary_lse,
+              const tensor_mut& answer_lse) const {
+    problem inner = p;
+    if (l_ == 0) {
+      inner.out = out, inner.lse = answer_lse;
+      return softmax().prefill(exec, inner, softmax_memory());
+    }
+    exec.for_tasks(heads_, [&](isize head, isize slot) { average(p, head, piece(slot)); });
+    inner.q = over(q_, s_.d), inner.out = over(v_, s_.e), inner.lse = summary_lse;
+    softmax().prefill(exec, inner, softmax_memory());
+    exec.for_tasks(heads_, [&](isize head, isize slot) { weigh(head, piece(slot)); });
+    inner.q = p.q, inner.k = over(k_, s_.d), inner.v = over(z_, s_.e), inner.out = out, inner.lse = answer_lse;
+    softmax().prefill(exec, inner, softmax_memory());
+  }
+
   struct room {
     projector means;
     double *q, *k, *A, *products, *wide;
@@ -138,6 +149,7 @@ class nystrom_run {
       for (isize j = 0; j < l_; ++j) row[j] = std::exp(row[j] - top), sum += row[j];
       for (isize j = 0; j < l_; ++j) row[j] /= sum;
     }
+    if (kept_ != nullptr) std::copy_n(r.A, l_ * l_, kept_ + head * l_ * l_);
     iterate_inverse<Arch>(l_, m_.iterations, r.A, inverse_ + head * l_ * l_, r.products);
   }
 
@@ -171,9 +183,9 @@ class nystrom_run {
   nystrom_attention m_;
   shape s_;
   isize l_, heads_;
-  Acc *q_, *k_, *v_, *z_;  // landmarks; exact outputs of the landmark queries; the same times Z
-  double* inverse_;
-  Acc* wide_;  // outputs before the convolution is added
+  Acc *q_, *k_, *v_, *z_;    // landmarks; exact outputs of the landmark queries; the same times Z
+  double *inverse_, *kept_;  // Z; A
+  Acc* wide_;                // outputs before the convolution is added
   std::byte *pieces_, *softmax_;
   std::size_t piece_, softmax_bytes_;
 };
