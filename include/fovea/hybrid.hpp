@@ -119,6 +119,16 @@ void mass_recall(exec_ref exec, const hybrid_attention& m, tensor_ref q, tensor_
 void error_bound(exec_ref exec, const hybrid_attention& m, tensor_ref q, tensor_ref k, tensor_ref v, tensor_mut bound,
                  tensor_mut out = {});
 
+/// A row is done when its bound is at most `absolute`, or `relative` times the length of its output.
+struct error_target {
+  double relative = 0, absolute = 0;
+};
+/// Prefill to an error target: from the selection of `m` (without kept keys) on, blocks are computed, best first, in rounds until the
+/// bound of every row is under the target; a row that cannot get there has every block computed that adds to its bound. out in f32
+/// (f64), bound as of error_bound. Returns the share of the visible block pairs that were computed.
+double prefill_within(exec_ref exec, const hybrid_attention& m, tensor_ref q, tensor_ref k, tensor_ref v,
+                      tensor_mut out, tensor_mut bound, const error_target& target);
+
 }  // namespace FOVEA_ABI
 }  // namespace fovea
 

@@ -114,6 +114,9 @@ hybrid_attention recipe(test::random& r) {
   m.is_causal = r.coin(0.7), m.budget = r.coin(0.8) ? r.uniform() : 0, m.at_least = r.coin() ? 0 : r.integer(0, 40);
   m.first = r.integer(0, 20), m.window = r.integer(0, 40);
   m.compensate = r.coin() ? compensation::none : compensation::zeroth;
+  m.keep_small = r.coin() ? 0 : r.uniform(0.02, 0.3), m.share_group = r.coin(0.2);
+  if (r.coin(0.3)) m.parts = m.block_k % 4 == 0 ? 4 : m.block_k % 2 == 0 ? 2 : 1;
+  if (r.coin(0.2) && (m.select == int8 || m.select == exact)) m.top_p = r.uniform();
   if (r.coin(0.1)) m.align = top_left;
   if (r.coin(0.2)) m.scale = r.uniform(0.01, 2);
   return m;
@@ -228,6 +231,35 @@ TEST_CASE("certificate: never violated on captures, and tight enough to be of us
     examine({.is_causal = true, .budget = 1}, x, full, file);
     CHECK(full.violated == 0);
     CHECK(median(full.bounds) < 0.005);  // nothing skipped: rounding
+  }
+}
+
+TEST_CASE("certificate: prefill_within gets every row under the target, or computes it whole") {
+  const data x = capture("smollm2_layer14", 256);
+  const isize H = x.q.heads(), n = x.q.length(), e = x.v.width();
+  tensor out = test::unwritten(dtype::f32, 1, H, n, e), bound = test::unwritten(dtype::f32, 1, H, n, 1),
+         want = test::unwritten(dtype::f64, 1, H, n, e), doubt = test::unwritten(dtype::f64, 1, H, n, 1);
+  error_bound(serial, {.is_causal = true, .budget = 1}, as_double(x.q), as_double(x.k), as_double(x.v), doubt, want);
+  double before = 0;
+  for (const double target : {0.5, 0.2}) {
+    const hybrid_attention m{.is_causal = true, .budget = 0.05, .at_least = 0, .window = 16};
+    const double share = prefill_within(serial, m, x.q, x.k, x.v, out, bound, {.relative = target});
+    CAPTURE(target, share);
+    CHECK(share > before);
+    CHECK(share < 0.97);
+    before = share;
+    isize late = 0, violated = 0;
+    for (isize h = 0; h < H; ++h)
+      for (isize i = 0; i < n; ++i) {
+        double error = 0, size = 0;
+        for (isize c = 0; c < e; ++c)
+          error = std::hypot(error, out.get(0, h, i, c) - want.get(0, h, i, c)),
+          size = std::hypot(size, out.get(0, h, i, c));
+        late += bound.get(0, h, i, 0) > target * size * (1 + 1e-6) ? 1 : 0;
+        violated += error > bound.get(0, h, i, 0) ? 1 : 0;
+      }
+    CHECK(late == 0);
+    CHECK(violated == 0);
   }
 }
 

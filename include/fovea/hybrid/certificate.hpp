@@ -49,21 +49,43 @@ struct hybrid_certificate {
   /// Rows [i0, i1), at most 64, of head h.
   void panel(bounds& sum, const kernel::block_summary<Acc>& of, const reach& seen, isize b, isize h, isize i0, isize i1,
              Acc* row, const tensor_mut& to) const {
-    const isize lanes = i1 - i0;
-    const Acc none = -limits::infinity(), log2e = static_cast<Acc>(1.4426950408889634074);
-    for (isize i = i0; i < i1; ++i) {
-      const Acc lse = *static_cast<const Acc*>(p.lse.row(b, h, i));
-      const Acc* q = simd::row_as<simd::native, Acc>(p.q.type, p.q.row(b, h, i), s.d, row);
-      sum.load(i - i0, q, rule.scale, lse == none ? Acc(0) : lse * log2e);
-    }
-    for (isize lane = lanes; lane < bounds::rows; ++lane) sum.clear(lane);
+    open(sum, b, h, i0, i1, row);
     isize counted[bounds::rows] = {};
     for (isize J = 0; J < rule.blocks(); ++J) block(sum, of, b, h, i0, i1, J, counted);
     for (isize i = i0; i < i1; ++i)
       to.set(b, h, i, 0, upward(of_row(sum, seen, b, h, i, i - i0, counted[i - i0], row), to.type));
   }
 
+  /// to [blocks][64]: what each key block adds to the bounds of rows [i0, i1), about.
+  void contributions(bounds& sum, const kernel::block_summary<Acc>& of, isize b, isize h, isize i0, isize i1, Acc* row,
+                     Acc* to) const {
+    open(sum, b, h, i0, i1, row);
+    isize counted[bounds::rows] = {};
+    Acc size[bounds::rows];
+    for (isize i = i0; i < i1; ++i) {
+      const Acc* o = simd::row_as<simd::native, Acc>(p.out.type, p.out.row(b, h, i), s.e, row);
+      size[i - i0] = kernel::norm_above<simd::native, Acc>(s.e, [&](isize c) { return o[c]; });
+    }
+    for (isize J = 0; J < rule.blocks(); ++J) {
+      for (isize l = 0; l < i1 - i0; ++l) to[J * bounds::rows + l] = -weighed(sum.so_far(l), size[l]);
+      block(sum, of, b, h, i0, i1, J, counted);
+      for (isize l = 0; l < i1 - i0; ++l) to[J * bounds::rows + l] += weighed(sum.so_far(l), size[l]);
+    }
+    for (isize J = 0; J < rule.blocks(); ++J)
+      for (isize l = 0; l < i1 - i0; ++l) to[J * bounds::rows + l] /= 1 + sum.so_far(l).lower;
+  }
+
  private:
+  static Acc weighed(const typename bounds::sums& x, Acc size) { return x.moved_v + size * x.moved; }
+  void open(bounds& sum, isize b, isize h, isize i0, isize i1, Acc* row) const {
+    const Acc none = -limits::infinity(), log2e = static_cast<Acc>(1.4426950408889634074);
+    for (isize i = i0; i < i1; ++i) {
+      const Acc lse = *static_cast<const Acc*>(p.lse.row(b, h, i));
+      const Acc* q = simd::row_as<simd::native, Acc>(p.q.type, p.q.row(b, h, i), s.d, row);
+      sum.load(i - i0, q, rule.scale, lse == none ? Acc(0) : lse * log2e);
+    }
+    for (isize lane = i1 - i0; lane < bounds::rows; ++lane) sum.clear(lane);
+  }
   const std::uint8_t* fate(isize b, isize h, isize i) const {
     return fates + ((b * s.H + h) * ceil_div(s.n, rule.block_q) + i / rule.block_q) * rule.blocks();
   }
@@ -104,7 +126,7 @@ struct hybrid_certificate {
 
   Acc of_row(const bounds& sum, const reach& seen, isize b, isize h, isize i, isize lane, isize counted,
              Acc* row) const {
-    const isize end = visible(i);
+    const isize end = visible(i), kept = rule.stretch > 0 ? end / rule.stretch * rule.kept : 0;
     if (end == 0) return 0;
     const Acc key = seen.key[static_cast<std::size_t>(end)], value = seen.value[static_cast<std::size_t>(end)];
     const Acc eps = limits::epsilon();
@@ -117,7 +139,7 @@ struct hybrid_certificate {
       return limits::infinity();
     // delta: error of a logit and of its exponential; whole: of a sum of so many terms, relative to the sum of their sizes
     const Acc delta = (static_cast<Acc>(s.d) / 2 + 8) * eps * static_cast<Acc>(rule.scale) * length * key + exp_error;
-    const Acc whole = (static_cast<Acc>(counted) * Acc(0.625) + static_cast<Acc>(rule.block_k) + 64) * eps;
+    const Acc whole = (static_cast<Acc>(counted + kept) * Acc(0.625) + static_cast<Acc>(rule.block_k) + 64) * eps;
     const Acc rounding = (value + size) * (std::expm1(delta) * std::exp(delta) + whole) * (1 + 16 * eps + 4 * whole);
     const Acc lse = *static_cast<const Acc*>(p.lse.row(b, h, i));
     const Acc hull = (size + value) * (1 + 4 * eps);  // o* is a mean of values
@@ -135,45 +157,77 @@ struct hybrid_certificate {
   }
 };
 
+/// The prefills of a certificate, and the summaries that it looks at.
 template <class Acc>
-void certify(exec_ref exec, const hybrid_attention& m, const problem& p, const tensor_mut& bound) {
-  const hybrid_run<Acc> run(m, p.shape(), 0);
-  const shape s = p.shape();
-  const std::size_t plan = static_cast<std::size_t>(s.B * s.H * ceil_div(s.n, m.block_q) * run.rule.blocks());
-  std::vector<std::uint8_t> fates(plan);
-  buffer work(m.workspace_size(s, exec.concurrency()) + alignment);
-  problem dropped = p;
-  const std::size_t rows = static_cast<std::size_t>(s.B * s.H * s.n);
-  buffer sums(rows * sizeof(Acc));
-  dropped.lse = {sums.data(), dtype_of<Acc>, s.B, s.H, s.n, 1, s.H * s.n, s.n, 1};
-  hybrid_attention computed = m;
-  computed.compensate = compensation::none;
-  hybrid_run<Acc>::prefill(computed, exec, dropped, arena(work.span()), fates.data());
-  if (m.compensate != compensation::none) hybrid_run<Acc>::prefill(m, exec, p, arena(work.span()), fates.data());
+class certified_prefill {
+ public:
+  certified_prefill(exec_ref exec, const hybrid_attention& m, const problem& p)
+      : m_(m), s_(p.shape()), rule_(hybrid_run<Acc>(m, s_, 0).rule), dropped_(p) {
+    fates.resize(static_cast<std::size_t>(s_.B * s_.H * ceil_div(s_.n, m.block_q) * rule_.blocks()));
+    buffer work(m.workspace_size(s_, exec.concurrency()) + alignment);
+    sums_ = buffer(static_cast<std::size_t>(s_.B * s_.H * s_.n) * sizeof(Acc));
+    dropped_.lse = {sums_.data(), dtype_of<Acc>, s_.B, s_.H, s_.n, 1, s_.H * s_.n, s_.n, 1};
+    hybrid_attention computed = m;
+    computed.compensate = compensation::none;
+    hybrid_run<Acc>::prefill(computed, exec, dropped_, arena(work.span()), fates.data());
+    if (m.compensate != compensation::none) hybrid_run<Acc>::prefill(m, exec, p, arena(work.span()), fates.data());
+  }
+  /// f(certificate, sums, summary, b, h, row of scratch) for every head; summaries are made once for both calls of a round.
+  template <class F>
+  void each_head(exec_ref exec, F&& f) {
+    kernel::summary_needs needs = hybrid_needs(m_);
+    needs.means = m_.compensate != compensation::none, needs.spread = needs.range = false, needs.levels = 127,
+    needs.bounds = true;
+    hybrid_summaries<Acc> all(needs, m_.block_k, s_, s_.m);
+    const isize wide = s_.d > s_.e ? s_.d : s_.e;
+    buffer memory(all.bytes(s_.B * s_.G) + alignment);
+    all.base = memory.data();
+    std::vector<Acc> fold(static_cast<std::size_t>(wide * exec.concurrency()));
+    all.append(exec, dropped_.k, dropped_.v, 0, fold.data());
+    const hybrid_certificate<Acc> x{m_, dropped_, fates.data(), rule_, s_};
+    exec.for_tasks(s_.B * s_.H, [&](isize task, isize) {
+      arena measure;
+      typename hybrid_certificate<Acc>::bounds(measure, s_.d);
+      buffer own(measure.bytes() + alignment);
+      arena room(own.span());
+      typename hybrid_certificate<Acc>::bounds sum(room, s_.d);
+      std::vector<Acc> row(static_cast<std::size_t>(wide));
+      f(x, sum, all.head(task / s_.H * s_.G + task % s_.H / s_.group()), task / s_.H, task % s_.H, row.data());
+    });
+  }
+  void bound(exec_ref exec, const tensor_mut& to) {
+    using certificate = hybrid_certificate<Acc>;
+    each_head(exec, [&](const certificate& x, typename certificate::bounds& sum, const kernel::block_summary<Acc>& of,
+                        isize b, isize h, Acc* row) {
+      const typename certificate::reach seen(of, s_.m);
+      for (isize i = 0; i < s_.n; i += certificate::bounds::rows)
+        x.panel(sum, of, seen, b, h, i, std::min(i + certificate::bounds::rows, s_.n), row, to);
+    });
+  }
 
-  kernel::summary_needs needs = hybrid_needs(m);
-  needs.means = m.compensate != compensation::none, needs.spread = needs.range = false, needs.levels = 127,
-  needs.bounds = true;
-  hybrid_summaries<Acc> all(needs, m.block_k, s, s.m);
-  buffer memory(all.bytes(s.B * s.G) + alignment);
-  all.base = memory.data();
-  const isize wide = s.d > s.e ? s.d : s.e, lanes = kernel::mass_bounds<simd::native, Acc>::rows;
-  std::vector<Acc> fold(static_cast<std::size_t>(wide * exec.concurrency()));
-  all.append(exec, p.k, p.v, 0, fold.data());
-  const hybrid_certificate<Acc> x{m, dropped, fates.data(), run.rule, s};
-  exec.for_tasks(s.B * s.H, [&](isize task, isize) {
-    const isize b = task / s.H, h = task % s.H, g = h / s.group();
-    arena measure;
-    kernel::mass_bounds<simd::native, Acc>(measure, s.d);
-    buffer own(measure.bytes() + alignment);
-    arena room(own.span());
-    kernel::mass_bounds<simd::native, Acc> sum(room, s.d);
-    std::vector<Acc> row(static_cast<std::size_t>(wide));
-    const kernel::block_summary<Acc> of = all.head(b * s.G + g);
-    const typename hybrid_certificate<Acc>::reach seen(of, s.m);
-    for (isize i = 0; i < s.n; i += lanes)
-      x.panel(sum, of, seen, b, h, i, i + lanes < s.n ? i + lanes : s.n, row.data(), bound);
-  });
+  std::vector<std::uint8_t> fates;  ///< [B, H, query blocks, key blocks]
+
+ private:
+  hybrid_attention m_;
+  shape s_;
+  kernel::block_rule rule_;
+  problem dropped_;
+  buffer sums_;
+};
+
+/// What error_bound and prefill_within want of their arguments.
+inline void check_certificate(const hybrid_attention& m, const problem& p, const tensor_mut& bound) {
+  require(m.select != block_selector::pattern,
+          "a certificate of a pattern was asked for; it skips single tokens, and the certificate is of blocks");
+  require(m.compensate != compensation::cumulant,
+          "a certificate with compensation::cumulant was asked for; there is none for the variance term");
+  m.check(p);
+  require(p.out.type == (p.q.type == dtype::f64 ? dtype::f64 : dtype::f32), "out is ", name_of(p.out.type),
+          "; a certificate is of outputs in f32, or f64 when q is f64");
+  require(bound.type == p.out.type && bound.batch == p.q.batch && bound.heads == p.q.heads &&
+              bound.length == p.q.length && bound.width == 1,
+          "bound is ", describe(bound), "; wanted [", p.q.batch, ", ", p.q.heads, ", ", p.q.length, ", 1] ",
+          name_of(p.out.type));
 }
 
 }  // namespace detail
@@ -182,38 +236,23 @@ void certify(exec_ref exec, const hybrid_attention& m, const problem& p, const t
 FOVEA_DEFINITION void error_bound(exec_ref exec, const hybrid_attention& m, tensor_ref q, tensor_ref k, tensor_ref v,
                                   tensor_mut bound, tensor_mut out) {
   const bool wide = q.type == dtype::f64;
-  require(m.select != block_selector::pattern,
-          "error_bound of a pattern; it skips single tokens, and the certificate is of blocks");
-  require(m.compensate != compensation::cumulant,
-          "error_bound with compensation::cumulant; there is no certificate for the variance term");
-  const std::size_t rows = static_cast<std::size_t>(q.batch * q.heads * q.length);
-  buffer values(rows * static_cast<std::size_t>(v.width) * (wide ? 8 : 4));
-  const tensor_mut own{values.data(),
-                       wide ? dtype::f64 : dtype::f32,
-                       q.batch,
-                       q.heads,
-                       q.length,
-                       v.width,
-                       q.heads * q.length * v.width,
-                       q.length * v.width,
-                       v.width};
-  const problem p{q, k, v, own, {}, {}, {}};
-  m.check(p);
-  const auto same = [&](const char* name, const tensor_mut& t, isize width) {
-    require(t.type == own.type && t.batch == q.batch && t.heads == q.heads && t.length == q.length && t.width == width,
-            name, " is ", detail::describe(t), "; error_bound wants [", q.batch, ", ", q.heads, ", ", q.length, ", ",
-            width, "] ", name_of(own.type));
-  };
-  same("bound", bound, 1);
-  if (out) same("out", out, v.width);
+  const isize head = q.length * v.width;
+  const buffer values(out ? 0 : static_cast<std::size_t>(q.batch * q.heads * head) * (wide ? 8 : 4));
+  tensor_mut own{const_cast<std::byte*>(values.data()),
+                 wide ? dtype::f64 : dtype::f32,
+                 q.batch,
+                 q.heads,
+                 q.length,
+                 v.width,
+                 q.heads * head,
+                 head,
+                 v.width};
+  const problem p{q, k, v, out ? out : own, {}, {}, {}};
+  detail::check_certificate(m, p, bound);
   if (wide)
-    detail::certify<double>(exec, m, p, bound);
+    detail::certified_prefill<double>(exec, m, p).bound(exec, bound);
   else
-    detail::certify<float>(exec, m, p, bound);
-  for (isize b = 0; out && b < q.batch; ++b)
-    for (isize h = 0; h < q.heads; ++h)
-      for (isize i = 0; i < q.length; ++i)
-        std::memcpy(out.row(b, h, i), own.row(b, h, i), static_cast<std::size_t>(v.width) * (wide ? 8 : 4));
+    detail::certified_prefill<float>(exec, m, p).bound(exec, bound);
 }
 #endif
 

@@ -102,6 +102,8 @@ class mass_bounds {
     }
   }
 
+  /// The sums of a lane so far, as they are.
+  sums so_far(isize lane) const noexcept { return {upper_[lane], lower_[lane], moved_[lane], moved_v_[lane]}; }
   /// The sums of a lane over `keys` pairs at most, values up to `value`; `share_error`: relative error of the pooled weights.
   sums bounds(isize lane, isize keys, Acc value, Acc share_error) const noexcept {
     const Acc slack = base_slack + static_cast<Acc>(keys + 64) * limits::epsilon();
