@@ -50,6 +50,14 @@ struct capture_options : model_options {
 };
 int capture(const capture_options& o);
 
+struct bench_options : model_options {
+  std::vector<isize> contexts = {512, 2048, 4096, 8192};
+  isize steps = 32;  ///< decode steps timed behind each context
+  isize rows = 512;  ///< tokens of one part of a prefill
+  bool json = false;
+};
+int bench(const bench_options& o);
+
 struct tokens_options {
   std::string model, text, output;
 };

@@ -19,57 +19,75 @@ using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMa
 using Rows = Eigen::Map<const Matrix, 0, Eigen::OuterStride<>>;
 using RowsOut = Eigen::Map<Matrix, 0, Eigen::OuterStride<>>;
 
-constexpr isize few_rows = 8;    // up to here W is read as it is stored
-constexpr isize few_panel = 64;  // rows of W a task of a few rows
-constexpr isize panel = 192;     // rows of W a task of many rows: 440 KB of floats at width 576, and 77 % of the peak
-constexpr isize ahead_bytes =
-    4096;  // the prefetcher alone reaches 80 % of the memory's rate on converted rows, this 91 %
+constexpr isize few_rows = 8;        // up to here W is read as it is stored
+constexpr isize few_panel = 64;      // rows of W a task of a few rows
+constexpr isize panel = 192;         // rows of W a task of many rows: 440 KB of floats at width 576, 77 % of the peak
+constexpr isize ahead_bytes = 1024;  // of a row of W, asked for before it is needed
 
-/// y[x] = w . x for N rows x, in 4 chains a row.
-template <int N, class S>
-void dot_rows(const S* w, isize columns, const float* x, float* y) {
+/// y[i * rows_of_y + r] = w_r . x_i for N rows x and R rows w_r = w + r * stride. The rows of W are far apart on purpose: several
+/// streams keep the memory busy where one waits at each page (13.9 against 11.2 GB/s here).
+template <int N, int R, class S>
+void dot_rows(const S* w, isize stride, isize columns, const float* x, float* y, isize y_stride) {
   namespace tile = fovea::tile;
-  constexpr int U = 4;
-  P sum[N][U];
-  tile::unroll<N * U>([&](auto i) FOVEA_INLINE_LAMBDA { sum[i / U][i % U] = P(0.0F); });
+  constexpr int U = 2;  // chains of each sum
+  P sum[R][N][U];
+  tile::unroll<R * N * U>([&](auto i) FOVEA_INLINE_LAMBDA { sum[i / (N * U)][i / U % N][i % U] = P(0.0F); });
   isize c = 0;
-  for (; c + U * P::size <= columns; c += U * P::size) {
-    const char* next = reinterpret_cast<const char*>(w + c) + ahead_bytes;
-    for (isize b = 0; b < U * P::size * static_cast<isize>(sizeof(S)); b += 64) __builtin_prefetch(next + b);
-    tile::unroll<U>([&](auto u) FOVEA_INLINE_LAMBDA {
-      const P a = fovea::simd::load_as<P>(w + c + u * P::size);
+  for (; c + U * P::size <= columns; c += U * P::size)
+    tile::unroll<R>([&](auto r) FOVEA_INLINE_LAMBDA {
+      const S* from = w + r * stride + c;
+      for (isize b = 0; b < U * P::size * static_cast<isize>(sizeof(S)); b += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead_bytes + b);
+      tile::unroll<U>([&](auto u) FOVEA_INLINE_LAMBDA {
+        const P a = fovea::simd::load_as<P>(from + u * P::size);
+        tile::unroll<N>([&](auto i) FOVEA_INLINE_LAMBDA {
+          sum[r][i][u] = fovea::simd::fma(a, P::load(x + i * columns + c + u * P::size), sum[r][i][u]);
+        });
+      });
+    });
+  for (; c < columns; c += P::size) {
+    const isize count = columns - c < P::size ? columns - c : P::size;
+    tile::unroll<R>([&](auto r) FOVEA_INLINE_LAMBDA {
+      const P a = fovea::simd::load_as_n<P>(w + r * stride + c, count);
       tile::unroll<N>([&](auto i) FOVEA_INLINE_LAMBDA {
-        sum[i][u] = fovea::simd::fma(a, P::load(x + i * columns + c + u * P::size), sum[i][u]);
+        sum[r][i][0] = fovea::simd::fma(a, fovea::simd::load_n<P>(x + i * columns + c, count), sum[r][i][0]);
       });
     });
   }
-  for (; c < columns; c += P::size) {
-    const isize count = columns - c < P::size ? columns - c : P::size;
-    const P a = fovea::simd::load_as_n<P>(w + c, count);
-    tile::unroll<N>([&](auto i) FOVEA_INLINE_LAMBDA {
-      sum[i][0] = fovea::simd::fma(a, fovea::simd::load_n<P>(x + i * columns + c, count), sum[i][0]);
-    });
-  }
-  tile::unroll<N>([&](auto i) FOVEA_INLINE_LAMBDA {
-    y[i] = fovea::simd::reduce_add((sum[i][0] + sum[i][1]) + (sum[i][2] + sum[i][3]));
+  tile::unroll<R * N>([&](auto z) FOVEA_INLINE_LAMBDA {
+    constexpr int r = z / N, i = z % N;
+    y[i * y_stride + r] = fovea::simd::reduce_add(sum[r][i][0] + sum[r][i][1]);
   });
 }
 
-/// Rows [first, last) of W against a few rows of x.
+/// Rows [first, last) of W against N rows of x.
+template <int N, class S>
+void multiply_few(const float* x, const product& p, isize first, isize last) {
+  constexpr int R = N <= 2 ? 4 : 2;
+  const isize columns = p.w->columns, stride = (last - first) / R;
+  const auto put = [&](isize j, isize i, float y) {
+    float& to = p.out[i * p.w->rows + j];
+    to = p.add ? to + y : y;
+  };
+  float y[N * R];
+  for (isize j = first; j < first + stride; ++j) {
+    dot_rows<N, R>(static_cast<const S*>(p.w->row(j)), stride * columns, columns, x, y, R);
+    for (isize z = 0; z < N * R; ++z) put(j + z % R * stride, z / R, y[z]);
+  }
+  for (isize j = first + R * stride; j < last; ++j) {
+    dot_rows<N, 1>(static_cast<const S*>(p.w->row(j)), 0, columns, x, y, 1);
+    for (isize i = 0; i < N; ++i) put(j, i, y[i]);
+  }
+}
+
 template <class S>
-void multiply_few(const float* x, isize rows, const product& p, isize first, isize last) {
-  const isize columns = p.w->columns;
-  for (isize r = 0; r < rows; r += 4)
-    fovea::tile::with_constant<4>(rows - r < 4 ? rows - r : 4, [&](auto N) FOVEA_INLINE_LAMBDA {
-      for (isize j = first; j < last; ++j) {
-        float y[N];
-        dot_rows<N>(static_cast<const S*>(p.w->row(j)), columns, x + r * columns, y);
-        for (isize i = 0; i < N; ++i) {
-          float& to = p.out[(r + i) * p.w->rows + j];
-          to = p.add ? to + y[i] : y[i];
-        }
-      }
+void multiply_few(const float* x, isize rows, product p, isize first, isize last) {
+  for (isize r = 0; r < rows; r += 4) {
+    fovea::tile::with_constant<4>(rows - r < 4 ? rows - r : 4, [&](auto N) {
+      multiply_few<decltype(N)::value, S>(x + r * p.w->columns, p, first, last);
     });
+    p.out += 4 * p.w->rows;
+  }
 }
 
 void multiply_many(const float* x, isize rows, const product& p, isize first, isize last, float* scratch) {

@@ -7,6 +7,7 @@
 ///   engine evaluate --model DIR --texts a.txt b.txt --policies a.json b.json --report DIR
 ///   engine sensitivity --model DIR --texts a.txt --attention policy.json
 ///   engine policy --model DIR --texts a.txt --attention policy.json --keep-loss 0.5% --out chosen.json
+///   engine bench --model DIR --contexts 512,4096
 ///
 /// Errors   one line on stderr, exit code 2.
 
@@ -71,6 +72,18 @@ CLI::App* add_capture(CLI::App& app, engine::capture_options& o) {
   c->add_option("--offset", o.offset, "first token")->capture_default_str();
   c->add_option("--count", o.count, "tokens")->capture_default_str();
   c->add_flag("--half", o.half, "store f16 (default f32)");
+  return c;
+}
+
+CLI::App* add_bench(CLI::App& app, engine::bench_options& o) {
+  CLI::App* c = app.add_subcommand("bench", "speed of prefill and decoding, the share of attention, memory");
+  add_model(c, o);
+  c->add_option("--contexts", o.contexts, "tokens before the timed steps; may go beyond the model's context")
+      ->delimiter(',')
+      ->capture_default_str();
+  c->add_option("--steps", o.steps, "decode steps")->capture_default_str()->check(CLI::PositiveNumber);
+  c->add_option("--rows", o.rows, "tokens of one part of a prefill")->capture_default_str()->check(CLI::PositiveNumber);
+  c->add_flag("--json", o.json, "JSON to stdout");
   return c;
 }
 
@@ -154,10 +167,12 @@ int main(int argc, char** argv) {
   engine::generate_options generate;
   engine::perplexity_options perplexity;
   engine::capture_options capture;
+  engine::bench_options bench;
   engine::tokens_options tokens;
   const CLI::App* const generates = add_generate(app, generate);
   const CLI::App* const predicts = add_perplexity(app, perplexity);
   const CLI::App* const captures = add_capture(app, capture);
+  const CLI::App* const measures = add_bench(app, bench);
   add_tokens(app, tokens);
   engine::evaluate_options evaluate;
   engine::sensitivity_options sensitivity;
@@ -184,6 +199,7 @@ int main(int argc, char** argv) {
     if (*ranks) return engine::sensitivity(sensitivity);
     if (*chooses) return engine::make_policy(policy);
     if (*reports) return engine::report(report);
+    if (*measures) return engine::bench(bench);
     return engine::tokens(tokens);
   } catch (const std::bad_alloc&) {
     return complain("engine", "not enough memory");

@@ -8,12 +8,6 @@
 namespace engine {
 namespace {
 
-/// softmax that an engine can serve from a store of its own: causal keys in a row, as they come.
-const fovea::softmax_attention* plain_softmax(const head_group& g) {
-  const auto* m = g.mechanism.as<fovea::softmax_attention>();
-  return m != nullptr && m->store.kind == fovea::state_store::form::contiguous ? m : nullptr;
-}
-
 /// Heads a, a + s, a + 2 s, ... of a [rows, all, d] buffer are a view; others are gathered.
 isize step_of(std::span<const isize> heads) {
   const isize step = heads.size() > 1 ? heads[1] - heads[0] : 1;
@@ -39,6 +33,11 @@ void copy_heads(const float* from, isize from_heads, float* to, isize to_heads, 
 }
 
 }  // namespace
+
+const fovea::softmax_attention* plain_softmax(const head_group& g) {
+  const auto* m = g.mechanism.as<fovea::softmax_attention>();
+  return m != nullptr && m->store.kind == fovea::state_store::form::contiguous ? m : nullptr;
+}
 
 std::size_t sequence::bytes() const {
   std::size_t total = 0;

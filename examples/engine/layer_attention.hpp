@@ -24,6 +24,9 @@
 
 namespace engine {
 
+/// The mechanism, if it is softmax that the engine serves from a contiguous_store; else null.
+const fovea::softmax_attention* plain_softmax(const head_group& g);
+
 /// What one sequence remembers: a KV store or a state for each group of each layer. A value: a copy is a fork.
 class sequence {
  public:
