@@ -25,10 +25,10 @@ int generate(const generate_options& o) {
   if (prompt.empty()) refuse("the prompt is empty");
   session run(s.net, s.plan, s.threads, {.context = o.context, .cache = o.cache});
   sequence text = run.make_sequence();
-  print(o.prompt);
   text_stream stream(words);
   const auto& ends = s.net.config().end_tokens;
   logits l = run.forward({{text, prompt}}, logits_of::last);
+  print(o.prompt);
   for (isize i = 0; i < o.count; ++i) {
     const token next = choose.next(l.row(0));
     if (!o.past_end && std::find(ends.begin(), ends.end(), next) != ends.end()) break;

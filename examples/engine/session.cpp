@@ -4,13 +4,25 @@
 #include <algorithm>
 #include <chrono>
 
+#include <fovea/core/workspace.hpp>
+
 #include "dense.hpp"
 #include "error.hpp"
 
 namespace engine {
 namespace {
 
-using numbers = std::vector<float>;
+/// Floats at a multiple of 64 bytes that only grow: where memory lies must not decide which elements a loop takes one by one.
+class numbers {
+ public:
+  void resize(std::size_t count) {
+    if (memory_.size() < count * sizeof(float)) memory_ = fovea::buffer(count * sizeof(float));
+  }
+  float* data() const { return reinterpret_cast<float*>(memory_.data()); }
+
+ private:
+  fovea::buffer memory_;
+};
 
 /// Adds the time since the last call to one of the profile's counters.
 class stopwatch {

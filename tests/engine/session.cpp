@@ -202,7 +202,7 @@ TEST_CASE("captured q, k, v are turned, of every layer and row") {
     for (isize c = 0; c < 16 && in.layer == 2 && in.first == 19; ++c) last_key.push_back(in.k(0, 1, 0, c));
   };
   run(s, some(20), {19, 1});
-  check_close({last_key}, std::vector{in_parts}, 1e-5);
+  check_close({last_key}, rows{in_parts}, 1e-5);
 }
 
 TEST_CASE("sampling: greedy, reproducible, inside the nucleus") {

@@ -3,8 +3,8 @@
 ///
 ///   test_model MODEL_DIR DATA_DIR      0: all equal, 1: not, 77: the model is not there
 ///
-/// Prefill, any chunks, token by token, batches of different lengths: logits and mean NLL within 1e-3 relative; greedy text to the
-/// token; the same bits on one thread and on two.
+/// Logits, residual streams and mean NLL within 1e-3 relative of PyTorch; prefill in chunks, token by token and in batches of different
+/// lengths as in one piece; greedy text to the token; the same bits on one thread and on two.
 
 #include <cmath>
 #include <cstdio>
@@ -102,7 +102,8 @@ void check_prompt(const model& net, fovea::exec_ref exec, std::span<const token>
 }
 
 void check_steps_and_batches(const model& net, fovea::exec_ref exec, std::span<const token> prompt) {
-  session s(net, exact_plan(net.config()), exec);
+  // In an f16 store, products summed in another order round some keys the other way, which moves logits by up to 2e-3 of their rms.
+  session s(net, exact_plan(net.config()), exec, {.cache = fovea::dtype::f32});
   const std::size_t lengths[] = {48, 7, 130};
   std::vector<numbers> alone;
   for (const std::size_t n : lengths) {
@@ -112,14 +113,14 @@ void check_steps_and_batches(const model& net, fovea::exec_ref exec, std::span<c
   sequence one = s.make_sequence();
   logits l;
   for (std::size_t i = 0; i < 48; ++i) l = s.forward({{one, prompt.subspan(i, 1)}}, logits_of::last);
-  check(distance(l.row(0), alone[0]) <= 1e-3, "token by token, off by " + std::to_string(distance(l.row(0), alone[0])));
+  check(distance(l.row(0), alone[0]) <= 1e-4, "token by token, off by " + std::to_string(distance(l.row(0), alone[0])));
 
   sequence x = s.make_sequence(), y = s.make_sequence(), z = s.make_sequence();
   s.forward({{x, prompt.first(47)}, {z, prompt.first(60)}}, logits_of::none);
   l = s.forward({{x, prompt.subspan(47, 1)}, {y, prompt.first(7)}, {z, prompt.subspan(60, 70)}}, logits_of::last);
   for (isize i = 0; i < 3; ++i) {
     const double off = distance(l.row(i), alone[static_cast<std::size_t>(i)]);
-    check(off <= 1e-3, "sequence " + std::to_string(i) + " of a batch, off by " + std::to_string(off));
+    check(off <= 1e-4, "sequence " + std::to_string(i) + " of a batch, off by " + std::to_string(off));
   }
 }
 
