@@ -69,12 +69,14 @@ class decode_rows {
   }
 
  private:
-  /// f(constant<R>, r) for rows r ... r + R - 1 that share the reads: by fours, then two, then one.
+  /// f(constant<R>, r) for rows r ... r + R - 1 that share the reads: by fours, then what is left.
   template <class F>
   void for_groups(F&& f) const {
     isize r = 0;
     if constexpr (W >= 4)
       for (; r + 4 <= count_; r += 4) f(tile::constant<4>{}, r);
+    if constexpr (W >= 4)
+      if (r + 3 == count_) return f(tile::constant<3>{}, r);
     if constexpr (W >= 2)
       for (; r + 2 <= count_; r += 2) f(tile::constant<2>{}, r);
     for (; r < count_; ++r) f(tile::constant<1>{}, r);
@@ -169,8 +171,8 @@ class decode_rows {
     find<S>(set.k, j0, count, d_, k_rows_, k_scales_, k);
     find<S>(set.v, j0, count, e_, v_rows_, v_scales_, v);
     const isize k_groups = scaled ? set.k.scale_row : 0, v_groups = scaled ? set.v.scale_row : 0;
-    // What fits the L2 cache is there already.
-    const bool far = set.k.form == row_form::plain && set.count * (set.k.row_bytes + set.v.row_bytes) > (1 << 20);
+    // However short: between two steps of a model its weights pass through the caches. Rows that are there cost little to ask for.
+    const bool far = set.k.form == row_form::plain;
     // While this block's keys are scored its values are on their way, and with the values the next block's keys.
     for (isize x = 0; x < k.count; ++x) {
       const S* const ahead = far && x < v.count ? v.list[x].rows : nullptr;
@@ -255,6 +257,8 @@ class decode_rows {
           scales[y] = Grouped ? from.scales + at(y) * groups : nullptr;
           tile::unroll<R>([&](auto z) FOVEA_INLINE_LAMBDA { acc[z * per + y] = P(Acc(0)); });
         });
+        // Three rows do not fill a register.
+        tile::unroll<static_cast<int>(W) - R * per>([&](auto y) FOVEA_INLINE_LAMBDA { acc[R * per + y] = P(Acc(0)); });
         const auto step = [&](isize c, auto edge) FOVEA_INLINE_LAMBDA {
           P k[per];
           tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA {
