@@ -69,6 +69,7 @@ TEST_CASE("patterns: tiles, hulls and bits agree with visible()") {
     return hsa_pattern{static_cast<hsa_mode>(r.integer(0, 3)), r.integer(1, r.coin() ? 5 : 40), any_alignment(r)};
   });
   at_random_sites([](test::random& r) { return global_tokens{r.integer(0, 20), any_alignment(r)}; });
+  at_random_sites([](test::random& r) { return dilated{r.integer(1, 30), r.integer(1, 9), any_alignment(r)}; });
   at_random_sites([](test::random& r) {
     return bigbird{.block = r.integer(1, 20),
                    .window = 2 * r.integer(0, 2) + 1,
@@ -133,4 +134,14 @@ TEST_CASE("patterns: bad sizes are refused") {
   CHECK_SAYS(test::refusal([&] { mask(hsa_pattern{hsa_mode::local, 0}).check(at); }), "stride");
   CHECK_SAYS(test::refusal([&] { mask(bigbird{.window = 2}).check(at); }), "odd");
   CHECK_SAYS(test::refusal([&] { mask(global_tokens{-1}).check(at); }), "count");
+}
+
+TEST_CASE("patterns: a dilated window sees every step-th key, and joins with others") {
+  const mask_site at{0, 0, 20, 20, 1, 1};
+  const dilated d{3, 4, {}};
+  for (isize i = 0; i < 20; ++i)
+    for (isize j = 0; j < 20; ++j) CHECK(d.visible(at, i, j) == (j == i || j == i - 4 || j == i - 8));
+  const either both_ways{d, hsa_pattern{hsa_mode::local, 2, {}}};
+  CHECK((both_ways.visible(at, 15, 14) && both_ways.visible(at, 15, 7) && !both_ways.visible(at, 15, 13)));
+  CHECK(test::refusal([&] { dilated{0, 2, {}}.check(at); }).find("dilated") != std::string::npos);
 }

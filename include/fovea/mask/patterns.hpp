@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
-/// @file  Fixed sparse patterns as masks that answer per tile: MST's hybrid sparse attention (token level), BigBird, global tokens.
+/// @file  Fixed sparse patterns as masks that answer per tile: MST's hybrid sparse attention (token level), dilated
+///        windows, BigBird, global tokens.
 ///
 ///   local    j <= p  and  p - j < stride
 ///   strided  j <= p  and  (p - j) mod stride = 0
@@ -114,6 +115,43 @@ struct hsa_schedule {
   mask at(isize iteration, const hsa_pattern& pattern) const {
     if (sparse_at(iteration)) return pattern;
     return causal{.align = pattern.align};
+  }
+};
+
+/// Every step-th key of the past, `window` of them, the own one first: j <= p,
+/// (p - j) mod step = 0 and p - j < window step.
+struct dilated {
+  isize window = 64, step = 2;
+  alignment_of_rows align = bottom_right;
+
+  FOVEA_HD bool is_causal() const { return align.how == alignment_of_rows::kind::bottom_right; }
+  void check(const mask_site&) const {
+    require(window >= 1 && step >= 1 && window <= PTRDIFF_MAX / step, "dilated window, step are ", window, ", ", step,
+            "; they must be at least 1");
+  }
+  FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const {
+    const isize gap = align.position(at, i) - j;
+    return gap >= 0 && gap < window * step && gap % step == 0;
+  }
+  FOVEA_HD range keys(const mask_site& at, isize i0, isize i1) const {
+    const isize low = align.position(at, i0) - (window - 1) * step;
+    return {low < 0 ? 0 : low, align.position(at, i1 - 1) + 1};
+  }
+  FOVEA_HD tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
+    // The differences p - j of a tile are all integers of [least, most].
+    const isize least = align.position(at, i0) - j1 + 1, most = align.position(at, i1 - 1) - j0;
+    const isize far = (window - 1) * step, low = least < 0 ? 0 : least, high = most < far ? most : far;
+    if (high < low || high / step * step < low) return tile_kind::empty;
+    return least >= 0 && most <= far && (step == 1 || least == most) ? tile_kind::full : tile_kind::partial;
+  }
+  void lanes(const mask_site& at, isize i0, isize count, isize j0, isize j1, std::uint64_t* out) const {
+    const isize p0 = align.position(at, i0), p1 = p0 + count - 1;
+    for (isize j = j0; j < j1; ++j) {
+      const isize last = j + (window - 1) * step < p1 ? j + (window - 1) * step : p1;
+      out[j - j0] = 0;
+      for (isize p = j >= p0 ? j : j + (p0 - j + step - 1) / step * step; p <= last; p += step)
+        out[j - j0] |= std::uint64_t{1} << (p - p0);
+    }
   }
 };
 
