@@ -8,7 +8,7 @@
 #include "support/catch.hpp"
 #include "support/random.hpp"
 
-#include <fovea/simd/word_ops.hpp>
+#include <fovea/simd/word_moves.hpp>
 
 namespace {
 
@@ -107,6 +107,20 @@ void check_floats(test::random& r) {
     CHECK(got[l] == want[l]);
     CHECK(back[l] == static_cast<float>(want[l]));
   }
+  std::uint8_t joined[2][4 * W::size];  // small numbers as bytes, in order
+  std::int32_t numbers[2][4][W::size];
+  for (auto& part : numbers)
+    for (auto& row : part)
+      for (std::int32_t& y : row) y = static_cast<std::int32_t>(r.integer(0, &part == &numbers[0] ? 255 : 127));
+  for (std::int32_t& y : numbers[1][2]) y = -y;
+  W four[4];
+  for (int i = 0; i < 4; ++i) four[i] = W::load(numbers[0][i]);
+  simd::join_bytes<true>(four).store(joined[0]);
+  for (int i = 0; i < 4; ++i) four[i] = W::load(numbers[1][i]);
+  simd::join_bytes<false>(four).store(joined[1]);
+  for (int k = 0; k < 2; ++k)
+    for (isize l = 0; l < 4 * W::size; ++l)
+      REQUIRE(joined[k][l] == static_cast<std::uint8_t>(numbers[k][l / W::size][l % W::size]));
   W rows[W::size];
   std::int32_t sums[W::size] = {};
   for (isize i = 0; i < W::size; ++i)

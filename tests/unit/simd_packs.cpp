@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// @file  pack<T, Arch> lane by lane against plain C++, and exp2 against its stated bounds, for every Arch of this build.
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <tuple>
@@ -196,6 +197,12 @@ TEMPLATE_LIST_TEST_CASE("pack: W registers summed, transposed, and rows turned i
     double sum = 0;
     for (isize l = 0; l < W; ++l) sum += static_cast<double>(in[i][l]);
     CHECK(std::fabs(static_cast<double>(out[i]) - sum) <= 60.0 * test::eps(dtype_of<T>));
+  }
+  simd::max_each(x).store(out);
+  for (isize i = 0; i < W; ++i) REQUIRE(out[i] == *std::max_element(in[i], in[i] + W));
+  if constexpr (std::is_same_v<T, float>) {
+    simd::most_magnitude(x[0], x[W - 1]).store(out);
+    for (isize l = 0; l < W; ++l) REQUIRE(out[l] == std::fmax(std::fabs(in[0][l]), std::fabs(in[W - 1][l])));
   }
   simd::transpose(x);
   for (isize i = 0; i < W; ++i) {
