@@ -37,7 +37,7 @@ void make(const golden::test_case& c, question& ask) {
   m.is_causal = c.flag("causal");
   m.scale = c.number("scale", 0);
   m.block_q = c.integer("block_q", 1), m.block_k = c.integer("block_k", 16);
-  m.top = m.at_least = m.first = m.window = 0, m.budget = 0;
+  m.top = m.at_least = m.first = m.window = 0, m.budget = m.keep_small = 0;
   if (c.has("blocks")) read_blocks(c, ask);
   if (c.has("selected")) m.select = block_selector::mean, m.top = c.integer("top", 0);
   const std::string pattern = c.text("pattern", ""), rule = c.text("rule", "none");
