@@ -89,6 +89,9 @@ class Case:
         if self.name.startswith("efficient"):
             self.keep("o")
             return {"mechanism": "efficient", "normalisation": "scaling" if self.name == "efficient_scaling" else "softmax", **p}
+        if self.name.startswith("nystrom"):
+            self.keep("o")
+            return {"mechanism": "nystrom", **p}
         if "heads_o" in self.wanted:  # a whole module: ask at its attention core
             x, y = self.inputs, self.wanted
             self.exact = {n: y[n] for n in ("q", "k", "v")}

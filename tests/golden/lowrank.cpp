@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT
-/// @file  The golden low-rank vectors: whole Linformer modules, pooling and convolution, per-head projections; Efficient Attention.
+/// @file  The golden low-rank vectors: whole Linformer modules, pooling and convolution, per-head projections; Efficient Attention; Nystrom attention.
 ///        Each case goes through the reference twin (f64), the f64 and f32 vector paths, and the mechanism made from a configuration.
 
 #include <fovea/efficient/configure.hpp>
 #include <fovea/efficient/reference.hpp>
 #include <fovea/linformer/configure.hpp>
 #include <fovea/linformer/reference.hpp>
+#include <fovea/nystrom/configure.hpp>
+#include <fovea/nystrom/reference.hpp>
 
 #include "support/catch.hpp"
 #include "support/golden.hpp"
@@ -51,7 +53,9 @@ array weight(const test::array& a) {
 
 any_attention configured(const configuration& c, const arrays& tensors) {
   configuration_reader reader(c, tensors);
-  any_attention a = c.mechanism == "linformer" ? configure_linformer(reader) : configure_efficient(reader);
+  any_attention a = c.mechanism == "linformer" ? configure_linformer(reader)
+                    : c.mechanism == "nystrom" ? configure_nystrom(reader)
+                                               : configure_efficient(reader);
   reader.finish();
   return a;
 }
@@ -104,4 +108,26 @@ TEST_CASE("golden: efficient") {
       check_case(kfree_reconstruction{}, x, "k-free reconstruction");
   }
   CHECK(tried == 4);
+}
+
+TEST_CASE("golden: nystrom") {
+  int tried = 0;
+  for (const golden::test_case& c : golden::family("lowrank")) {
+    if (c.name.rfind("nystrom", 0) != 0) continue;
+    CAPTURE(c.name);
+    ++tried;
+    arrays tensors;
+    if (c.has("skip")) tensors["skip"] = weight(c.at("skip"));
+    const any_attention a = configured({"nystrom",
+                                        {{"landmarks", static_cast<double>(c.integer("landmarks", 0))},
+                                         {"iterations", static_cast<double>(c.integer("iterations", 0))},
+                                         {"scale", c.number("scale", 0)}}},
+                                       tensors);
+    const question x = question_of(c);
+    check_case(a, x, "configured");
+    const auto* m = a.as<nystrom_attention>();
+    REQUIRE(m != nullptr);
+    check_twin(*m, x);
+  }
+  CHECK(tried == 2);
 }
