@@ -21,6 +21,7 @@ struct softmax_cut {
   using few_loop = kernel::decode_rows<simd::native, Acc>;
   using block_loop = kernel::online_softmax<simd::native, Acc>;
   static constexpr isize most_pieces = 16, least_keys = 4096, enough_tasks = 8;
+  static constexpr isize least_keys_few = 1024;  // few rows: three pieces leave one of two threads idle
 
   bool few = false;
   isize heads = 0, rows = 0;             // KV heads; rows of each
@@ -36,7 +37,8 @@ struct softmax_cut {
     if (!few) most = heads * blocks < enough_tasks ? enough_tasks / (heads * blocks) : 1;
     if (most > most_pieces) most = most_pieces;
     const isize m = p.kv.length, share = ceil_div(ceil_div(m, most), 128) * 128;
-    keys = share < least_keys ? least_keys : share;
+    const isize least = few ? least_keys_few : least_keys;
+    keys = share < least ? least : share;
     pieces = m > keys ? ceil_div(m, keys) : 1;
   }
   isize tasks() const { return heads * blocks * pieces; }  // 0: no row
