@@ -258,3 +258,5 @@ FOVEA_DEFINITION void error_bound(exec_ref exec, const hybrid_attention& m, tens
 
 }  // namespace FOVEA_ABI
 }  // namespace fovea
+
+#include <fovea/hybrid/target.hpp>

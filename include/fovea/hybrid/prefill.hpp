@@ -360,4 +360,3 @@ FOVEA_DEFINITION void hybrid_attention::prefill(exec_ref exec, const problem& p,
 #include <fovea/hybrid/cost.hpp>
 #include <fovea/hybrid/recall.hpp>
 #include <fovea/hybrid/step.hpp>
-#include <fovea/hybrid/target.hpp>
