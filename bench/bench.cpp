@@ -11,6 +11,7 @@
 #include "backward.hpp"
 #include "cases.hpp"
 #include "exact.hpp"
+#include "hybrid.hpp"
 #include "int8.hpp"
 #include "linear.hpp"
 #include "lowrank.hpp"
@@ -96,6 +97,7 @@ int main(int argc, char** argv) {
   bench::register_backward();
   bench::register_windowed();
   bench::register_lowrank();
+  bench::register_hybrid();
   benchmark::AddCustomContext("fovea_arch", fovea::simd::name_of_arch<fovea::simd::native>);
   benchmark::AddCustomContext("cpu", machine::cpu_name());
   // Names stay as they are above: a minimum time set on the cases would be added to each.

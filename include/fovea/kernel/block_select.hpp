@@ -20,7 +20,7 @@
 
 #include <fovea/kernel/block_choose.hpp>
 #include <fovea/kernel/block_summary.hpp>
-#include <fovea/kernel/code_pass.hpp>
+#include <fovea/kernel/code_rows.hpp>
 #include <fovea/simd/dot8.hpp>
 #include <fovea/simd/exp.hpp>
 #include <fovea/tile/gemm.hpp>
@@ -70,6 +70,8 @@ class block_select {
     k_ = memory.take<Acc>(per_token_ ? chunk_ * d : 0);
     few_ = memory.take<Acc>(rule.score == block_score::exact ? most_few * d : 0);
     few_code_ = memory.take<std::int8_t>(rule.score == block_score::code ? (most_few + 1) * d : 0);
+    if constexpr (has_pass)
+      few_ = rule.score == block_score::code ? memory.take<Acc>(code_rows<Arch>::scratch(d)) : few_;
     row_ = memory.take<Acc>(d);
     sorted_ = memory.take<Acc>(rule.top_p > 0 ? blocks : 0);
     weight_ = memory.take<Acc>(!rule.votes_are_logs() ? ceil_div(blocks, W) * W * W : 0);
@@ -175,6 +177,11 @@ class block_select {
 
   void token_scores(const block_summary<Acc>& s, const key_rows& keys, isize past, isize lanes) noexcept {
     const isize last = std::min(past * rule_.block_k, rule_.m), width = ceil_div(lanes, W) * W;
+    if constexpr (has_pass)
+      if (rule_.score == block_score::code && lanes <= most_few && code_rows<Arch>::takes(d_)) {
+        for (isize J = 0; J < past; ++J) P(Acc(0)).store(peak_ + J * rows), P(Acc(0)).store(mass_ + J * rows);
+        return code_rows<Arch>::run(s, few_code_, factor_, lanes, last, past, peak_, mass_, rows, few_);
+      }
     for (isize j0 = 0; j0 < last; j0 += chunk_) {
       const isize count = std::min(chunk_, last - j0);
       if (rule_.score == block_score::code && lanes <= most_few)
@@ -287,7 +294,7 @@ class block_select {
   P weigh(isize past, isize x) noexcept {
     P top(none), sum(Acc(0));
     for (isize J = 0; J < past; ++J) top = simd::max(top, P::load(peak_at(J, x)));
-    const bool whole = codes_ != nullptr;  // the peaks are whole numbers
+    const bool whole = rule_.score == block_score::code;  // the peaks are whole numbers
     for (isize J = 0; J < past; ++J) {
       const P below = P::load(peak_at(J, x)) - top, mass = per_token_ ? P::load(mass_at(J, x)) : P(mass_[J]);
       const P weight = mass * (whole ? power(below) : simd::exp2(below));

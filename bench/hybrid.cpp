@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: MIT
+// Hybrid sparse attention against exact attention of the same process: what a skipped tile saves, and what finding it costs.
+#include "hybrid.hpp"
+
+#include <cmath>
+#include <fovea/hybrid.hpp>
+#include <fovea/softmax.hpp>
+#include <string>
+
+#include "measure.hpp"
+
+namespace bench {
+namespace {
+
+struct source {
+  std::uint64_t seed = 1;
+  float uniform() {
+    seed = seed * 6364136223846793005ULL + 1442695040888963407ULL;
+    return static_cast<float>(static_cast<double>(seed >> 40) / 8388608.0 - 1);
+  }
+  float normal() { return (uniform() + uniform() + uniform()) * 1.0F; }  // variance 1
+  isize below(isize n) { return static_cast<isize>((static_cast<double>(uniform()) + 1) / 2 * static_cast<double>(n)); }
+};
+
+/// Q, K, V of a head that looks back: keys drift and scatter, a query is near one earlier block of 16.
+struct real_like : tensors {
+  explicit real_like(const fovea::shape& sizes) : tensors(sizes) {
+    source r;
+    const auto set = [](const fovea::tensor_mut& t, isize h, isize i, isize c, float x) { t.set(0, h, i, c, x); };
+    for (isize g = 0; g < s.G; ++g) {
+      std::vector<float> drift(static_cast<std::size_t>(s.d));
+      for (isize j = 0; j < s.m; ++j)
+        for (isize c = 0; c < s.d; ++c) {
+          float& x = drift[static_cast<std::size_t>(c)];
+          x = 0.97F * x + 0.25F * r.normal();
+          set(K(), g, j, c, 1.6F * x + 0.8F * r.normal());
+        }
+    }
+    for (isize h = 0; h < s.H; ++h)
+      for (isize i = 0; i < s.n; ++i) {
+        const isize block = r.below(i + s.m - s.n + 1) / 16 * 16;
+        for (isize c = 0; c < s.d; ++c)
+          set(Q(), h, i, c, 0.8F * static_cast<float>(K().get(0, h / s.group(), block, c)) + 1.2F * r.normal());
+      }
+  }
+};
+
+/// `exact` over `call`, in turns.
+template <class Exact, class Call>
+double in_turns(benchmark::State& b, Exact&& exact, Call&& call) {
+  const auto rate = [&] {
+    const double start = machine::now();
+    exact();
+    return 1 / (machine::now() - start);
+  };
+  return samples(b, call, rate, [](double seconds, double rate_of_exact) { return 1 / rate_of_exact / seconds; });
+}
+
+fovea::softmax_attention exact_attention(bool is_causal) {
+  fovea::softmax_attention m;
+  if (is_causal) m.mask = fovea::causal{};
+  return m;
+}
+
+double against_exact(benchmark::State& b, const tensors& t, const fovea::hybrid_attention& m, bool is_causal) {
+  const fovea::softmax_attention exact = exact_attention(is_causal);
+  const fovea::buffer scratch(std::max(m.workspace_size(t.s, 1), exact.workspace_size(t.s, 1)));
+  const auto call = [&](const auto& mechanism) {
+    fovea::prefill(fovea::serial, mechanism, t.Q(), t.K(), t.V(), t.O(), {.workspace = scratch.span()});
+    machine::use(*t.out.data());
+  };
+  return b.counters["exact_takes"] = in_turns(
+             b, [&] { call(exact); }, [&] { call(m); });
+}
+
+void given(benchmark::State& b, isize size, isize d, isize n) {
+  const tensors t({1, 1, 1, n, n, d, d});
+  std::vector<std::uint8_t> table(static_cast<std::size_t>(n / size * (n / size)));
+  source r;
+  double on = 0;
+  for (auto& x : table) x = r.below(8) == 0, on += x;
+  const auto blocks = fovea::bhnd<const std::uint8_t>(table.data(), 1, 1, n / size, n / size);
+  const double takes = against_exact(b, t, fovea::hybrid_attention::over(blocks, size, size, false), false);
+  b.counters["per_tile"] = static_cast<double>(table.size()) / on / takes;
+}
+
+void pattern(benchmark::State& b, isize stride, isize n) {
+  const tensors t({1, 1, 1, n, n, 64, 64});
+  double visible = 0;
+  for (isize i = 0; i < n; ++i) visible += static_cast<double>(std::min(i + 1, stride) + i / stride);
+  const double takes = against_exact(b, t, fovea::hybrid_attention::hsa(fovea::hsa_mode::sparse, stride), true);
+  b.counters["per_tile"] = static_cast<double>(n) * static_cast<double>(n + 1) / 2 / visible / takes;
+}
+
+void select(benchmark::State& b, fovea::block_selector how, fovea::compensation rest, isize n, isize d) {
+  const real_like t({1, 1, 1, n, n, d, d});
+  against_exact(b, t, {.select = how, .is_causal = true, .budget = 1.0 / 16, .keep_small = 0, .compensate = rest},
+                true);
+}
+
+void pass(benchmark::State& b, isize n, isize d) {
+  using arch = fovea::simd::native;
+  if constexpr (fovea::kernel::has_code_pass<arch>) {
+    const real_like t({1, 1, 1, n, n, d, d});
+    const fovea::softmax_attention exact = exact_attention(true);
+    const fovea::buffer scratch(exact.workspace_size(t.s, 1));
+    fovea::kernel::summary_needs needs;
+    needs.levels = 127;
+    const auto lay_out = [&](fovea::arena& memory) {
+      struct parts {
+        fovea::kernel::block_summary<float> summary;
+        fovea::kernel::code_keys codes;
+        fovea::kernel::code_pass<arch> run;
+        float *row, *sums;
+      };
+      return parts{{memory, needs, n, 16, d, d},
+                   {memory, n, 16, d},
+                   {memory, d},
+                   memory.take<float>(d),
+                   memory.take<float>(n / 16 * 128)};
+    };
+    fovea::arena measure;
+    (void)lay_out(measure);
+    const fovea::buffer own(measure.bytes());
+    const fovea::tensor_ref q = t.Q(), k = t.K(), v = t.V();
+    b.counters["exact_takes"] = in_turns(
+        b, [&] { fovea::prefill(fovea::serial, exact, t.Q(), t.K(), t.V(), t.O(), {.workspace = scratch.span()}); },
+        [&] {
+          fovea::arena memory(own.span());
+          auto x = lay_out(memory);
+          fovea::kernel::summarise<arch>(x.summary, 0, n, k, v, 0, 0, x.row);
+          fovea::kernel::detail::prepare_codes<arch>(x.summary, n, x.codes);
+          for (isize i = 0; i < n; i += 64) {
+            for (isize l = 0; l < 64; ++l) x.run.load(static_cast<const float*>(q.row(0, 0, i + l)), 0.18F, 127, l);
+            x.run.run(x.codes, n, 16, i / 16 + 3, 64, x.sums);
+          }
+          machine::use(*reinterpret_cast<const std::byte*>(x.sums));
+        });
+  }
+}
+
+void step(benchmark::State& b, fovea::block_selector how, fovea::compensation rest, isize m) {
+  const fovea::shape all{1, 9, 3, m, m, 64, 64, fovea::dtype::f16}, room{1, 9, 3, 1, m + 8, 64, 64, fovea::dtype::f16};
+  const real_like t(all);
+  const fovea::hybrid_attention hybrid{
+      .select = how, .is_causal = true, .budget = 1.0 / 16, .keep_small = 0, .compensate = rest};
+  const fovea::softmax_attention exact = exact_attention(true);
+  fovea::state of_hybrid = hybrid.make_state(room), of_exact = exact.make_state(room);
+  // All keys but the last, with their summaries, without attending to them.
+  const fovea::tensor_ref k = t.K().slice(0, m - 1), v = t.V().slice(0, m - 1);
+  fovea::detail::hybrid_append<float>(hybrid, of_hybrid, k, v);
+  fovea::kv_cache::append({t.Q(), k, v, t.O(), {}, {}}, of_exact);
+  const isize held = of_exact.tokens();
+  fovea::shape one = all;
+  one.n = 1, one.m = m + 1;
+  const fovea::buffer scratch(std::max(hybrid.workspace_size(one, 1), exact.workspace_size(one, 1)) + 64);
+  const auto call = [&](const auto& mechanism, fovea::state& s) {
+    fovea::kv_cache::truncate(s, held);
+    fovea::step(fovea::serial, mechanism, t.Q().slice(m - 1, 1), t.K().slice(m - 1, 1), t.V().slice(m - 1, 1),
+                t.O().slice(0, 1), s, {.workspace = scratch.span()});
+    machine::use(*t.out.data());
+  };
+  b.counters["exact_takes"] = in_turns(
+      b, [&] { call(exact, of_exact); }, [&] { call(hybrid, of_hybrid); });
+}
+
+const char* name_of(fovea::block_selector x) { return x == fovea::block_selector::int8 ? "int8" : "mean"; }
+const char* name_of(fovea::compensation x) { return x == fovea::compensation::none ? "dropped" : "pooled"; }
+
+}  // namespace
+
+void register_hybrid() {
+  const auto add = [](const std::string& name, auto run) {
+    benchmark::RegisterBenchmark(("hybrid/" + name).c_str(), run)->Unit(benchmark::kMillisecond);
+  };
+  const isize n = 16384;
+  for (const isize d : {64, 128})
+    for (const isize size : {16, 64, 128})
+      add("given/B" + std::to_string(size) + "/D" + std::to_string(d) + "/N" + std::to_string(n),
+          [=](benchmark::State& b) { given(b, size, d, n); });
+  add("pattern/sparse128/D64/N16384", [=](benchmark::State& b) { pattern(b, 128, n); });
+  for (const isize d : {64, 128})
+    add("pass/D" + std::to_string(d) + "/N16384", [=](benchmark::State& b) { pass(b, n, d); });
+  using enum fovea::block_selector;
+  for (const fovea::block_selector how : {int8, mean})
+    for (const fovea::compensation rest : {fovea::compensation::none, fovea::compensation::zeroth}) {
+      const std::string name = std::string(name_of(how)) + "/" + name_of(rest);
+      for (const isize d : {64, 128})
+        add("select/" + name + "/D" + std::to_string(d) + "/N16384",
+            [=](benchmark::State& b) { select(b, how, rest, n, d); });
+      add("step/" + name + "/f16/D64/N32768/H9/G3", [=](benchmark::State& b) { step(b, how, rest, 32768); });
+    }
+}
+
+}  // namespace bench
