@@ -55,18 +55,20 @@ class code_rows {
   FOVEA_NOINLINE static void scores(const block_summary<float>& s, const std::int8_t* q, const float* factor, isize a,
                                     isize b, float* f) noexcept {
     constexpr int sums = is_signed ? R : R + 1;
+    const isize d = s.d;
     for (isize j = a; j < b; j += W) {
       word all[sums];
+      const isize last = b - 1 - j;  // keys behind the end are replaced by the last one; nobody reads their scores
+      const std::int8_t* k = s.code + j * d;
       tile::unroll<sums>([&](auto r) FOVEA_INLINE_LAMBDA {
         word acc[W];
-        for (isize l = 0; l < W; ++l) {
-          const std::int8_t* k = s.code + (j + l < b ? j + l : b - 1) * s.d;
-          word sum = word::splat(0);
-          for (isize c = 0; c < s.d; c += 4 * W) {
-            const word x = word::load(q + r * s.d + c), y = word::load(k + c);
-            sum = is_signed ? simd::dot4_signed(sum, x, y) : simd::dot4(sum, x, y);
-          }
-          acc[l] = sum;
+        tile::unroll<static_cast<int>(W)>([&](auto l) FOVEA_INLINE_LAMBDA { acc[l] = word::splat(0); });
+        for (isize c = 0; c < d; c += 4 * W) {
+          const word x = word::load(q + r * d + c);
+          tile::unroll<static_cast<int>(W)>([&](auto l) FOVEA_INLINE_LAMBDA {
+            const word y = word::load(k + (l < last ? isize{l} : last) * d + c);
+            acc[l] = is_signed ? simd::dot4_signed(acc[l], x, y) : simd::dot4(acc[l], x, y);
+          });
         }
         all[r] = simd::sum_each(acc);
       });
