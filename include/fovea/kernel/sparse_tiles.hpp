@@ -106,8 +106,9 @@ class sparse_tiles {
     for (isize j0 = first / window_ * window_; j0 < last; j0 += window_) {
       k_.open(set.k), v_.open(set.v);
       const isize j1 = std::min(j0 + window_, last);
+      const bool far = used_ >= 4 && set.count * (set.k.row_bytes + set.v.row_bytes) > (1 << 20);
+      ahead_ = j1, ahead_end_ = far ? std::min(j1 + window_, last) : j1;
       for (isize t = 0; t < used_; ++t) {
-        ask_ahead(set, t, j1, std::min(j1 + window_, last));
         absorb_window(set, lists[t], cut, t, j0, j1);
       }
     }
@@ -155,9 +156,9 @@ class sparse_tiles {
   }
 
  private:
-  /// Keys of a window: half a megabyte of rows, so that the tiles find them in L2.
+  /// Keys of a window: a quarter of a megabyte of rows, so that the tiles find them, and the next ones, in L2.
   static isize window(isize d, isize e) {
-    const isize fit = (512 << 10) / ((d + e) * static_cast<isize>(sizeof(Acc))) / T::keys * T::keys;
+    const isize fit = (256 << 10) / ((d + e) * static_cast<isize>(sizeof(Acc))) / T::keys * T::keys;
     return fit < T::keys ? T::keys : fit > 1024 ? 1024 : fit;
   }
 
@@ -197,13 +198,12 @@ class sparse_tiles {
     }
   };
 
-  /// The t-th part of the next window's rows is asked into L2, where every tile of this one finds its own.
-  void ask_ahead(const key_set<Acc>& set, isize t, isize j0, isize j1) const noexcept {
-    if (used_ < 4 || set.count * (set.k.row_bytes + set.v.row_bytes) <= (1 << 20)) return;
-    const isize first = j0 + (j1 - j0) * t / used_, last = j0 + (j1 - j0) * (t + 1) / used_;
-    for (isize j = first; j < last; ++j) {
-      if (k_.in_place) simd::prefetch(set.k.data + j * set.k.row_bytes, d_ * static_cast<isize>(sizeof(Acc)));
-      if (v_.in_place) simd::prefetch(set.v.data + j * set.v.row_bytes, e_ * static_cast<isize>(sizeof(Acc)));
+  /// Rows of the next window are asked into L2, where every tile of it finds its own: a few for each panel of scores, for a burst
+  /// would fill the core's line buffers and stop it.
+  void ask_ahead(const key_set<Acc>& set) noexcept {
+    for (const isize stop = std::min(ahead_ + 4, ahead_end_); ahead_ < stop; ++ahead_) {
+      if (k_.in_place) simd::prefetch(set.k.data + ahead_ * set.k.row_bytes, d_ * static_cast<isize>(sizeof(Acc)));
+      if (v_.in_place) simd::prefetch(set.v.data + ahead_ * set.v.row_bytes, e_ * static_cast<isize>(sizeof(Acc)));
     }
   }
 
@@ -284,6 +284,7 @@ class sparse_tiles {
     alignas(64) Acc unused[T::rows] = {}, bias[T::MR] = {};
     Acc *s = s_ + slots_ * T::rows, *top = changed ? unused : top_;
     detail::in_panels<T::MR>(count, [&](auto m, isize first) {
+      ask_ahead(set);
       for (isize i = 0; set.bias != nullptr && i < m; ++i) bias[i] = set.bias[j0 + first + i] * log2e;
       detail::sparse_scores<Arch, Acc, m>(d_, k + first * stride, stride, qt_ + t * d_ * T::rows, bias,
                                           s + first * T::rows, top);
@@ -322,6 +323,7 @@ class sparse_tiles {
 
   isize d_, e_, tiles_, window_, wide_, used_ = 0, b_ = 0;
   isize slots_ = 0, used_runs_ = 0, first_run_ = 0, v_stride_ = 0;
+  isize ahead_ = 0, ahead_end_ = 0;  // rows of the next window that are still to be asked for
   alignas(64) Acc top_[T::rows];
   row_window k_, v_;
   Acc *qt_, *ot_, *m_, *l_, *s_, *rows_of_, *zeros_;
