@@ -151,8 +151,7 @@ void add_low_rank(std::vector<setting>& all) {
   for (const double landmarks : {32.0, 64.0})
     all.push_back({0, "Nystrom " + std::to_string(static_cast<int>(landmarks)) + " landmarks", "linformer", "untrained",
                    "segment means of queries and keys, iterated pseudo-inverse", [landmarks](const input& in) {
-                     if (in.causal)
-                       throw not_applicable{"a landmark mixes a whole segment: there is no causal form"};
+                     if (in.causal) throw not_applicable{"a landmark mixes a whole segment: there is no causal form"};
                      configuration c{"nystrom", {{"landmarks", landmarks}}};
                      c.values["scale"] = in.scale;
                      return c;
