@@ -24,7 +24,8 @@ void add_engine(CLI::App* command, engine::model_options& o) {
   command->add_option("--threads", o.threads, "threads; results do not depend on it")->capture_default_str();
   command->add_option("--cache", o.cache, "type of exact KV stores: f32, f16 or bf16 (default f16)")
       ->transform(CLI::CheckedTransformer(std::map<std::string, fovea::dtype>{
-          {"f32", fovea::dtype::f32}, {"f16", fovea::dtype::f16}, {"bf16", fovea::dtype::bf16}}));
+          {"f32", fovea::dtype::f32}, {"f16", fovea::dtype::f16}, {"bf16", fovea::dtype::bf16}}))
+      ->option_text("TYPE");
 }
 
 void add_model(CLI::App* command, engine::model_options& o) {

@@ -86,20 +86,20 @@ class code_rows {
       const auto live = static_cast<simd::lane_bits>(~std::uint64_t{0} >> (64 - (count - c < W ? count - c : W)));
       top = simd::max(top, simd::select(live, P::load(x + c), top));
     }
-    float most = std::floor(simd::highest(top));
-    if (!(most - most == 0)) most = 0;
+    float level = std::floor(simd::highest(top));
+    if (!(level - level == 0)) level = 0;
     for (isize c = 0; c < count; c += W) {
       const auto live = static_cast<simd::lane_bits>(~std::uint64_t{0} >> (64 - (count - c < W ? count - c : W)));
       const P y = P::load(x + c);
-      sum = sum + simd::select(live, simd::fma(y, P(0.0F), chord_of_bits<Arch>(y - P(most))), P(0.0F));
+      sum = sum + simd::select(live, simd::fma(y, P(0.0F), chord_of_bits<Arch>(y - P(level))), P(0.0F));
     }
     float all = simd::reduce_add(sum);
     if (!fresh) {
-      const float both = *peak > most ? *peak : most;
-      all = all * std::exp2(most - both) + *mass * std::exp2(*peak - both);
-      most = both;
+      const float both = *peak > level ? *peak : level;
+      all = all * std::exp2(level - both) + *mass * std::exp2(*peak - both);
+      level = both;
     }
-    *peak = most, *mass = all;
+    *peak = level, *mass = all;
   }
 };
 
