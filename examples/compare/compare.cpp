@@ -31,7 +31,7 @@ struct options {
   double budget = 0, seconds = 0.6;
   int threads = 1, repeats = 5;
   isize tokens = 0, from = 0;
-  bool pictures = true;
+  bool pictures = true, built_in = true, pooled = false;
 };
 
 class progress {
@@ -182,6 +182,7 @@ int run(const options& o, const std::string& command) {
     in.from = o.from;
   }
   std::vector<setting> all = built_in_settings();
+  if (!o.built_in) all.erase(all.begin() + 1, all.end());  // exact stays, the yardstick
   if (!o.extra.empty()) add_settings(o.extra, all);
   for (setting& s : all)
     if (s.family == "exact" || o.only.empty() || s.label.find(o.only) != std::string::npos || s.family == o.only) {
@@ -194,7 +195,10 @@ int run(const options& o, const std::string& command) {
   std::unique_ptr<fovea::threads> pool = o.threads > 1 ? std::make_unique<fovea::threads>(o.threads) : nullptr;
   measure_all(r, o, pool ? fovea::exec_ref(*pool) : fovea::exec_ref(fovea::serial));
   if (o.budget > 0) r.budget = propose(r, o.budget, o.error_of, o.cost_of);
-  print_table(r);
+  if (o.pooled)
+    print_pooled(r);
+  else
+    print_table(r);
   if (r.budget) print_budget(r);
   if (o.pictures) draw_all(r);
   write_report(r, o.folder);
@@ -225,6 +229,8 @@ int main(int argc, char** argv) {
   app.add_option("--settings", o.extra,
                  "JSON file with more settings: [{\"label\": ..., \"attention\": {...}, \"weights\": FILE}]");
   app.add_option("--only", o.only, "only settings of this family, or with this text in their label (and exact)");
+  app.add_flag("!--no-built-in", o.built_in, "only exact attention and the settings of --settings");
+  app.add_flag("--pooled", o.pooled, "print one table over the rows of all inputs in place of one for each");
   app.add_option("--tokens", o.tokens, "use the first TOKENS tokens of each file")->check(CLI::Range(1, 1 << 30));
   app.add_option("--from", o.from, "measure errors on rows from this one on (what calibrate has not seen)")
       ->check(CLI::Range(0, 1 << 30));

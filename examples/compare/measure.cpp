@@ -5,6 +5,8 @@
 #include <chrono>
 #include <cmath>
 #include <limits>
+#include <map>
+#include <numeric>
 
 #include <fovea/hybrid.hpp>
 #include <fovea/softmax.hpp>
@@ -21,6 +23,9 @@ double quantile(std::vector<double> x, double at) {
   return x[static_cast<std::size_t>(i)];
 }
 double median(const std::vector<double>& x) { return quantile(x, 0.5); }
+double mean(const std::vector<double>& x) {
+  return std::accumulate(x.begin(), x.end(), 0.0) / static_cast<double>(x.size());
+}
 
 /// Two things in turns: the median time of the second, and the median ratio first / second.
 struct turns {
@@ -145,7 +150,7 @@ void int8_parts(const input& in, const fovea::any_attention& a, fovea::exec_ref 
 }
 
 void compare_rows(const input& in, const std::vector<float>& out, figures& f) {
-  std::vector<double> every;
+  std::vector<double>& every = f.row_error;
   double cosine_sum = 0;
   for (isize h = 0; h < in.H; ++h) {
     std::vector<double> errors;
@@ -170,7 +175,8 @@ void compare_rows(const input& in, const std::vector<float>& out, figures& f) {
       f.worst_head = static_cast<int>(h), f.worst_error = g.error_median;
     f.heads.push_back(g);
   }
-  f.error_median = median(every), f.error_p95 = quantile(every, 0.95),
+  f.error_median = median(every), f.error_mean = mean(every);
+  f.error_p95 = quantile(every, 0.95), f.error_p99 = quantile(every, 0.99);
   f.cosine = cosine_sum / static_cast<double>(in.H);
 }
 
@@ -212,15 +218,27 @@ void find_recall(const input& in, const setting& s, const fovea::any_attention& 
   }
   if (const auto* m = a.as<fovea::hybrid_attention>()) {
     std::vector<float> rows(static_cast<std::size_t>(in.H * in.n));
-    fovea::mass_recall(fovea::serial, *m, in.Q(), in.K(), in.V(), fovea::bhnd(rows.data(), 1, in.H, in.n, 1));
+    const auto to = fovea::bhnd(rows.data(), 1, in.H, in.n, 1);
+    fovea::mass_recall(fovea::serial, *m, in.Q(), in.K(), in.V(), to);
     double total = 0;
     for (isize h = 0; h < in.H; ++h) {
       double sum = 0;
-      for (isize i = 0; i < in.n; ++i) sum += static_cast<double>(rows[static_cast<std::size_t>(h * in.n + i)]);
-      f.heads[static_cast<std::size_t>(h)].recall = sum / static_cast<double>(in.n);
-      total += sum / static_cast<double>(in.n);
+      for (isize i = in.from; i < in.n; ++i) {
+        f.row_recall.push_back(static_cast<double>(rows[static_cast<std::size_t>(h * in.n + i)]));
+        sum += f.row_recall.back();
+      }
+      f.heads[static_cast<std::size_t>(h)].recall = sum / static_cast<double>(in.n - in.from);
+      total += sum / static_cast<double>(in.n - in.from);
     }
-    f.recall = total / static_cast<double>(in.H);
+    f.recall = total / static_cast<double>(in.H), f.recall_p5 = quantile(f.row_recall, 0.05);
+    fovea::computed_density(fovea::serial, *m, in.Q(), in.K(), in.V(), to);
+    for (isize h = 0; h < in.H; ++h)
+      for (isize i = in.from; i < in.n; ++i) {
+        const double seen = static_cast<double>(in.causal ? i + 1 : in.n);
+        f.keys_seen += seen;
+        f.keys_computed += seen * static_cast<double>(rows[static_cast<std::size_t>(h * in.n + i)]);
+      }
+    f.density = f.keys_computed / f.keys_seen;
   }
 }
 
@@ -257,6 +275,33 @@ figures measure(const input& in, const fovea::any_attention& exact, const settin
   }
   find_recall(in, s, a, f);
   return f;
+}
+
+std::vector<pooled_figures> pooled(const std::vector<figures>& all) {
+  std::map<int, std::vector<const figures*>> by_setting;
+  for (const figures& f : all)
+    if (f.skipped.empty()) by_setting[f.setting].push_back(&f);
+  std::vector<pooled_figures> table;
+  for (const auto& [setting, list] : by_setting) {
+    std::vector<double> error, recall, ratio;
+    double seen = 0, computed = 0, p95 = 0;
+    for (const figures* f : list) {
+      error.insert(error.end(), f->row_error.begin(), f->row_error.end());
+      recall.insert(recall.end(), f->row_recall.begin(), f->row_recall.end());
+      if (f->prefill_ratio) ratio.push_back(*f->prefill_ratio);
+      seen += f->keys_seen, computed += f->keys_computed, p95 += f->error_p95;
+    }
+    pooled_figures x;
+    x.setting = setting, x.inputs = static_cast<int>(list.size()), x.rows = error.size();
+    x.error_median = median(error), x.error_mean = mean(error);
+    x.error_p95 = quantile(error, 0.95), x.error_p99 = quantile(error, 0.99);
+    x.p95_by_input = p95 / static_cast<double>(list.size());
+    if (recall.size() == error.size()) x.recall = mean(recall), x.recall_p5 = quantile(recall, 0.05);
+    if (seen > 0) x.density = computed / seen;
+    if (!ratio.empty()) x.prefill_ratio = median(ratio);
+    table.push_back(x);
+  }
+  return table;
 }
 
 std::vector<float> attention_picture(const input& in, const fovea::any_attention& a, isize head, isize size) {

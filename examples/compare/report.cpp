@@ -54,7 +54,9 @@ json result_json(const figures& f) {
   j["macs"] = number(f.macs);
   j["prefill_ratio"] = number(f.prefill_ratio), j["step_ratio"] = number(f.step_ratio),
   j["state_ratio"] = number(f.state_ratio);
-  j["error_median"] = number(f.error_median), j["error_p95"] = number(f.error_p95);
+  j["error_median"] = number(f.error_median), j["error_mean"] = number(f.error_mean),
+  j["error_p95"] = number(f.error_p95), j["error_p99"] = number(f.error_p99);
+  j["recall_p5"] = number(f.recall_p5), j["density"] = number(f.density);
   j["storage_error"] = number(f.storage_error), j["arithmetic_error"] = number(f.arithmetic_error),
   j["skipped_mass"] = number(f.skipped_mass);
   j["worst_head"] = f.worst_head, j["worst_error"] = number(f.worst_error), j["cosine"] = number(f.cosine),
@@ -177,6 +179,34 @@ void print_table(const report& r) {
                "what a model loses: docs/mechanisms.\n";
 }
 
+void print_pooled(const report& r) {
+  std::cout << "\nRows of all inputs together:\n"
+            << pad("setting", 36, true) << "  median    mean     p95     p99  recall     p5  density  prefill\n";
+  for (const pooled_figures& x : pooled(r.results))
+    std::cout << pad(r.settings[static_cast<std::size_t>(x.setting)].label, 36, true) << pad(percent(x.error_median), 8)
+              << pad(percent(x.error_mean), 8) << pad(percent(x.error_p95), 8) << pad(percent(x.error_p99), 8)
+              << pad(x.recall ? fixed(*x.recall, 3) : "-", 8) << pad(x.recall_p5 ? fixed(*x.recall_p5, 2) : "-", 7)
+              << pad(x.density ? fixed(*x.density, 3) : "-", 9) << pad(times(x.prefill_ratio), 9) << "\n";
+}
+
+json pooled_json(const report& r) {
+  json all = json::array();
+  for (const pooled_figures& x : pooled(r.results))
+    all.push_back({{"setting", x.setting},
+                   {"inputs", x.inputs},
+                   {"rows", x.rows},
+                   {"error_median", number(x.error_median)},
+                   {"error_mean", number(x.error_mean)},
+                   {"error_p95", number(x.error_p95)},
+                   {"error_p99", number(x.error_p99)},
+                   {"p95_by_input", number(x.p95_by_input)},
+                   {"recall", number(x.recall)},
+                   {"recall_p5", number(x.recall_p5)},
+                   {"density", number(x.density)},
+                   {"prefill_ratio", number(x.prefill_ratio)}});
+  return all;
+}
+
 json to_json(const report& r) {
   json j{{"fovea", FOVEA_VERSION_STRING}, {"created", now_text()}, {"command", r.command}};
   j["machine"] = {{"cpu", r.machine.cpu},
@@ -208,6 +238,7 @@ json to_json(const report& r) {
   }
   j["results"] = json::array();
   for (const figures& f : r.results) j["results"].push_back(result_json(f));
+  j["pooled"] = pooled_json(r);
   j["maps"] = maps_json(r);
   j["budget"] = nullptr;
   if (r.budget) {

@@ -54,6 +54,7 @@ struct report {
 budget_result propose(const report& r, double error, const std::string& error_of, const std::string& cost_of);
 
 void print_table(const report& r);
+void print_pooled(const report& r);
 json to_json(const report& r);
 /// {"default": {...}, "overrides": [{"input", "layers", "heads", "attention", "error"}]}; every "attention" loads as an any_attention,
 /// with the tensors of "weights" (relative to `folder`, where the policy will stand) if there are any. `engine` reads it.

@@ -156,6 +156,40 @@ TEST_CASE("hybrid: recall is the mass of the computed keys") {
   for (const double x : recall.values().data) CHECK(x == Approx(1.0).epsilon(1e-5));
 }
 
+TEST_CASE("hybrid: density counts the computed keys, kept ones among them") {
+  call c(2, 1, 50, 98, 8, 8, 4);
+  hybrid_attention m{.select = block_selector::int8,
+                     .block_q = 8,
+                     .block_k = 8,
+                     .is_causal = true,
+                     .budget = 0.2,
+                     .at_least = 0,
+                     .first = 8,
+                     .window = 8,
+                     .keep_small = 1.0 / 16};
+  tensor density = test::unwritten(dtype::f32, 1, 2, 50, 1);
+  computed_density(serial, m, c.q, c.k, c.v, density);
+  const problem p{c.q, c.k, c.v, c.out, c.lse, {}};
+  const auto kept = reference::hybrid_detail::kept_keys_of(m, p, 0, 0);
+  for (isize h = 0; h < 2; ++h) {
+    const auto fates = reference::block_fates(m, p, 0, h);
+    for (isize i = 0; i < 50; ++i) {
+      isize some = 0;
+      for (isize j = 0; j <= i + 48; ++j) {
+        const bool over = (j / 16 + 1) * 16 <= i / 8 * 8 + 48;  // its stretch, before the query block
+        some += fates[static_cast<std::size_t>(i / 8)][static_cast<std::size_t>(j / 8)] == 1 ||
+                        (over && kept[static_cast<std::size_t>(j)])
+                    ? 1
+                    : 0;
+      }
+      CHECK(density.get(0, h, i, 0) == Approx(static_cast<double>(some) / static_cast<double>(i + 49)));
+    }
+  }
+  const hybrid_attention pattern = hybrid_attention::hsa(hsa_mode::local, 16);
+  computed_density(serial, pattern, c.q, c.k, c.v, density);
+  CHECK(density.get(0, 0, 9, 0) == Approx(16.0 / 58));
+}
+
 TEST_CASE("hybrid: a shared selection does not see keys of its own block, or later ones") {
   const hybrid_attention m{.select = block_selector::exact,
                            .block_q = 16,
