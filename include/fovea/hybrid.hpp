@@ -114,7 +114,8 @@ void mass_recall(exec_ref exec, const hybrid_attention& m, tensor_ref q, tensor_
 
 /// The share of the keys that causality allows to a row which `m` computes exactly (its density), kept keys among them. out [B, H, n, 1],
 /// f32 (f64 when q is f64). A prefill; for reports.
-void computed_density(exec_ref exec, const hybrid_attention& m, tensor_ref q, tensor_ref k, tensor_ref v, tensor_mut out);
+void computed_density(exec_ref exec, const hybrid_attention& m, tensor_ref q, tensor_ref k, tensor_ref v,
+                      tensor_mut out);
 
 /// The certificate: bound [B, H, n, 1] (f32, f64 when q is f64) receives, for each row, an upper bound of |o - o*|, o the output of
 /// `m` in f32 (f64), written to `out` as well if it is given, and o* exact attention over all keys that causality allows. It holds

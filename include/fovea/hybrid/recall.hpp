@@ -90,14 +90,14 @@ FOVEA_DEFINITION void computed_density(exec_ref exec, const hybrid_attention& m,
                                        tensor_ref v, tensor_mut out) {
   const bool wide = q.type == dtype::f64;
   buffer o(static_cast<std::size_t>(q.batch * q.heads * q.length * v.width) * size_of(q.type));
-  const problem p{q,
-                  k,
-                  v,
-                  {o.data(), q.type, q.batch, q.heads, q.length, v.width, q.heads * q.length * v.width,
-                   q.length * v.width, v.width},
-                  {},
-                  {},
-                  {}};
+  const problem p{
+      q,
+      k,
+      v,
+      {o.data(), q.type, q.batch, q.heads, q.length, v.width, q.heads * q.length * v.width, q.length * v.width, v.width},
+      {},
+      {},
+      {}};
   m.check(p);
   require(out.type == (wide ? dtype::f64 : dtype::f32) && out.batch == q.batch && out.heads == q.heads &&
               out.length == q.length && out.width == 1,
