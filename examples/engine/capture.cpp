@@ -47,8 +47,8 @@ int capture(const capture_options& o) {
   const auto type = o.half ? fovea::element::f16 : fovea::element::f32;
   for (const isize l : o.layers) {
     if (l < 0 || l >= c.layers) refuse("layer ", l, " does not exist; the model has ", c.layers);
-    const fovea::array kv(type, {c.kv_heads, o.count, c.head_dim});
-    layers[l] = {fovea::array(type, {c.heads, o.count, c.head_dim}), kv, kv};
+    const auto room = [&](isize heads) { return fovea::array(type, {heads, o.count, c.head_dim}); };
+    layers[l] = {room(c.heads), room(c.kv_heads), room(c.kv_heads)};  // a copy of an array shares its data
   }
   session run(s.net, s.plan, s.threads, {.cache = o.cache});
   run.on_attention = [&](const attention_inputs& in) {

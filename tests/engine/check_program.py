@@ -101,6 +101,7 @@ def check_refusals(folder):
     check(r.returncode == 0 and shapes == [((4, 20, 8), (2, 20, 8), (2, 20, 8))] * 2, "captured shapes")
     norms = np.linalg.norm(tensors[0]["k"], axis=-1)
     check(np.isfinite(norms).all() and (norms > 0).all(), "captured numbers")
+    check(not np.array_equal(tensors[0]["k"], tensors[0]["v"]), "captured keys are not the values")
 
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-1000])
