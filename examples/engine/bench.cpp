@@ -67,22 +67,34 @@ std::optional<counted> attention_work(const session& s, isize n, isize m) {
 
 double share(double part, double rest) { return part / (part + rest); }
 
+/// True if what a sequence keeps does not grow with its tokens.
+bool constant_memory(const attention_plan& plan, const model_config& c) {
+  for (const layer_plan& layer : plan.layers)
+    for (const head_group& g : layer) {
+      fovea::shape z{1,          static_cast<isize>(g.heads.size()), static_cast<isize>(kv_heads_of(c, g.heads).size()), 1, 0,
+                     c.head_dim, c.head_dim};
+      const auto bytes = [&](isize m) { return z.m = m, g.mechanism.state_bytes(z); };
+      if (plain_softmax(g) != nullptr || bytes(1 << 15) != bytes(1 << 16)) return false;
+    }
+  return true;
+}
+
 struct measured {
-  isize context = 0;
+  isize context = 0, fed = 0;  ///< tokens before the steps; those of them that were fed just before
   double prefill_seconds = 0, step_seconds = 0;
   profile prefill, steps;
   double stream = 0;  ///< bytes a second
   std::size_t state_bytes = 0;
 };
 
-measured measure(session& s, fovea::exec_ref exec, isize context, isize steps) {
+/// Feeds `text` until it holds `context` tokens, then times steps behind them.
+measured measure(session& s, fovea::exec_ref exec, sequence& text, isize context, isize steps) {
   const auto vocabulary = static_cast<std::uint64_t>(s.of().config().vocabulary);
   std::vector<std::uint32_t> prompt;
-  for (std::uint64_t i = 0; i < static_cast<std::uint64_t>(context); ++i)
+  for (auto i = static_cast<std::uint64_t>(text.tokens()); i < static_cast<std::uint64_t>(context); ++i)
     prompt.push_back(static_cast<std::uint32_t>(i * 2654435761U % vocabulary));
   measured r;
-  r.context = context;
-  sequence text = s.make_sequence();
+  r.context = context, r.fed = static_cast<isize>(prompt.size());
   s.spent = {};
   double start = machine::now();
   s.forward({{text, prompt}}, logits_of::last);
@@ -90,7 +102,7 @@ measured measure(session& s, fovea::exec_ref exec, isize context, isize steps) {
   s.spent = {};
   std::vector<double> times, rates;
   for (isize i = 0; i < steps; ++i) {
-    const std::uint32_t next = prompt[static_cast<std::size_t>(i % context)];
+    const std::uint32_t next = prompt[static_cast<std::size_t>(i % r.fed)];
     start = machine::now();
     s.forward({{text, {&next, 1}}}, logits_of::last);
     times.push_back(machine::now() - start);
@@ -112,7 +124,7 @@ nlohmann::json describe(const session& s, const measured& r, isize steps) {
   const model& net = s.of();
   const double output = static_cast<double>(net.output().rows) * static_cast<double>(net.output().columns);
   nlohmann::json j = {{"context", r.context},
-                      {"prefill_tokens_per_second", static_cast<double>(r.context) / r.prefill_seconds},
+                      {"prefill_tokens_per_second", static_cast<double>(r.fed) / r.prefill_seconds},
                       {"decode_tokens_per_second", 1 / r.step_seconds},
                       {"prefill_attention_time_share", r.prefill.attention / r.prefill.total()},
                       {"decode_attention_time_share", r.steps.attention / r.steps.total()},
@@ -120,7 +132,7 @@ nlohmann::json describe(const session& s, const measured& r, isize steps) {
                       {"step_milliseconds", milliseconds(r.steps, static_cast<double>(steps))},
                       {"state_bytes", r.state_bytes},
                       {"stream_bytes_per_second", r.stream}};
-  if (const auto work = attention_work(s, r.context, r.context))
+  if (const auto work = attention_work(s, r.fed, r.context))
     j["prefill_attention_flop_share"] = share(work->macs, net.dense_macs() * static_cast<double>(r.context) + output);
   if (const auto work = attention_work(s, 1, r.context + 1)) {
     j["decode_attention_flop_share"] = share(work->macs, net.dense_macs() + output);
@@ -150,16 +162,21 @@ int bench(const bench_options& o) {
     if (c < 1) refuse("a context of ", c, " tokens cannot be measured; wanted at least 1");
     longest = std::max(longest, c);
   }
-  session run(s.net, s.plan, s.threads, {.context = longest + o.steps, .rows = o.rows, .cache = o.cache});
+  const bool goes_on = o.to > longest && constant_memory(s.plan, s.net.config());
+  session run(s.net, s.plan, s.threads,
+              {.context = std::max(longest, goes_on ? o.to : 0) + o.steps, .rows = o.rows, .cache = o.cache});
   nlohmann::json all = {{"cpu", machine::cpu_name()}, {"threads", o.threads}, {"rows", nlohmann::json::array()}};
   if (!o.json)
     std::printf("%8s %9s %8s %8s %10s %8s %8s %9s %11s\n%8s %9s %8s %8s %10s %8s %8s %9s %11s\n", "context", "prefill",
                 "att.time", "att.flop", "decode", "att.time", "att.flop", "of stream", "state", "tokens", "tokens/s",
                 "%", "%", "tokens/s", "%", "%", "%", "MiB");
-  for (const isize c : o.contexts) {
-    all["rows"].push_back(describe(run, measure(run, s.threads, c, o.steps), o.steps));
+  const auto row = [&](sequence& text, isize c) {
+    all["rows"].push_back(describe(run, measure(run, s.threads, text, c, o.steps), o.steps));
     if (!o.json) print(all["rows"].back());
-  }
+  };
+  sequence last = run.make_sequence();
+  for (const isize c : o.contexts) row(last = run.make_sequence(), c);
+  for (isize c = 2 * o.contexts.back(); goes_on && c <= o.to; c *= 2) row(last, c);
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
   all["peak_resident_bytes"] = static_cast<double>(usage.ru_maxrss) * 1024;

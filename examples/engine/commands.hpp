@@ -52,6 +52,7 @@ int capture(const capture_options& o);
 
 struct bench_options : model_options {
   std::vector<isize> contexts = {512, 2048, 4096, 8192};
+  isize to = 65536;  ///< a policy of constant memory goes on from the last context, doubling it, up to here
   isize steps = 32;  ///< decode steps timed behind each context
   isize rows = 512;  ///< tokens of one part of a prefill
   bool json = false;

@@ -82,6 +82,8 @@ CLI::App* add_bench(CLI::App& app, engine::bench_options& o) {
   c->add_option("--contexts", o.contexts, "tokens before the timed steps; may go beyond the model's context")
       ->delimiter(',')
       ->capture_default_str();
+  c->add_option("--to", o.to, "policies of constant memory go on from the last context, doubling it, up to here")
+      ->capture_default_str();
   c->add_option("--steps", o.steps, "decode steps")->capture_default_str()->check(CLI::PositiveNumber);
   c->add_option("--rows", o.rows, "tokens of one part of a prefill")->capture_default_str()->check(CLI::PositiveNumber);
   c->add_flag("--json", o.json, "JSON to stdout");

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include "layer_attention.hpp"
 
+#include <algorithm>
+
 #include <fovea/position/rotate.hpp>
 #include <fovea/softmax.hpp>
 #include <fovea/softmax/stores.hpp>
@@ -131,14 +133,35 @@ void layer_attention::attend(fovea::exec_ref exec, isize layer, std::size_t grou
     m.turn = turned ? nullptr : &rope_;
     return attend_stores(exec, m, layer, group, parts, c);
   }
-  for (const sequence_rows& p : parts) {
+  attend_states(exec, g.mechanism, layer, group, parts, c);
+}
+
+/// Sequences with many new rows have all threads, one after the other; the steps of the others are a task each.
+void layer_attention::attend_states(fovea::exec_ref exec, const fovea::any_attention& m, isize layer, std::size_t group,
+                                    std::span<const sequence_rows> parts, const call& c) {
+  constexpr isize few_rows = 16;
+  const auto prefill = [&](fovea::exec_ref e, const sequence_rows& p, std::span<std::byte> memory) {
     auto& state = std::get<fovea::state>(p.to->layers_[static_cast<std::size_t>(layer)][group]);
     const auto rows = [&](const auto& x) { return x.slice(p.first, p.count); };
-    const fovea::shape sizes{1, c.q.heads, c.k.heads, p.count, p.count + state.tokens(), c.q.width, c.v.width};
-    const std::size_t need = g.mechanism.state_workspace_size(sizes, exec.concurrency());
-    fovea::prefill(exec, g.mechanism, rows(c.q), rows(c.k), rows(c.v), rows(c.out), state,
-                   {.workspace = scratch(need)});
-  }
+    fovea::prefill(e, m, rows(c.q), rows(c.k), rows(c.v), rows(c.out), state, {.workspace = memory});
+  };
+  const auto need = [&](const sequence_rows& p, int threads) {
+    const isize held = std::get<fovea::state>(p.to->layers_[static_cast<std::size_t>(layer)][group]).tokens();
+    return m.state_workspace_size({1, c.q.heads, c.k.heads, p.count, p.count + held, c.q.width, c.v.width}, threads);
+  };
+  std::vector<sequence_rows> steps;
+  std::size_t largest = 0;
+  for (const sequence_rows& p : parts)
+    if (exec.concurrency() > 1 && parts.size() > 1 && p.count <= few_rows)
+      steps.push_back(p), largest = std::max(largest, need(p, 1));
+    else
+      prefill(exec, p, scratch(need(p, exec.concurrency())));
+  constexpr std::size_t line = 64;
+  const std::size_t each = (largest + line - 1) / line * line;
+  const std::span<std::byte> memory = scratch(each * static_cast<std::size_t>(exec.concurrency()));
+  exec.for_tasks(static_cast<isize>(steps.size()), [&](isize i, isize slot) {
+    prefill(fovea::serial, steps[static_cast<std::size_t>(i)], memory.subspan(static_cast<std::size_t>(slot) * each, each));
+  });
 }
 
 void layer_attention::run(fovea::exec_ref exec, isize layer, std::span<const sequence_rows> parts, isize rows,

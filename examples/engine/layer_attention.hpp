@@ -66,6 +66,8 @@ class layer_attention {
               bool turned);
   void attend_stores(fovea::exec_ref exec, const fovea::softmax_attention& m, isize layer, std::size_t group,
                      std::span<const sequence_rows> parts, const call& c);
+  void attend_states(fovea::exec_ref exec, const fovea::any_attention& m, isize layer, std::size_t group,
+                     std::span<const sequence_rows> parts, const call& c);
   std::span<std::byte> scratch(std::size_t bytes);
 
   model_config config_;

@@ -8,7 +8,7 @@ function(run)
 endfunction()
 
 file(REMOVE_RECURSE ${work})
-set(arguments "-DCMAKE_BUILD_TYPE=Debug" "-DCMAKE_CXX_COMPILER=${compiler}" "-DCMAKE_CXX_COMPILER_LAUNCHER=${launcher}"
+set(arguments "-DCMAKE_BUILD_TYPE=Debug" "-DCMAKE_CXX_FLAGS_DEBUG=-O0" "-DCMAKE_CXX_COMPILER=${compiler}" "-DCMAKE_CXX_COMPILER_LAUNCHER=${launcher}"
   "-DFOVEA_XSIMD_INCLUDE_DIR=${xsimd}")
 if(mode STREQUAL "find_package")
   # The package must survive being moved.

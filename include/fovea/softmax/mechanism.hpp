@@ -69,8 +69,8 @@ struct softmax_attention {
   std::size_t workspace_size_backward(const shape& s, int threads) const;
   void backward(exec_ref exec, const backward_problem& p, arena scratch) const;
 
-  double macs(const shape& s) const;  ///< multiply-adds of a prefill
-  double step_macs(const shape& s) const { return static_cast<double>(s.B * s.H * s.m * (s.d + s.e)); }
+  double macs(const shape& s) const;       ///< multiply-adds of a prefill
+  double step_macs(const shape& s) const;  ///< of one step with m tokens seen: those of the keys that its row sees
   std::size_t state_bytes(const shape& s) const;
 };
 

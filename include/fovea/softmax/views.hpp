@@ -126,5 +126,11 @@ inline double softmax_attention::macs(const shape& s) const {
   return static_cast<double>(s.B * s.H * (s.d + s.e)) * pairs;
 }
 
+inline double softmax_attention::step_macs(const shape& s) const {
+  shape last_row = s;
+  last_row.n = 1;
+  return macs(last_row);
+}
+
 }  // namespace FOVEA_ABI
 }  // namespace fovea
