@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
 """The program `engine` from outside. What it cannot do ends with one line on stderr and exit code 2; with a model, the same seed gives the same text
-on one thread and on two, and captured tensors are those that attention saw.
+on one thread and on two, and captured tensors are those that transformers gave.
 
   check_program.py ENGINE [MODEL_DIR]      exit code 0, 1, or 77 where numpy, or a MODEL_DIR that was given, is missing
 """
@@ -117,6 +117,17 @@ def check_text(model):
     refused("the context holds", *prompt, "--context", 5)
 
 
+def check_capture(model, folder):
+    """Romans 1 onwards against the built-in capture of the same text and weights, made with transformers (data/README.md)."""
+    out = folder / "qkv.safetensors"
+    r = run("capture", ROOT / "tests/data/model_tokens.bin", "--model", model, "--layers", 14, "--offset", 1024, "--out", out)
+    check(r.returncode == 0, "capture of layer 14")
+    got, want = read_safetensors(out), read_safetensors(ROOT / "data/smollm2_layer14.safetensors")
+    for name in "qkv":
+        error = np.abs(got[name] - want[name].astype(np.float32)).max() / np.abs(want[name]).max()
+        check(got[name].shape == want[name].shape and error < 4e-3, f"captured {name}: off by {error:.1e} of the largest")
+
+
 if MODEL is None:
     with tempfile.TemporaryDirectory() as name:
         check_refusals(pathlib.Path(name))
@@ -125,4 +136,6 @@ elif not (MODEL / "model.safetensors").exists():
     sys.exit(77)
 else:
     check_text(MODEL)
+    with tempfile.TemporaryDirectory() as name:
+        check_capture(MODEL, pathlib.Path(name))
 sys.exit(failures > 0)
