@@ -73,6 +73,9 @@ struct hybrid_attention {
   view<const std::uint8_t> blocks = {};
   alignment_of_rows align = bottom_right;
   std::optional<double> scale = {};  ///< none: 1 / sqrt(d)
+  /// int8: computed blocks, pooled tokens and kept keys are rounded to 8 bits and multiplied as integers, by the recipe of
+  /// docs/mechanisms/int8.md; the selection is the same. Rows that go one by one (decoding) are in f32, and so is d above 256.
+  precision arithmetic = precision::f32;
 
   /// MST's hybrid sparse attention.
   static hybrid_attention hsa(hsa_mode mode, isize stride);

@@ -44,9 +44,29 @@ TEST_CASE("contract of hybrid: its own values") {
   refuses_value(H{.scale = -2.0}, {"scale is -2"});
   refuses_value(H{.select = block_selector::pattern, .stride = 0}, {"stride", "0"});
   refuses_value(H{.select = block_selector::given}, {"blocks"});
+  refuses_value(H{.arithmetic = precision::bf16}, {"arithmetic is bf16"});
+  refuses_value(H{.compensate = compensation::cumulant, .arithmetic = precision::int8}, {"int8", "cumulant"});
+  refuses_value(H{.select = block_selector::pattern,
+                  .is_causal = true,
+                  .compensate = compensation::none,
+                  .arithmetic = precision::int8},
+                {"int8", "pattern"});
   static const std::uint8_t table[64] = {};
   refuses_value(H::over(bhnd<const std::uint8_t>(table, 1, 3, 2, 3), 2, 2, false),
                 {"blocks", "3"});  // heads: H or G or 1
   refuses_value(H::over(bhnd<const std::uint8_t>(table, 1, 2, 2, 2), 2, 2, false),
                 {"blocks", "3"});  // 5 keys are 3 blocks
+}
+
+TEST_CASE("contract of hybrid: int8 is of f32 and less, forwards, and without a certificate") {
+  const hybrid_attention m{.is_causal = true, .arithmetic = precision::int8};
+  contract::refuses_what_it_must(contract::caller_of(m, true));
+  contract::refuses_what_it_must(contract::streaming_caller_of(m, true));
+  contract::arguments wide(3, 5, 8, 6, dtype::f64);
+  CHECK_SAYS(test::refusal([&] { fovea::prefill(serial, m, wide.q, wide.k, wide.v, wide.out); }), "int8");
+  CHECK_SAYS(test::refusal([&] { (void)m.make_state({1, 4, 2, 3, 5, 8, 6, dtype::f64}); }), "int8");
+  contract::arguments a;
+  test::tensor bound(dtype::f32, 2, 4, 3, 1);
+  CHECK_SAYS(test::refusal([&] { error_bound(serial, m, a.q, a.k, a.v, bound); }), "int8");
+  CHECK_SAYS(test::refusal([&] { prefill_within(serial, m, a.q, a.k, a.v, a.out, bound, {.relative = 0.1}); }), "int8");
 }

@@ -3,7 +3,7 @@
 
 #include <fovea/hybrid.hpp>
 #include <fovea/hybrid/configure.hpp>
-#include <fovea/hybrid/reference.hpp>
+#include <fovea/hybrid/reference_int8.hpp>
 #include <fovea/softmax.hpp>
 
 #include "support/catch.hpp"
@@ -371,4 +371,110 @@ TEST_CASE("hybrid: from a configuration") {
   refused({"hybrid", {{"top", 3.0}, {"budget", 0.5}}}, "one of them");
   refused({"hybrid", {{"top_p", 0.9}, {"budget", 0.5}}}, "one of them");
   refused({"hybrid", {{"pattern", std::string("local")}, {"causal", true}}}, "one of them", table);
+}
+
+namespace {
+
+/// Rows in int8 against the twin with the same integers, and against f32 within what roundings of the scales' sizes would make of a row: no
+/// row beyond 5 deviations, 1.3 on average (tests/int8/prefill.cpp).
+void int8_is_near(hybrid_attention m, call& c) {
+  const isize H = c.q.heads(), n = c.q.length(), e = c.v.width();
+  tensor exact = test::unwritten(dtype::f64, 1, H, n, e), exact_lse = test::unwritten(dtype::f64, 1, H, n, 1),
+         twin = test::unwritten(dtype::f64, 1, H, n, e), twin_lse = test::unwritten(dtype::f64, 1, H, n, 1);
+  reference::prefill(m, {c.q, c.k, c.v, exact, exact_lse, {}});
+  m.arithmetic = precision::int8;
+  const problem p{c.q, c.k, c.v, twin, twin_lse, {}};
+  const std::vector<double> predicted = reference::hybrid_int8_twin(m, p).prefill(true);
+  c.run(m);
+  double worst = 0, mean = 0, apart = 0, lse = 0;
+  for (isize h = 0, row = 0; h < H; ++h)
+    for (isize i = 0; i < n; ++i, ++row) {
+      double from_exact = 0, from_twin = 0;
+      for (isize x = 0; x < e; ++x) {
+        const double y = c.out.get(0, h, i, x);
+        from_exact += std::pow(y - exact.get(0, h, i, x), 2), from_twin += std::pow(y - twin.get(0, h, i, x), 2);
+      }
+      if (exact_lse.get(0, h, i, 0) == -HUGE_VAL) {
+        CHECK(c.lse.get(0, h, i, 0) == -HUGE_VAL);
+        CHECK(from_exact == 0);
+        continue;
+      }
+      const double scale = std::sqrt(predicted[static_cast<std::size_t>(row)]) + 1e-6;
+      worst = std::isfinite(from_exact) ? std::max(worst, std::sqrt(from_exact) / scale) : HUGE_VAL;
+      mean += std::sqrt(from_exact) / scale / static_cast<double>(H * n);
+      apart = std::max(apart, std::sqrt(from_twin) / scale);
+      lse = std::max(lse, std::fabs(c.lse.get(0, h, i, 0) - twin_lse.get(0, h, i, 0)));
+    }
+  INFO("worst " << worst << " mean " << mean << " twin " << apart << " lse " << lse);
+  CHECK(worst < 5);
+  CHECK(mean < 1.3);
+  CHECK(apart < 1);
+  CHECK(lse < 0.011);
+}
+
+}  // namespace
+
+TEST_CASE("hybrid in int8: against the twin with the same integers, and what the scales predict") {
+  hybrid_attention m{.is_causal = true, .budget = 0.2, .at_least = 32, .keep_small = 0};
+  for (const auto rest : {compensation::none, compensation::zeroth}) {
+    m.compensate = rest;
+    call causal(4, 2, 150, 600, 64, 48, 31), wide(1, 1, 70, 300, 128, 128, 32), odd(2, 1, 45, 200, 33, 19, 33);
+    int8_is_near(m, causal), int8_is_near(m, wide), int8_is_near(m, odd);
+  }
+  SECTION("kept keys, parts, blocks of other sizes") {
+    m.keep_small = 1.0 / 32, m.parts = 2;
+    call c(2, 1, 100, 400, 32, 32, 34);
+    int8_is_near(m, c);
+    m.block_k = 6, m.block_q = 20;
+    int8_is_near(m, c);
+    m.block_k = 40, m.block_q = 7, m.parts = 1, m.is_causal = false;
+    int8_is_near(m, c);
+  }
+  SECTION("windows of keys; a given mask, rows that see nothing") {
+    call far(1, 1, 20, 9000, 64, 64, 35);
+    m.keep_small = 0;
+    int8_is_near(m, far);
+    call c(1, 1, 64, 40, 16, 16, 36);
+    const std::vector<std::uint8_t> all(4 * 5, 1);
+    int8_is_near(hybrid_attention::over(as_blocks(all, 4, 5), 16, 8, true), c);
+  }
+  SECTION("16 bits") {
+    for (const dtype type : {dtype::bf16, dtype::f16}) {
+      call c(2, 1, 40, 130, 32, 16, 37, type);
+      m.arithmetic = precision::f32;
+      const auto want = c.run(m).values();
+      m.arithmetic = precision::int8;
+      const auto got = c.run(m).values();
+      double error = 0, size = 0;
+      for (std::size_t x = 0; x < want.data.size(); ++x)
+        error += std::pow(got.data[x] - want.data[x], 2), size += want.data[x] * want.data[x];
+      CHECK(std::sqrt(error / size) < 0.03);
+      CHECK(error > 0);
+    }
+  }
+}
+
+TEST_CASE("hybrid in int8: rows that integers cannot hold are those of f32, and reach no other row") {
+  for (const int which : {0, 1, 2}) {  // a key that is not finite, a value, scores beyond 16 bits
+    call c(1, 1, 64, 256, 32, 16, 41), clean(1, 1, 64, 256, 32, 16, 41);
+    const isize j = 230;  // seen by rows 38 on; every block is computed
+    for (isize x = 0; x < 32 && which == 2; ++x) c.k.set(0, 0, j, x, 400.0 * (x % 2 == 0 ? 1 : -1));
+    if (which == 0) c.k.set(0, 0, j, 5, std::numeric_limits<double>::quiet_NaN());
+    if (which == 1) c.v.set(0, 0, j, 5, std::numeric_limits<double>::infinity());
+    const std::vector<std::uint8_t> all(4 * 16, 1);
+    auto m = hybrid_attention::over(as_blocks(all, 4, 16), 16, 16, true);
+    const auto floats = c.run(m).values();
+    m.arithmetic = precision::int8;
+    const auto got = c.run(m).values(), want = clean.run(m).values();
+    isize in_floats = 0;
+    for (isize i = 0; i < 64; ++i)
+      for (isize x = 0; x < 16; ++x) {
+        const auto at = static_cast<std::size_t>(i * 16 + x);
+        const double y = got.data[at], f = floats.data[at];
+        if (i < 38) CHECK(y == want.data[at]);
+        if (i >= 38 && which < 2) CHECK((y == f || (std::isnan(y) && std::isnan(f))));
+        in_floats += i >= 38 && y == f ? 1 : 0;
+      }
+    if (which == 2) CHECK(in_floats > 8 * 16);
+  }
 }

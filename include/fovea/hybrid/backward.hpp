@@ -258,6 +258,8 @@ std::size_t hybrid_backward_bytes(const hybrid_attention& m, const shape& s, int
 inline void hybrid_attention::check(const backward_problem& p) const {
   detail::check_backward(p);
   check(p.forward());
+  require(arithmetic == precision::f32, "arithmetic is ", name_of(arithmetic),
+          "; gradients are those of f32: set precision::f32");
   require(compensate != compensation::cumulant,
           "backward with compensation::cumulant; the variance term is for study and has no gradient");
   require(p.to.dbias == nullptr && p.to.dsinks == nullptr,

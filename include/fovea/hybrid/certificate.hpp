@@ -221,6 +221,8 @@ inline void check_certificate(const hybrid_attention& m, const problem& p, const
           "a certificate of a pattern was asked for; it skips single tokens, and the certificate is of blocks");
   require(m.compensate != compensation::cumulant,
           "a certificate with compensation::cumulant was asked for; there is none for the variance term");
+  require(m.arithmetic == precision::f32, "a certificate with arithmetic ", name_of(m.arithmetic),
+          " was asked for; bounds are those of f32: set precision::f32");
   m.check(p);
   require(p.out.type == (p.q.type == dtype::f64 ? dtype::f64 : dtype::f32), "out is ", name_of(p.out.type),
           "; a certificate is of outputs in f32, or f64 when q is f64");

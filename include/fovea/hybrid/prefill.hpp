@@ -4,7 +4,7 @@
 
 #include <fovea/core/kv_cache.hpp>
 #include <fovea/core/partial.hpp>
-#include <fovea/hybrid/plan.hpp>
+#include <fovea/hybrid/int8.hpp>
 #include <fovea/kernel/decode.hpp>
 
 namespace fovea {
@@ -52,6 +52,20 @@ inline void check_hybrid_extras(const hybrid_attention& m) {
           " with compensation::cumulant; the variance is that of whole blocks");
 }
 
+inline void check_hybrid_precision(const hybrid_attention& m) {
+  if (m.arithmetic == precision::f32) return;
+  require(m.arithmetic == precision::int8, "arithmetic is ", name_of(m.arithmetic), "; there is f32, and int8");
+  require(m.select != block_selector::pattern,
+          "arithmetic is int8 with a pattern; it skips single tokens, and int8 takes blocks");
+  require(m.compensate != compensation::cumulant,
+          "arithmetic is int8 with compensation::cumulant; the variance term is computed in f32 only");
+}
+
+inline void check_hybrid_storage(const hybrid_attention& m, dtype type) {
+  require(m.arithmetic == precision::f32 || type != dtype::f64, "arithmetic is ", name_of(m.arithmetic),
+          " and q is f64; int8 takes f32, f16 and bf16 (precision::f32 computes f64 in double)");
+}
+
 inline void check_hybrid_options(const hybrid_attention& m) {
   require(m.block_q >= 1 && m.block_k >= 1, "block_q, block_k are ", m.block_q, ", ", m.block_k,
           "; they must be at least 1");
@@ -63,6 +77,7 @@ inline void check_hybrid_options(const hybrid_attention& m) {
   }
   require_finite("budget", m.budget);
   check_hybrid_extras(m);
+  check_hybrid_precision(m);
   require(m.budget >= 0 && m.budget <= 1, "budget is ", m.budget,
           "; it is a share of the candidate blocks, from 0 to 1");
   require(m.top >= 0, "top is ", m.top, "; it counts blocks and must not be negative (0: go by budget)");
@@ -150,12 +165,15 @@ struct hybrid_run : hybrid_plan<Acc> {
       row_slot(measure, *this);
     else
       tile_slot(measure, *this);
+    if constexpr (std::is_same_v<Acc, float>)
+      if (hybrid_int8::takes(*this)) measure = {}, hybrid_int8_slot(measure, *this);
     return measure.bytes();
   }
 
-  /// Every superblock of every KV head; `summary(index)` and `codes(index)` are those of KV head b * G + g.
+  /// Every superblock of every KV head; `summary(index)` and `codes(index)` are those of KV head b * G + g, and so is ints.of(index).
   template <class Summary, class Codes>
-  void attend(exec_ref exec, const problem& p, arena scratch, Summary&& summary, Codes&& codes) const {
+  void attend(exec_ref exec, const problem& p, arena scratch, const Summary& summary, const Codes& codes,
+              [[maybe_unused]] const hybrid_int8& ints) const {
     const isize span = this->plans() ? most_units : std::min(dense::superblock(rows, s.d, s.e), rows);
     const isize all = this->plans() ? this->units() : rows, supers = ceil_div(all, std::max(span, isize{1}));
     const isize heads = s.B * s.G;
@@ -171,6 +189,12 @@ struct hybrid_run : hybrid_plan<Acc> {
         this->plan(at, p, summary(head), codes(head), b, g, first, last);
         return each_row(at, p, summary(head), b, g);
       }
+      if constexpr (std::is_same_v<Acc, float>)
+        if (hybrid_int8::takes(*this)) {
+          hybrid_int8_slot at(own, *this);
+          this->plan(at, p, summary(head), codes(head), b, g, first, last);
+          return at.each_tile(*this, p, summary(head), ints.of(head), b, g);
+        }
       tile_slot at(own, *this);
       this->plan(at, p, summary(head), codes(head), b, g, first, last);
       each_tile(at, p, summary(head), b, g);
@@ -268,14 +292,17 @@ struct hybrid_run : hybrid_plan<Acc> {
 
   // ---- entries ----
 
-  /// Scratch of the whole call, before the slots: summaries of a call without a state, rows for folding, the codes as products read them.
+  /// Scratch of the whole call, before the slots: summaries of a call without a state, rows for folding, the codes as products read them,
+  /// what tiles in int8 read.
   struct shared {
     hybrid_summaries<Acc> all;
     Acc* fold;
     kernel::code_keys* codes = nullptr;
+    hybrid_int8 ints;
     shared(arena& memory, const hybrid_run& x, int threads) : all(hybrid_needs(x.m), x.m.block_k, x.s, x.s.m) {
       all.base = memory.take<std::byte>(all.any() ? static_cast<isize>(all.bytes(x.s.B * x.s.G)) : 0);
       fold = memory.take<Acc>(std::max(x.s.d, x.s.e) * threads);
+      if constexpr (std::is_same_v<Acc, float>) ints = hybrid_int8(memory, x, threads);
       if (!passes(x)) return;
       codes = memory.take<kernel::code_keys>(x.s.B * x.s.G);
       for (isize head = 0; head < x.s.B * x.s.G; ++head) {
@@ -297,10 +324,12 @@ struct hybrid_run : hybrid_plan<Acc> {
   };
   void attend(exec_ref exec, const problem& p, arena scratch, const shared& at,
               const hybrid_summaries<Acc>& all) const {
+    const auto summary = [&](isize head) { return all.any() ? all.head(head) : kernel::block_summary<Acc>{}; };
     at.prepare(exec, *this, all);
+    if constexpr (std::is_same_v<Acc, float>) at.ints.round(exec, *this, p, summary);
     attend(
-        exec, p, scratch, [&](isize head) { return all.any() ? all.head(head) : kernel::block_summary<Acc>{}; },
-        [&](isize head) { return at.codes == nullptr ? nullptr : at.codes + head; });
+        exec, p, scratch, summary, [&](isize head) { return at.codes == nullptr ? nullptr : at.codes + head; },
+        at.ints);
   }
   static std::size_t workspace_size(const hybrid_attention& m, const shape& s, int threads) {
     const hybrid_run run(m, s, 0);
@@ -335,6 +364,7 @@ struct hybrid_run : hybrid_plan<Acc> {
 inline void hybrid_attention::check(const problem& p) const {
   detail::check_problem(p);
   detail::check_hybrid_options(*this);
+  detail::check_hybrid_storage(*this, p.q.type);
   if (select == block_selector::given) detail::check_given_blocks(*this, p.shape(), p.q.length, p.k.length, true);
 }
 

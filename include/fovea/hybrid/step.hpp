@@ -21,6 +21,7 @@ inline std::uint64_t hybrid_attention::tag() const {
 
 inline state hybrid_attention::make_state(const shape& s) const {
   detail::check_hybrid_options(*this);
+  detail::check_hybrid_storage(*this, s.type);
   require(
       is_causal,
       "a hybrid_attention with a state must be causal (is_causal = true); a row cannot see keys that have not come");
@@ -32,6 +33,7 @@ inline state hybrid_attention::make_state(const shape& s) const {
 inline void hybrid_attention::check(const problem& p, const state& s) const {
   detail::check_problem(p);
   detail::check_hybrid_options(*this);
+  detail::check_hybrid_storage(*this, p.q.type);
   s.check(tag(), p.shape(), name);
   require(is_causal && align.how == alignment_of_rows::kind::bottom_right,
           "a hybrid_attention with a state must be causal (is_causal = true) and bottom-right");
