@@ -16,93 +16,19 @@
 #include <cmath>
 #include <limits>
 
-#include <fovea/core/rows.hpp>
 #include <fovea/core/workspace.hpp>
+#include <fovea/kernel/key_set.hpp>
 #include <fovea/kernel/softmax_panels.hpp>
-#include <fovea/mask/mask.hpp>
-#include <fovea/position/rope.hpp>
-#include <fovea/score/score.hpp>
-#include <fovea/simd/convert.hpp>
-#include <fovea/simd/rotate_row.hpp>
 #include <fovea/simd/transpose.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
 namespace kernel {
 
-/// Keys and values of one KV head, and what may be seen of them.
-template <class Acc>
-struct key_set {
-  row_source k, v;  ///< rows of d, rows of e
-  isize count = 0;
-  isize first = 0;                       ///< keys before it are left out by online_softmax: a part of a split
-  const fovea::mask* visible = nullptr;  ///< null: everything
-  const fovea::score* modify = nullptr;  ///< null: nothing
-  const Acc* bias = nullptr;             ///< [count] added to the score of each key, nats; null: nothing
-  mask_site site;                        ///< b, n, m, H, G; h is filled in per row
-};
-
-/// Rows r = h * n + i of the query group that shares one KV head.
-struct query_rows {
-  tensor_ref q;
-  isize b = 0, first_head = 0;
-  isize first = 0, last = 0;                ///< [first, last) of group * n
-  const rope* turn = nullptr;               ///< rows are turned to their positions as they are loaded; null: they stay
-  const std::int32_t* positions = nullptr;  ///< [n] position of query i; null: first_position + i
-  isize first_position = 0;
-  bool rotated = false;  ///< the keys are (row_source::rotated): so are the rows, after they were turned
-
-  isize position(isize i) const noexcept { return positions != nullptr ? positions[i] : first_position + i; }
-};
-
-/// Query i of head h as Acc, turned to its position: where it lies if nothing has to be done, else in `scratch` [d].
-template <class Arch, class Acc>
-const Acc* load_query(const query_rows& rows, isize h, isize i, isize d, Acc* scratch) noexcept {
-  const void* from = rows.q.row(rows.b, h, i);
-  if (rows.turn == nullptr && !rows.rotated) return simd::row_as<Arch, Acc>(rows.q.type, from, d, scratch);
-  if constexpr (std::is_same_v<Acc, float>)
-    if (rows.turn == nullptr && rows.q.type == dtype::f32)
-      return simd::rotate_row<Arch>(static_cast<const float*>(from), scratch, d), scratch;
-  simd::load_row<Arch, Acc>(rows.q.type, from, d, scratch);
-  if (rows.turn != nullptr) rotate(*rows.turn, rows.position(i), scratch);
-  if constexpr (std::is_same_v<Acc, float>)  // rotated keys are int8, and those never meet doubles
-    if (rows.rotated) simd::rotate_row<Arch>(scratch, d);
-  return scratch;
-}
-
-/// Rows [j0, j1) of a source as Acc: where they lie, if they are stored so in one stretch; else converted into `scratch` [rows][width].
-template <class Arch, class Acc>
-FOVEA_NOINLINE const Acc* block_of_rows(const row_source& from, isize j0, isize j1, isize width, Acc* scratch,
-                                        isize& stride) noexcept {
-  if (from.form != row_form::plain) {
-    stride = width;
-    for (isize j = j0; j < j1; ++j) simd::load_packed_row<Arch, Acc>(from, j, width, scratch + (j - j0) * width);
-    return scratch;
-  }
-  stretch s = from.at(j0);
-  // A row stride of a multiple of 4 KB would put all rows of a panel into one set of the L1 cache: copy those too.
-  if (from.type == dtype_of<Acc> && s.count >= j1 - j0 && from.row_bytes % 4096 != 0) {
-    stride = from.row_bytes / static_cast<isize>(sizeof(Acc));
-    return reinterpret_cast<const Acc*>(s.data);
-  }
-  stride = width;
-  Acc* to = scratch;
-  for (isize j = j0; j < j1;) {
-    const isize last = s.count < j1 - j ? j + s.count : j1;
-    for (; j < last; ++j, to += width, s.data += from.row_bytes, s.scales += from.scale_row) {
-      if (from.type == dtype::i8)
-        simd::load_scaled_row<Arch, Acc>(s.data, s.scales, from.scale_row, width, to);
-      else
-        simd::load_row<Arch, Acc>(from.type, s.data, width, to);
-    }
-    if (j < j1) s = from.at(j);
-  }
-  return scratch;
-}
-
 template <class Arch, class Acc>
 class online_softmax {
   using T = detail::softmax_tile<Arch, Acc>;
+  using P = simd::pack<Acc, Arch>;
   static constexpr Acc log2e = static_cast<Acc>(1.4426950408889634074), ln2 = static_cast<Acc>(0.69314718055994530942);
 
  public:
@@ -127,28 +53,34 @@ class online_softmax {
     rows_of_ = memory.take<Acc>(T::W * wide_);
     zeros_ = memory.take<Acc>(d);
     lanes_ = memory.take<std::uint64_t>(T::keys);
+    fresh_ = memory.take<std::uint8_t>(tiles_);
   }
 
-  /// `sinks` [H], nats: a logit a head that joins the denominator with no value; null: none.
-  void begin(const query_rows& rows, double scale, const float* sinks) noexcept {
-    rows_ = rows;
+  /// `sinks` [H], nats: a logit a head that joins the denominator with no value; null: none. `out`, where given, is what `finish`
+  /// will write: its lines are asked for ahead.
+  void begin(const query_rows& rows, double scale, const float* sinks, const tensor_mut& out = {}) noexcept {
+    rows_ = rows, out_ = out;
     used_ = ceil_div(rows.last - rows.first, T::rows);
     for (isize c = 0; c < d_; ++c) zeros_[c] = Acc(0);
     const Acc factor = static_cast<Acc>(scale * 1.4426950408889634074);
     const isize n = rows.q.length;
     isize r = rows.first, h = rows.first_head + r / n, i = r % n;
     for (isize t = 0; t < used_; ++t) {
-      Acc* o = ot_ + t * e_ * T::rows;
-      for (isize x = 0; x < e_ * T::rows; ++x) o[x] = Acc(0);
+      fresh_[t] = true;
       for (isize lane = 0; lane < T::rows; lane += T::W) {
         const Acc* from[T::W];
+        if (r + T::W < rows.last && i + 2 * T::W <= n)  // the next rows, while these are turned
+          for (isize l = 0; l < T::W; ++l) simd::prefetch(rows.q.row(rows.b, h, i + T::W + l), d_ * bytes_of_query());
         for (isize l = 0; l < T::W; ++l, ++r) {
           const isize at = t * T::rows + lane + l;
           m_[at] = -std::numeric_limits<Acc>::infinity(), l_[at] = Acc(0);
           from[l] = zeros_;  // lanes without a row
           if (r >= rows.last) continue;
           from[l] = load_query<Arch, Acc>(rows, h, i, d_, rows_of_ + l * wide_);
-          if (sinks != nullptr) m_[at] = static_cast<Acc>(sinks[h]) * log2e, l_[at] = Acc(1);
+          if (sinks != nullptr) {
+            const Acc sink = static_cast<Acc>(sinks[h]) * log2e;
+            m_[at] = std::ceil(sink), l_[at] = std::exp2(sink - m_[at]);
+          }
           if (++i == n) ++h, i = 0;
         }
         simd::rows_to_columns<Acc, Arch>(from, d_, factor, qt_ + t * d_ * T::rows + lane, T::rows);
@@ -168,6 +100,7 @@ class online_softmax {
       block rows{j0, j1, nullptr, nullptr, 0, 0};
       if (used_ == 1 && vectors(0) <= few) look_ahead(set, j0, j1);
       bool any = false;
+      next_block(set, j1, hull.last);
       for (isize t = 0; t < used_; ++t) any = absorb_tile(set, t, rows) || any;
       if (!any) j0 += unseen(set, j1, hull.last);
     }
@@ -178,7 +111,8 @@ class online_softmax {
     const bool direct = out.type == dtype_of<Acc>;
     const isize n = rows_.q.length;
     isize r = rows_.first, h = rows_.first_head + r / n, i = r % n;
-    for (isize t = 0; t < used_; ++t)
+    for (isize t = 0; t < used_; ++t) {
+      for (isize x = 0; fresh_[t] && x < e_ * T::rows; ++x) ot_[t * e_ * T::rows + x] = Acc(0);
       for (isize lane = 0; lane < T::rows && r < rows_.last; lane += T::W) {
         const Acc *l = l_ + t * T::rows + lane, *m = m_ + t * T::rows + lane;
         Acc inverse[T::W];
@@ -198,6 +132,7 @@ class online_softmax {
         simd::columns_to_rows<Acc, Arch>(ot_ + t * e_ * T::rows + lane, T::rows, e_, inverse, to);
         for (isize x = 0; !direct && x < count; ++x) simd::store_row<Arch, Acc>(out.type, to[x], e_, rows[x]);
       }
+    }
   }
 
  private:
@@ -222,6 +157,38 @@ class online_softmax {
     const Acc *k, *v;
     isize k_stride, v_stride;
   };
+  /// Keys and values of the block that begins with key j will be asked for by all tiles together.
+  void next_block(const key_set<Acc>& set, isize j, isize last) noexcept {
+    next_.k = next_.v = {};
+    // What the L2 cache holds anyway needs no asking; rows a multiple of 4 KB apart would drive each other out.
+    if (j >= last || set.count * (set.k.row_bytes + set.v.row_bytes) <= (512 << 10)) return;
+    const auto find = [&](const row_source& from, isize width) {
+      const stretch s = from.at(j);
+      const isize most = last - j < T::keys ? last - j : T::keys;
+      return detail::rows_at(s.data, from.row_bytes, width * static_cast<isize>(size_of(from.type)),
+                             s.count < most ? s.count : most);
+    };
+    if (set.k.form != row_form::plain) return;
+    next_.k = find(set.k, d_), next_.v = find(set.v, e_);
+    next_.read = ceil_div(next_.k.lines() + next_.v.lines(), used_ * (T::keys / T::MR));
+  }
+
+  /// A quarter of tile t's rows of the output is asked for with each of its last four blocks; `keys`: all of the tile.
+  void next_outputs(isize t, range keys, const block& x) noexcept {
+    next_.out = {};
+    const isize behind = keys.last > x.j1 ? ceil_div(keys.last - x.j1, T::keys) : 0, quarter = T::rows / 4;
+    if (out_.data == nullptr || behind >= 4) return;
+    const isize skipped = keys.first >= x.j0 ? 0 : (3 - behind) * quarter;
+    const isize n = rows_.q.length, r = rows_.first + t * T::rows + skipped, i = r % n;
+    isize count = (4 - behind) * quarter - skipped;
+    count = rows_.last - r < count ? rows_.last - r : count;
+    if (count <= 0) return;
+    const isize size = static_cast<isize>(size_of(out_.type));
+    next_.out = detail::rows_at(out_.row(rows_.b, rows_.first_head + r / n, i), out_.row_stride * size, e_ * size,
+                                n - i < count ? n - i : count);
+    next_.write = ceil_div(next_.out.lines(), T::keys / T::MR / 2);
+  }
+
   struct segment {  // lanes [lane, lane + count) of a tile: rows i ... of head h
     isize lane, count, h, i;
   };
@@ -292,11 +259,12 @@ class online_softmax {
 
   /// False: no row sees a key of the block.
   bool absorb_tile(const key_set<Acc>& set, isize t, block& x) noexcept {
-    const range own = meet(keys_of_tile(set, t), {x.j0, x.j1});
+    const range all = keys_of_tile(set, t), own = meet(all, {x.j0, x.j1});
     if (own.empty()) return false;
     const tile_kind kind = look(set, t, own.first, own.last, x.j0);
     if (kind == tile_kind::empty) return false;
     if (x.k == nullptr) fetch(set, x);
+    next_outputs(t, all, x);
 
     detail::panel list[T::most_panels];
     alignas(64) Acc top[T::rows], alpha[T::rows];
@@ -328,45 +296,79 @@ class online_softmax {
     for (isize g = 0; g < columns.groups; ++g) {
       const isize count = columns.size(g);
       tile::with_constant<T::MR>(count, [&](auto m) {
-        detail::value_panels<Arch, Acc, m, NV>(list, panels, x.v + c, x.v_stride, s_, lanes_, alpha,
-                                               ot_ + (t * e_ + c) * T::rows, g, k_ahead_);
+        detail::value_panels<Arch, Acc, m, NV>(list, panels, x.v + c, x.v_stride, s_, lanes_,
+                                               fresh_[t] ? nullptr : alpha, ot_ + (t * e_ + c) * T::rows, g, k_ahead_);
       });
       c += count;
     }
+    fresh_[t] = false;
   }
 
-  /// Panel by panel: what no row sees is left out, what is modified or partly seen is masked. Returns the runs of keys in `list`.
+  /// Keys that the same vectors of the tile see, at least a panel of them; between, what no row sees.
+  struct stretch_of_keys {
+    isize first, last, v0, v1;
+    std::uint64_t all;  // lanes that see every key
+  };
+  stretch_of_keys alike(isize k, isize last, std::uint64_t every) const noexcept {
+    const auto low = [](std::uint64_t bits) { return static_cast<isize>(std::countr_zero(bits)) / T::W; };
+    const auto high = [](std::uint64_t bits) { return static_cast<isize>(63 - std::countl_zero(bits)) / T::W + 1; };
+    const std::uint64_t bits = lanes_[k];
+    stretch_of_keys x{k, k + 1, low(bits), high(bits), bits};
+    while (bits == every && x.last < last && lanes_[x.last] == every) ++x.last;
+    for (; x.last < last && lanes_[x.last] != 0; ++x.last) {
+      const std::uint64_t next = lanes_[x.last];
+      const isize v0 = low(next), v1 = high(next);
+      const bool same = v0 == x.v0 && v1 == x.v1 && (next == every) == (bits == every);
+      if (!same && x.last - x.first >= T::MR) break;
+      x.v0 = v0 < x.v0 ? v0 : x.v0, x.v1 = v1 > x.v1 ? v1 : x.v1, x.all &= next;
+    }
+    return x;
+  }
+
+  /// What no row sees is left out, what is modified or partly seen is masked. Returns the runs of keys in `list`.
   isize modified_scores(const key_set<Acc>& set, isize t, const block& x, isize first, isize last, bool partial,
                         Acc* top, detail::panel* list) noexcept {
     const bool changed = set.modify != nullptr || set.bias != nullptr;
     const std::uint64_t every = live_lanes(t);
-    const tile::balanced split(last - first, T::MR);
-    isize runs = 0, k = first;
-    for (isize g = 0, count = 0; g < split.groups; ++g, k += count) {
-      count = T::wide ? (last - k < T::MR ? last - k : T::MR) : split.size(g);
-      if (!partial)
-        for (isize y = k; y < k + count; ++y) lanes_[y] = every;
-      std::uint64_t any = 0, all = every;
-      for (isize y = k; y < k + count; ++y) any |= lanes_[y], all &= lanes_[y];
-      if (any == 0) continue;
-      const bool masked = all != every;
-      alignas(64) Acc unused[T::rows] = {};
-      // Vectors of the tile that no row of this panel needs are left out (the causal diagonal, the far edge of a window).
-      isize v0 = 0, v1 = vectors(t);
-      while ((any >> (v0 * T::W) & whole) == 0) ++v0;
-      while ((any >> ((v1 - 1) * T::W) & whole) == 0) --v1;
-      scores(t, x, k, k + count, v0, v1, masked || changed ? unused : top);
-      if (changed) modify(set, t, x.j0 + k, count, s_ + k * T::rows);
-      if (masked || changed) detail::mask_panel<Arch, Acc>(k, k + count, lanes_, s_, top);
-      for (isize y = k; y < k + count; ++y) extend(list, runs, y, every);
+    for (isize y = first; !partial && y < last; ++y) lanes_[y] = every;
+    isize runs = 0;
+    for (isize k = first; k < last;) {
+      if (lanes_[k] == 0) {
+        ++k;
+        continue;
+      }
+      const stretch_of_keys part = alike(k, last, every);
+      bool ragged = false;
+      if (part.all == every && (runs == 0 || list[runs - 1].first + list[runs - 1].count < k)) {
+        list[runs++] = {static_cast<std::int16_t>(k), static_cast<std::int16_t>(part.last - k)};
+        k = part.last;
+      }
+      for (; k < part.last; ++k) ragged = extend(list, runs, k, every) || ragged;
+      const isize v0 = part.v0, v1 = part.v1;
+      if (part.all == every && !changed) {
+        scores(t, x, part.first, part.last, v0, v1, top);
+        continue;
+      }
+      alignas(64) Acc own[T::rows];
+      for (isize r = 0; r < T::rows; ++r) own[r] = -std::numeric_limits<Acc>::infinity();
+      scores(t, x, part.first, part.last, v0, v1, own);
+      if (changed) modify(set, t, x.j0 + part.first, part.last - part.first, s_ + part.first * T::rows);
+      for (isize v = 0; v < T::NR; ++v) {
+        // Vectors outside are computed with a ragged run: they must hold numbers.
+        if ((v < v0 || v >= v1) && !ragged) continue;
+        const bool plain = !changed && v >= v0 && v < v1 && ((every & ~part.all) >> (v * T::W) & whole) == 0;
+        if (plain)
+          simd::max(P::load(top + v * T::W), P::load(own + v * T::W)).store(top + v * T::W);
+        else
+          detail::mask_vector<Arch, Acc>(part.first, part.last, v, lanes_, s_, top);
+      }
     }
     return runs;
   }
 
-  /// Key y joins the last run, if that ends before y and is seen alike; else it begins a run of its own.
-  void extend(detail::panel* list, isize& runs, isize y, std::uint64_t every) const noexcept {
+  /// Key y, which some row sees, joins the last run, if that ends before y and is seen alike; else it begins a run of its own.
+  bool extend(detail::panel* list, isize& runs, isize y, std::uint64_t every) const noexcept {
     const std::uint64_t bits = lanes_[y], hidden = every & ~bits;
-    if (bits == 0) return;
     detail::seen kind = detail::seen::whole;
     isize edge = 0;
     if (hidden != 0) {
@@ -384,23 +386,24 @@ class online_softmax {
       ++list[runs - 1].count;
     else
       list[runs++] = {static_cast<std::int16_t>(y), 1, kind, static_cast<std::int8_t>(edge)};
+    return kind == detail::seen::ragged;
   }
 
   /// Scores of keys [first, last) of the block and vectors [v0, v1) of the tile into s_, their maximum folded into `top`.
   void scores(isize t, const block& x, isize first, isize last, isize v0, isize v1, Acc* top) noexcept {
     const Acc* qt = qt_ + t * d_ * T::rows + v0 * T::W;
-    const tile::balanced split(last - first, T::MR);
     tile::with_constant<T::NR>(v1 - v0, [&](auto vectors) {
-      const auto run = [&](auto m, isize k, isize panels) FOVEA_INLINE_LAMBDA {
-        detail::score_panels<Arch, Acc, m, vectors>(panels, d_, x.k + k * x.k_stride, x.k_stride, qt, T::rows,
-                                                    s_ + k * T::rows + v0 * T::W, top + v0 * T::W, v_ahead_);
+      constexpr int most = T::panel_keys(vectors);
+      const tile::balanced split(last - first, most);
+      const auto run = [&](isize size, isize k, isize panels) {
+        tile::with_constant<most>(size, [&](auto m) {
+          detail::score_panels<Arch, Acc, m, vectors>(panels, d_, x.k + k * x.k_stride, x.k_stride, qt, T::rows,
+                                                      s_ + k * T::rows + v0 * T::W, top + v0 * T::W, v_ahead_, next_);
+        });
       };
-      // 5 x 4 runs at half the speed of 6 x 4 (g++ 12 reads its vectors of queries from the stack), so that one panel takes what is left.
-      const isize size = T::wide ? T::MR : split.small + 1, large = T::wide ? (last - first) / T::MR : split.extra;
-      const isize rest = T::wide ? (last - first) % T::MR : split.small;
-      const isize others = T::wide ? (rest > 0 ? 1 : 0) : split.groups - split.extra;
-      if (large > 0) tile::with_constant<T::MR>(size, [&](auto m) { run(m, first, large); });
-      if (others > 0) tile::with_constant<T::MR>(rest, [&](auto m) { run(m, first + large * size, others); });
+      if (split.extra > 0) run(split.small + 1, first, split.extra);
+      if (split.groups > split.extra)
+        run(split.small, first + split.extra * (split.small + 1), split.groups - split.extra);
     });
   }
 
@@ -415,6 +418,7 @@ class online_softmax {
       });
   }
 
+  isize bytes_of_query() const noexcept { return static_cast<isize>(size_of(rows_.q.type)); }
   static constexpr std::uint64_t whole = ~std::uint64_t{0} >> (64 - T::W);  // all lanes of a vector
   static constexpr int few = T::NR > 2 ? 2 : T::NR;
 
@@ -431,10 +435,13 @@ class online_softmax {
   isize d_, e_, tiles_, used_ = 0;
   detail::rows_ahead<Acc> k_ahead_, v_ahead_;
   query_rows rows_;
+  tensor_mut out_;
+  detail::later next_;
   isize wide_;
   Acc *qt_, *ot_, *m_, *l_, *s_, *k_, *v_;
   Acc *rows_of_, *zeros_;  // W rows in Acc, on their way in or out; a row of zeros
   std::uint64_t* lanes_;
+  std::uint8_t* fresh_;  // [tiles] nothing was absorbed: O holds nothing
 };
 
 }  // namespace kernel

@@ -3,7 +3,7 @@
 /// @file  The four inner loops of the online softmax, each over panels of keys of one block and a tile of queries in the lanes.
 ///
 ///   score_panels   S = K Q^T for panels of up to MR keys, and the running maximum
-///   mask_panel     S = visible ? S : -inf, and the maximum of what is left
+///   mask_vector    S = visible ? S : -inf, and the maximum of what is left
 ///   exponentials   P = 2^(S - m) in place, the new (m, l), and the factor of the old O
 ///   value_panels   O^T = O^T 2^(m - m') + V^T P
 ///
@@ -12,9 +12,11 @@
 
 #include <limits>
 
+#include <fovea/kernel/row_requests.hpp>
 #include <fovea/simd/exp.hpp>
 #include <fovea/simd/reduce.hpp>
 #include <fovea/tile/gemm.hpp>
+#include <fovea/tile/panel_rows.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -30,6 +32,8 @@ struct softmax_tile {
   static constexpr isize W = simd::pack<Acc, Arch>::size, rows = NR * W;  // queries of a tile
   static constexpr isize keys = wide ? 96 : 128;                          // keys of a block: S stays in L1
   static constexpr isize most_panels = keys;
+  /// Keys of a panel of scores for so many vectors: as many chains of products as hide each other's latency.
+  static constexpr int panel_keys(int vectors) { return !wide || vectors == NR ? MR : vectors > 1 ? 8 : 16; }
   static_assert(rows <= 64);
 };
 
@@ -51,52 +55,39 @@ struct panel {
   bool leaves_out(int x) const { return (kind == seen::rising && x < edge) || (kind == seen::falling && x > edge); }
 };
 
-/// Rows that are asked for while others are worked on: where reading them would take longer than the work. Null: nothing.
-template <class Acc>
-struct rows_ahead {
-  const Acc* rows = nullptr;
-  isize stride = 0, width = 0, count = 0;
-  static constexpr isize line = 64 / static_cast<isize>(sizeof(Acc));
-  /// Line `x` (of 64 bytes) of row k.
-  FOVEA_INLINE void ask(isize k, isize x) const {
-    if (k < count && x * line < width) simd::prefetch(rows + k * stride + x * line, 64);
-  }
-};
-
 /// S = K Q^T for `panels` panels of M keys and NV vectors of queries; folds the maximum into `top` [NV vectors].
 template <class Arch, class Acc, int M, int NV>
 FOVEA_NOINLINE void score_panels(isize panels, isize d, const Acc* k, isize k_stride, const Acc* qt, isize ld, Acc* s,
-                                 Acc* top, const rows_ahead<Acc>& ahead = {}) noexcept {
+                                 Acc* top, const rows_ahead<Acc>& ahead, later& next) noexcept {
   using P = simd::pack<Acc, Arch>;
   P most[NV];
-  isize row[M];  // kept in registers: left alone, compilers work the addresses out again at every step
   tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { most[v] = P::load(top + v * P::size); });
-  tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
-    row[i] = i * k_stride;
-    simd::keep_in_register(row[i]);
-  });
   for (isize n = 0; n < panels; ++n, k += M * k_stride, s += M * ld) {
+    next.ask();
     P acc[M][NV];
     tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
       tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { acc[i][v] = P(Acc(0)); });
     });
-    const Acc *a = k, *b = qt;
-    // Few rows of queries: reading the keys and values may take longer than the products.
-    const bool few = NV < softmax_tile<Arch, Acc>::NR && ahead.rows != nullptr;
-    for (isize c = 0; c < d;) {
-      isize last = d;
-      if (few) {
-        for (isize i = 0; i < M; ++i) ahead.ask(n * M + i, c / ahead.line);
-        last = d - c < ahead.line ? d : c + ahead.line;
-      }
-      for (; c < last; ++c, ++a, b += ld) {
+    tile::panel_rows<Acc> a(k, k_stride);
+    const Acc* b = qt;
+    const auto products = [&](isize columns) FOVEA_INLINE_LAMBDA {
+      for (; columns > 0; --columns, a.next(), b += ld) {
         P q[NV];
         tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { q[v] = P::load(b + v * P::size); });
         tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
-          const P x(a[row[i]]);
+          const P x(a.at(i));
           tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { acc[i][v] = simd::fma(x, q[v], acc[i][v]); });
         });
       }
+    };
+    // Few rows of queries: reading the keys and values may take longer than the products.
+    if (NV < softmax_tile<Arch, Acc>::NR && ahead.rows != nullptr) {
+      for (isize c = 0; c < d; c += ahead.line) {
+        for (isize i = 0; i < M; ++i) ahead.ask(n * M + i, c / ahead.line);
+        products(d - c < ahead.line ? d - c : ahead.line);
+      }
+    } else {
+      products(d);
     }
     tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
       tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA {
@@ -116,17 +107,19 @@ FOVEA_INLINE void edge_values(isize first, isize count, const Acc* v, isize v_st
   for (isize k = first; k < first + count; ++k) {
     const Acc *value = v + k * v_stride, *weight = p + k * softmax_tile<Arch, Acc>::rows;
     const auto live = static_cast<simd::lane_bits>(lanes[k] >> (Edge * P::size));
+    P edge = P::load(weight + Edge * P::size), plain[Plain1 - Plain0 + 1];
+    tile::unroll<Plain1 - Plain0>([&](auto x)
+                                      FOVEA_INLINE_LAMBDA { plain[x] = P::load(weight + (Plain0 + x) * P::size); });
     tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
       const P y(value[i]);
-      acc[i][Edge] = simd::fma_where(live, P::load(weight + Edge * P::size), y, acc[i][Edge]);
-      tile::unroll<Plain1 - Plain0>([&](auto x) FOVEA_INLINE_LAMBDA {
-        acc[i][Plain0 + x] = simd::fma(y, P::load(weight + (Plain0 + x) * P::size), acc[i][Plain0 + x]);
-      });
+      acc[i][Edge] = simd::fma_where(live, edge, y, acc[i][Edge]);
+      tile::unroll<Plain1 - Plain0>(
+          [&](auto x) FOVEA_INLINE_LAMBDA { acc[i][Plain0 + x] = simd::fma(y, plain[x], acc[i][Plain0 + x]); });
     });
   }
 }
 
-/// O^T[columns] = O^T * alpha + V^T P over the panels of a block; NV of the tile's vectors are in use.
+/// O^T[columns] = O^T * alpha + V^T P over the panels of a block; NV of the tile's vectors are in use. No alpha: O is not read.
 template <class Arch, class Acc, int M, int NV>
 FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, isize v_stride, const Acc* p,
                                  const std::uint64_t* lanes, const Acc* alpha, Acc* o, isize group = 0,
@@ -136,8 +129,10 @@ FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, 
   constexpr std::uint64_t whole = ~std::uint64_t{0} >> (64 - P::size);
   P acc[M][NV];
   tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
-    const P a = P::load(alpha + x * P::size);
-    tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA { acc[i][x] = P::load(o + i * ld + x * P::size) * a; });
+    const P a = alpha != nullptr ? P::load(alpha + x * P::size) : P(Acc(0));
+    tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
+      acc[i][x] = alpha != nullptr ? P::load(o + i * ld + x * P::size) * a : P(Acc(0));
+    });
   });
   for (isize n = 0; n < panels; ++n) {
     const isize first = list[n].first, count = list[n].count;
@@ -176,22 +171,57 @@ FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, 
   });
 }
 
-/// s = visible ? s : -inf for a partly visible panel; the maximum over what is left goes into `top`.
+/// s = visible ? s : -inf for vector x of keys [first, last); the maximum over what is left goes into `top`.
 template <class Arch, class Acc>
-FOVEA_NOINLINE void mask_panel(isize first, isize last, const std::uint64_t* lanes, Acc* s, Acc* top) noexcept {
+FOVEA_NOINLINE void mask_vector(isize first, isize last, isize x, const std::uint64_t* lanes, Acc* s,
+                                Acc* top) noexcept {
   using P = simd::pack<Acc, Arch>;
-  constexpr int NR = softmax_tile<Arch, Acc>::NR;
+  constexpr isize ld = softmax_tile<Arch, Acc>::rows;
   const P none(-std::numeric_limits<Acc>::infinity());
-  tile::unroll<NR>([&](auto x) FOVEA_INLINE_LAMBDA {
-    P m = P::load(top + x * P::size);
-    for (isize k = first; k < last; ++k) {
-      Acc* at = s + k * NR * P::size + x * P::size;
-      const P y = simd::select(static_cast<simd::lane_bits>(lanes[k] >> (x * P::size)), P::load(at), none);
-      y.store(at);
-      m = simd::max(m, y);
+  P m = P::load(top + x * P::size);
+  Acc* at = s + first * ld + x * P::size;
+  for (isize k = first; k < last; ++k, at += ld) {
+    const P y = simd::select(static_cast<simd::lane_bits>(lanes[k] >> (x * P::size)), P::load(at), none);
+    y.store(at);
+    m = simd::max(m, y);
+  }
+  m.store(top + x * P::size);
+}
+
+/// S of one vector of the tile becomes P = power(S); returns l, which was multiplied by alpha, plus the sum.
+template <class Arch, class Acc, class Power>
+FOVEA_INLINE simd::pack<Acc, Arch> raise_vector(const panel* list, isize panels, int x, Acc* s, const Power& power,
+                                                simd::pack<Acc, Arch> sum) noexcept {
+  using P = simd::pack<Acc, Arch>;
+  constexpr isize ld = softmax_tile<Arch, Acc>::rows;
+  P other(Acc(0));
+  for (isize n = 0; n < panels; ++n) {
+    if (list[n].leaves_out(x)) continue;  // nobody reads it
+    // Even keys of the block go to one sum and odd keys to the other, so that how a run is cut, which other rows of the tile may
+    // have decided, does not change the order of a row's additions.
+    isize k = list[n].first;
+    const isize last = k + list[n].count;
+    Acc* at = s + k * ld + x * P::size;
+    const auto one = [&](P& to) FOVEA_INLINE_LAMBDA {
+      const P p = power(P::load(at));
+      p.store(at);
+      to = to + p;
+      ++k, at += ld;
+    };
+    if (k % 2 != 0) one(other);
+    for (; k + 4 <= last; k += 4, at += 4 * ld) {
+      P p[4];
+      tile::unroll<4>([&](auto y) FOVEA_INLINE_LAMBDA { p[y] = power(P::load(at + y * ld)); });
+      tile::unroll<4>([&](auto y) FOVEA_INLINE_LAMBDA { p[y].store(at + y * ld); });
+      sum = sum + p[0], other = other + p[1];
+      sum = sum + p[2], other = other + p[3];
     }
-    m.store(top + x * P::size);
-  });
+    while (k < last) {
+      one(sum);
+      if (k < last) one(other);
+    }
+  }
+  return sum + other;
 }
 
 /// P = 2^(S - m) in place, and the new (m, l); alpha is what the old O has to be multiplied by. NV of the tile's vectors are in use.
@@ -199,43 +229,21 @@ template <class Arch, class Acc, int NV>
 FOVEA_NOINLINE void exponentials(const panel* list, isize panels, Acc* s, const Acc* top, Acc* m, Acc* l,
                                  Acc* alpha) noexcept {
   using P = simd::pack<Acc, Arch>;
-  constexpr isize ld = softmax_tile<Arch, Acc>::rows;
-  tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
-    const P old = P::load(m + x * P::size), next = simd::max(old, P::load(top + x * P::size));
+  using power = simd::exp2_shifted<Acc, Arch>;
+  for (int x = 0; x < NV; ++x) {
+    const P old = P::load(m + x * P::size), next = simd::max(old, power::shift_for(P::load(top + x * P::size)));
     // Nothing visible yet, or NaN: 0.
     const P shift = simd::select_greater(next, P(static_cast<Acc>(-3e38)), next, P(Acc(0)));
-    const P a = simd::exp2(old - shift);
+    const P a = simd::exp2(old - shift), scaled = P::load(l + x * P::size) * a;
     next.store(m + x * P::size);
     a.store(alpha + x * P::size);
-    P sum = P::load(l + x * P::size) * a, other(Acc(0));
-    for (isize n = 0; n < panels; ++n) {
-      if (list[n].leaves_out(x)) continue;  // nobody reads it
-      // Even keys of the block go to one sum and odd keys to the other, so that how a run is cut, which other rows of the tile may
-      // have decided, does not change the order of a row's additions.
-      isize k = list[n].first;
-      const isize last = k + list[n].count;
-      Acc* at = s + k * ld + x * P::size;
-      const auto one = [&](P& to) FOVEA_INLINE_LAMBDA {
-        const P p = simd::exp2(P::load(at) - shift);
-        p.store(at);
-        to = to + p;
-        ++k, at += ld;
-      };
-      if (k % 2 != 0) one(other);
-      for (; k + 4 <= last; k += 4, at += 4 * ld) {
-        P p[4];
-        tile::unroll<4>([&](auto y) FOVEA_INLINE_LAMBDA { p[y] = simd::exp2(P::load(at + y * ld) - shift); });
-        tile::unroll<4>([&](auto y) FOVEA_INLINE_LAMBDA { p[y].store(at + y * ld); });
-        sum = sum + p[0], other = other + p[1];
-        sum = sum + p[2], other = other + p[3];
-      }
-      while (k < last) {
-        one(sum);
-        if (k < last) one(other);
-      }
-    }
-    (sum + other).store(l + x * P::size);
-  });
+    P sum;
+    if (power::near(shift))
+      sum = raise_vector<Arch, Acc>(list, panels, x, s, power(shift), scaled);
+    else if constexpr (std::is_constructible_v<typename power::far_form, P>)
+      sum = raise_vector<Arch, Acc>(list, panels, x, s, typename power::far_form(shift), scaled);
+    sum.store(l + x * P::size);
+  }
 }
 
 }  // namespace detail

@@ -35,6 +35,15 @@ FOVEA_INLINE void prefetch(const void* p, isize bytes) {
 #endif
 }
 
+/// The same for memory that will be written.
+FOVEA_INLINE void prefetch_to_write(const void* p, isize bytes) {
+#if defined(__GNUC__) || defined(__clang__)
+  for (isize x = 0; x < bytes; x += 64) __builtin_prefetch(static_cast<const char*>(p) + x, 1, 2);
+#else
+  (void)p, (void)bytes;
+#endif
+}
+
 /// An address offset that is to stay in a register instead of being worked out again.
 FOVEA_INLINE void keep_in_register(isize& x) {
 #if defined(__GNUC__) || defined(__clang__)

@@ -146,7 +146,7 @@ class softmax_run {
         if (own.integers->attend.in_floats(keys.set, *head, own.integers->left)) left = own.integers->left;
       }
     if (head == nullptr || left != nullptr) {
-      own.blocks->begin(rows, scale, joined);
+      own.blocks->begin(rows, scale, joined, to.out);
       if (keys.set.count > keys.set.first) own.blocks->absorb(keys.set);
       own.blocks->finish(to.out, to.lse);
     }
