@@ -4,8 +4,9 @@
 ///
 ///   O_t = sum over blocks J of list t, keys j of J that row i sees, of e^(s_ij + bias_j) v_j, with the denominator beside it
 ///
-/// A tile is up to `rows` neighbouring rows of one head that attend to the same blocks (part of a query block). Up to `most` tiles are
-/// worked on together: they pass over the keys in windows that stay in L2, so a block is read from memory once for all that chose it.
+/// A tile is up to `rows` (`wide_rows`, where query blocks fill them) neighbouring rows of one head that attend to the same blocks (part
+/// of a query block). Up to `most` tiles are worked on together: they pass over the keys in windows that stay in L2, so a block is read
+/// from memory once for all that chose it.
 ///
 /// Contract   begin, any number of absorbs (several lists, pooled tokens and other sets of keys, rounds), finish. Lists rise and name no
 ///            block twice. Rows that see nothing give zeros and LSE = -inf. A NaN or infinity in a key or value reaches only the rows
@@ -49,21 +50,26 @@ class sparse_tiles {
   static constexpr isize granule = 16;  // keys that are converted at a time
 
  public:
-  static constexpr isize rows = T::rows;
-
-  /// Tiles that are worked on together: their q and o fill half a megabyte at most.
-  static isize most(isize d, isize e) {
-    isize all = 512;
-    while (all > T::rows && all * (d + e) * static_cast<isize>(sizeof(Acc)) > (512 << 10)) all /= 2;
-    return all < T::rows ? 1 : all / T::rows;
+  static constexpr isize rows = T::rows, wide_rows = T::wide_rows;
+  /// Rows of a tile for query blocks of `block` rows.
+  static constexpr isize rows_for(isize block) {
+    return block % T::wide_rows == 0 || block >= 3 * T::wide_rows ? T::wide_rows : T::rows;
   }
 
-  /// Scratch of `tiles` tiles, at most `most`.
-  sparse_tiles(arena& memory, isize tiles, isize d, isize e) : d_(d), e_(e), tiles_(tiles), window_(window(d, e)) {
-    qt_ = memory.take<Acc>(tiles * d * T::rows), ot_ = memory.take<Acc>(tiles * e * T::rows);
-    m_ = memory.take<Acc>(tiles * T::rows), l_ = memory.take<Acc>(tiles * T::rows);
+  /// Tiles that are worked on together: their q and o fill half a megabyte at most.
+  static isize most(isize d, isize e, isize rows_each = rows) {
+    isize all = 1024;
+    while (all > rows_each && all * (d + e) * static_cast<isize>(sizeof(Acc)) > (512 << 10)) all /= 2;
+    return all < rows_each ? 1 : all / rows_each;
+  }
+
+  /// Scratch of `tiles` tiles of `rows_each` rows (`rows` or `wide_rows`), at most `most`.
+  sparse_tiles(arena& memory, isize tiles, isize d, isize e, isize rows_each = rows)
+      : d_(d), e_(e), tiles_(tiles), R_(rows_each), window_(window(d, e)) {
+    qt_ = memory.take<Acc>(tiles * d * R_), ot_ = memory.take<Acc>(tiles * e * R_);
+    m_ = memory.take<Acc>(tiles * R_), l_ = memory.take<Acc>(tiles * R_);
     at_ = memory.take<tile_rows>(tiles), cursor_ = memory.take<isize>(tiles);
-    s_ = memory.take<Acc>(T::keys * T::rows);
+    s_ = memory.take<Acc>(T::keys * R_);
     lanes_ = memory.take<std::uint64_t>(T::keys), runs_ = memory.take<detail::sparse_run<Acc>>(T::keys);
     k_.rows = memory.take<Acc>(window_ * d), v_.rows = memory.take<Acc>(window_ * e);
     wide_ = d > e ? d : e;
@@ -77,55 +83,55 @@ class sparse_tiles {
     const Acc factor = static_cast<Acc>(scale * 1.4426950408889634074);
     for (isize t = 0; t < count; ++t) {
       at_[t] = tiles[t];
-      Acc* o = ot_ + t * e_ * T::rows;
-      for (isize x = 0; x < e_ * T::rows; ++x) o[x] = Acc(0);
-      for (isize lane = 0; lane < T::rows; lane += T::W) {
+      Acc* o = ot_ + t * e_ * R_;
+      for (isize x = 0; x < e_ * R_; ++x) o[x] = Acc(0);
+      for (isize lane = 0; lane < R_; lane += T::W) {
         const Acc* from[T::W];
         for (isize l = 0; l < T::W; ++l) {
           const isize x = lane + l;
-          m_[t * T::rows + x] = -std::numeric_limits<Acc>::infinity(), l_[t * T::rows + x] = Acc(0);
+          m_[t * R_ + x] = -std::numeric_limits<Acc>::infinity(), l_[t * R_ + x] = Acc(0);
           from[l] = x < tiles[t].count ? simd::row_as<Arch, Acc>(q.type, q.row(b, tiles[t].head, tiles[t].first + x),
                                                                  d_, rows_of_ + l * wide_)
                                        : zeros_;
         }
-        simd::rows_to_columns<Acc, Arch>(from, d_, factor, qt_ + t * d_ * T::rows + lane, T::rows);
+        simd::rows_to_columns<Acc, Arch>(from, d_, factor, qt_ + t * d_ * R_ + lane, R_);
       }
     }
   }
 
   /// lists [count of begin]: the blocks of each tile.
   void absorb(const key_set<Acc>& set, const block_list* lists, const block_cut& cut) noexcept {
-    isize first = set.count, last = 0;
+    isize first = set.count, last = 0, listed = 0;
     for (isize t = 0; t < used_; ++t) {
-      cursor_[t] = 0;
+      cursor_[t] = 0, listed += lists[t].count * cut.size;
       if (lists[t].count == 0) continue;
       first = std::min<isize>(first, lists[t].at[0] * cut.size);
       last = std::max<isize>(last, (lists[t].at[lists[t].count - 1] + isize{1}) * cut.size);
     }
     last = std::min(last, set.count);
+    const bool far = used_ >= 4 && set.count * (set.k.row_bytes + set.v.row_bytes) > (1 << 20);
+    const isize pace = pace_of(listed * window_ / (last > first ? last - first : 1));
     for (isize j0 = first / window_ * window_; j0 < last; j0 += window_) {
       k_.open(set.k), v_.open(set.v);
       const isize j1 = std::min(j0 + window_, last);
-      const bool far = used_ >= 4 && set.count * (set.k.row_bytes + set.v.row_bytes) > (1 << 20);
-      ahead_ = j1, ahead_end_ = far ? std::min(j1 + window_, last) : j1;
-      for (isize t = 0; t < used_; ++t) {
-        absorb_window(set, lists[t], cut, t, j0, j1);
-      }
+      const range ahead{j1, far ? std::min(j1 + window_, last) : j1};
+      feed_[0] = k_.feed(set.k, ahead, d_, pace), feed_[1] = v_.feed(set.v, ahead, e_, pace);
+      for (isize t = 0; t < used_; ++t) absorb_window(set, lists[t], cut, t, j0, j1);
     }
   }
 
   // ---- what the rows of tile t have so far, [rows]: scores in log2; the numerator is o 2^m, the denominator l 2^m ----
 
   const tile_rows& tile(isize t) const noexcept { return at_[t]; }
-  const Acc* maxima(isize t) const noexcept { return m_ + t * T::rows; }
-  const Acc* sums(isize t) const noexcept { return l_ + t * T::rows; }
+  const Acc* maxima(isize t) const noexcept { return m_ + t * R_; }
+  const Acc* sums(isize t) const noexcept { return l_ + t * R_; }
   /// |o / l|^2 of the rows: the squared length of their output if it ended here.
   void squared_lengths(isize t, Acc* to) const noexcept {
-    for (isize x = 0; x < T::rows; x += T::W) {
-      const P l = P::load(l_ + t * T::rows + x);
+    for (isize x = 0; x < R_; x += T::W) {
+      const P l = P::load(l_ + t * R_ + x);
       P sum(Acc(0));
       for (isize c = 0; c < e_; ++c) {
-        const P o = P::load(ot_ + (t * e_ + c) * T::rows + x) / l;
+        const P o = P::load(ot_ + (t * e_ + c) * R_ + x) / l;
         sum = simd::fma(o, o, sum);
       }
       simd::select_greater(l, P(Acc(0)), sum, l * P(Acc(0))).store(to + x);
@@ -137,7 +143,7 @@ class sparse_tiles {
     const bool direct = out.type == dtype_of<Acc>;
     for (isize t = 0; t < used_; ++t)
       for (isize lane = 0; lane < at_[t].count; lane += T::W) {
-        const Acc *l = l_ + t * T::rows + lane, *m = m_ + t * T::rows + lane;
+        const Acc *l = l_ + t * R_ + lane, *m = m_ + t * R_ + lane;
         const isize count = std::min(at_[t].count - lane, T::W);
         Acc inverse[T::W];
         Acc* to[T::W];
@@ -150,7 +156,7 @@ class sparse_tiles {
           if (direct) to[x] = static_cast<Acc*>(row[x]);
           if (lse) *static_cast<Acc*>(lse.row(b_, at_[t].head, at_[t].first + lane + x)) = m[x] * ln2 + std::log(l[x]);
         }
-        simd::columns_to_rows<Acc, Arch>(ot_ + t * e_ * T::rows + lane, T::rows, e_, inverse, to);
+        simd::columns_to_rows<Acc, Arch>(ot_ + t * e_ * R_ + lane, R_, e_, inverse, to);
         for (isize x = 0; !direct && x < count; ++x) simd::store_row<Arch, Acc>(out.type, to[x], e_, row[x]);
       }
   }
@@ -177,6 +183,18 @@ class sparse_tiles {
     isize stride(const row_source& from, isize width) const noexcept {
       return in_place ? from.row_bytes / static_cast<isize>(sizeof(Acc)) : width;
     }
+    /// Row j of the window that begins with row `base`.
+    const Acc* where(const row_source& from, isize j, isize base, isize width) const noexcept {
+      return in_place ? reinterpret_cast<const Acc*>(from.data + j * from.row_bytes) : rows + (j - base) * width;
+    }
+    /// Rows `next`, to be asked for.
+    detail::line_feed feed(const row_source& from, range next, isize width, isize every) const noexcept {
+      if (!in_place || next.empty()) return {};
+      const isize bytes = width * static_cast<isize>(sizeof(Acc)), count = next.last - next.first;
+      const std::byte* at = from.data + next.first * from.row_bytes;
+      if (bytes == from.row_bytes) return {at, at + count * bytes, count * bytes, 0, 1, every};
+      return {at, at + bytes, bytes, from.row_bytes, count, every};
+    }
     /// Rows [j0, j1) of the window that begins with row `base` and ends before `end`.
     const Acc* get(const row_source& from, isize j0, isize j1, isize base, isize end, isize width) noexcept {
       if (in_place) return reinterpret_cast<const Acc*>(from.data + j0 * from.row_bytes);
@@ -198,14 +216,15 @@ class sparse_tiles {
     }
   };
 
-  /// Rows of the next window are asked into L2, where every tile of it finds its own: a few for each panel of scores, for a burst
-  /// would fill the core's line buffers and stop it.
-  void ask_ahead(const key_set<Acc>& set) noexcept {
-    for (const isize stop = std::min(ahead_ + 4, ahead_end_); ahead_ < stop; ++ahead_) {
-      if (k_.in_place) simd::prefetch(set.k.data + ahead_ * set.k.row_bytes, d_ * static_cast<isize>(sizeof(Acc)));
-      if (v_.in_place) simd::prefetch(set.v.data + ahead_ * set.v.row_bytes, e_ * static_cast<isize>(sizeof(Acc)));
-    }
+  /// Steps of the values in a window, in which its tiles meet `keys` keys, for each line of the next window's rows.
+  isize pace_of(isize keys) const noexcept {
+    const isize lines = window_ * (ceil_div(d_, T::line) + ceil_div(e_, T::line));
+    const isize steps = keys * ceil_div(e_, T::MR(R_ == T::rows ? T::narrow : T::wide));
+    isize every = 2;
+    while (every < 16 && lines * every * 3 < steps) every *= 2;
+    return every;
   }
+  detail::line_feed& feed() noexcept { return feed_[feed_[0].rows > 0 ? 0 : 1]; }
 
   /// Keys [base, end) of the blocks of a list, for tile t.
   void absorb_window(const key_set<Acc>& set, const block_list& list, const block_cut& cut, isize t, isize base,
@@ -223,6 +242,7 @@ class sparse_tiles {
              list.at[last] * cut.size < end)
         ++last;
       const range keys{list.at[x] * cut.size, (list.at[last - 1] + isize{1}) * cut.size};
+      coming_ = last < list.count && list.at[last] * cut.size < end ? list.at[last] * cut.size : -1, base_ = base;
       add({set, list, cut.size, t, base, end, x}, meet(keys, {base, whole}), false, 0);
       add({set, list, cut.size, t, base, end, x}, meet(keys, {whole > base ? whole : base, seen}), true,
           at.first + cut.offset);
@@ -243,16 +263,20 @@ class sparse_tiles {
     const isize t = from.t;
     for (isize j0 = keys.first, count = 0; j0 < keys.last; j0 += count) {
       if (slots_ == 0)
-        for (isize r = 0; r < T::rows; ++r) top_[r] = -std::numeric_limits<Acc>::infinity();
+        for (isize r = 0; r < R_; ++r) top_[r] = -std::numeric_limits<Acc>::infinity();
       count = std::min(keys.last - j0, T::keys - slots_);
       const Acc* k = k_.get(from.set.k, j0, j0 + count, from.base, from.end, d_);
       const Acc* v = v_.get(from.set.v, j0, j0 + count, from.base, from.end, e_);
       v_stride_ = v_.stride(from.set.v, e_);
-      const bool gaps = name_runs(from, j0, count, v, masked);
+      const bool gaps = from.size < 8 ? name_runs(from, j0, count, v, masked) : one_run(count, v, masked);
       score(from.set, t, j0, count, k, masked, shift, gaps);
       slots_ += count;
       if (slots_ == T::keys) flush(t);
     }
+  }
+  bool one_run(isize count, const Acc* v, bool masked) noexcept {
+    runs_[used_runs_++] = {v, static_cast<std::int16_t>(slots_), static_cast<std::int16_t>(count), masked};
+    return false;
   }
   /// The runs of keys [j0, j0 + count) that are listed; true if some are not.
   bool name_runs(stretch_of_list& from, isize j0, isize count, const Acc* v, bool masked) noexcept {
@@ -281,24 +305,27 @@ class sparse_tiles {
              bool gaps) noexcept {
     const bool changed = masked || gaps || set.modify != nullptr;
     const isize stride = k_.stride(set.k, d_);
-    alignas(64) Acc unused[T::rows] = {}, bias[T::MR] = {};
-    Acc *s = s_ + slots_ * T::rows, *top = changed ? unused : top_;
-    detail::in_panels<T::MR>(count, [&](auto m, isize first) {
-      ask_ahead(set);
-      for (isize i = 0; set.bias != nullptr && i < m; ++i) bias[i] = set.bias[j0 + first + i] * log2e;
-      detail::sparse_scores<Arch, Acc, m>(d_, k + first * stride, stride, qt_ + t * d_ * T::rows, bias,
-                                          s + first * T::rows, top);
+    const Acc* next = coming_ < 0 ? k : k_.where(set.k, coming_, base_, d_);
+    alignas(64) Acc unused[T::wide_rows] = {}, bias[16] = {};
+    Acc *s = s_ + slots_ * R_, *top = changed ? unused : top_;
+    for_shape([&](auto vectors) {
+      detail::in_panels<T::MR(vectors)>(count, [&](auto m, isize first) {
+        for (isize i = 0; set.bias != nullptr && i < m; ++i) bias[i] = set.bias[j0 + first + i] * log2e;
+        detail::sparse_scores<Arch, Acc, m, vectors>(d_, k + first * stride, stride, qt_ + t * d_ * R_, bias,
+                                                     s + first * R_, top,
+                                                     first + m < count ? k + (first + m) * stride : next);
+      });
     });
     if (!changed) return;
     if (set.modify != nullptr) {
       mask_site at = set.site;
       at.h = at_[t].head;
-      set.modify->template apply<Acc>(at, at_[t].first, at_[t].count, j0, j0 + count, s, T::rows);
+      set.modify->template apply<Acc>(at, at_[t].first, at_[t].count, j0, j0 + count, s, R_);
     }
     for (isize n = first_run_, j = 0; gaps && n <= used_runs_; ++n) {  // what lies between the runs
       const isize next = n < used_runs_ ? runs_[n].slot - slots_ : count;
       for (; j < next; ++j)
-        for (isize r = 0; r < T::rows; ++r) s[j * T::rows + r] = -std::numeric_limits<Acc>::infinity();
+        for (isize r = 0; r < R_; ++r) s[j * R_ + r] = -std::numeric_limits<Acc>::infinity();
       if (n < used_runs_) j = next + runs_[n].count;
     }
     std::uint64_t* lanes = masked ? lanes_ + slots_ : nullptr;
@@ -306,25 +333,36 @@ class sparse_tiles {
       const isize hidden = j0 + j - shift;  // rows before this one do not see key j0 + j
       lanes[j] = hidden <= 0 ? ~std::uint64_t{0} : hidden >= 64 ? 0 : ~std::uint64_t{0} << hidden;
     }
-    detail::sparse_mask<Arch, Acc>(count, lanes, s, top_);
+    detail::sparse_mask<Arch, Acc>(R_, count, lanes, s, top_);
   }
 
   /// The scores that are kept become weights, and (m, l, O) of tile t takes them in.
   void flush(isize t) noexcept {
     if (slots_ == 0) return;
-    alignas(64) Acc alpha[T::rows];
-    detail::sparse_exponentials<Arch, Acc>(slots_, s_, top_, m_ + t * T::rows, l_ + t * T::rows, alpha);
-    detail::in_panels<T::MR>(e_, [&](auto m, isize c) {
-      detail::sparse_values<Arch, Acc, m>(runs_, used_runs_, c, v_stride_, s_, lanes_, alpha,
-                                          ot_ + (t * e_ + c) * T::rows);
+    alignas(64) Acc alpha[T::wide_rows];
+    for (isize k = 0; k < runs_[0].count && k < 16; ++k) simd::prefetch_line(runs_[0].v + k * v_stride_);
+    detail::sparse_exponentials<Arch, Acc>(R_, slots_, s_, top_, m_ + t * R_, l_ + t * R_, alpha);
+    for_shape([&](auto vectors) {
+      detail::in_panels<T::MR(vectors)>(e_, [&](auto m, isize c) {
+        detail::sparse_values<Arch, Acc, m, vectors>(runs_, used_runs_, c, v_stride_, s_, lanes_, alpha,
+                                                     ot_ + (t * e_ + c) * R_, feed());
+      });
     });
     slots_ = used_runs_ = 0;
   }
 
-  isize d_, e_, tiles_, window_, wide_, used_ = 0, b_ = 0;
+  /// f(constant of the vectors of a tile).
+  template <class F>
+  FOVEA_INLINE void for_shape(F&& f) const {
+    if (T::wide != T::narrow && R_ == T::wide_rows) return f(tile::constant<T::wide>{});
+    f(tile::constant<T::narrow>{});
+  }
+
+  isize d_, e_, tiles_, R_, window_, wide_, used_ = 0, b_ = 0;
   isize slots_ = 0, used_runs_ = 0, first_run_ = 0, v_stride_ = 0;
-  isize ahead_ = 0, ahead_end_ = 0;  // rows of the next window that are still to be asked for
-  alignas(64) Acc top_[T::rows];
+  isize coming_ = -1, base_ = 0;  // the stretch of keys behind this one in the window; none: -1
+  detail::line_feed feed_[2];     // rows of the next window that are still to be asked for
+  alignas(64) Acc top_[T::wide_rows];
   row_window k_, v_;
   Acc *qt_, *ot_, *m_, *l_, *s_, *rows_of_, *zeros_;
   tile_rows* at_;

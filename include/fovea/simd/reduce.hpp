@@ -44,6 +44,15 @@ FOVEA_INLINE void prefetch_to_write(const void* p, isize bytes) {
 #endif
 }
 
+/// Asks for one line in L1.
+FOVEA_INLINE void prefetch_line(const void* p) {
+#if defined(__GNUC__) || defined(__clang__)
+  __builtin_prefetch(p);
+#else
+  (void)p;
+#endif
+}
+
 /// An address offset that is to stay in a register instead of being worked out again.
 FOVEA_INLINE void keep_in_register(isize& x) {
 #if defined(__GNUC__) || defined(__clang__)
