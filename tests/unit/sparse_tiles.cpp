@@ -54,11 +54,12 @@ struct trial {
   template <class Loop, class Acc>
   void run(isize rounds, const std::vector<Acc>& bias = {}, const score* modify = nullptr) {
     const isize count = static_cast<isize>(tiles.size());
+    const isize height = tiles.front().count > Loop::rows ? Loop::wide_rows : Loop::rows;
     arena measure;
-    Loop(measure, count, d, e);
+    Loop(measure, count, d, e, height);
     const buffer memory(measure.bytes());
     arena own(memory.span());
-    Loop at(own, count, d, e);
+    Loop at(own, count, d, e, height);
     const tensor_ref Q = q, K = k, V = v;
     kernel::key_set<Acc> set;
     set.k = rows_of(K, 0, 0), set.v = rows_of(V, 0, 0), set.count = m, set.site = {0, 0, n, m, 1, 1};
@@ -74,7 +75,7 @@ struct trial {
       }
       at.absorb(set, views.data(), {block, causal, offset});
     }
-    std::vector<Acc> squares(static_cast<std::size_t>(Loop::rows));
+    std::vector<Acc> squares(static_cast<std::size_t>(height));
     lengths.clear();
     for (isize t = 0; t < count; ++t) {
       at.squared_lengths(t, squares.data());
@@ -127,12 +128,18 @@ TEST_CASE("sparse tiles: lists of blocks are attention to their keys") {
         CHECK(x.error<float>() < 2e-5);
         x.run<loop, float>(3);
         CHECK(x.error<float>() < 2e-5);
+        trial wide(loop::wide_rows, 70, 1500, 24, 40, block, causal, share, dtype::f32,
+                   static_cast<std::uint64_t>(block));
+        wide.run<loop, float>(2);
+        CHECK(wide.error<float>() < 2e-5);
       }
   for (const isize d : {isize{1}, isize{3}, isize{17}, isize{64}, isize{130}})
     for (const isize e : {isize{1}, isize{5}, isize{64}, isize{80}}) {
-      trial x(std::min<isize>(7, loop::rows), 20, 90, d, e, 16, true, 0.5);
-      x.run<loop, float>(1);
-      CHECK(x.error<float>() < 1e-4);
+      for (const isize rows : {std::min<isize>(7, loop::rows), loop::wide_rows}) {
+        trial x(rows, 40, 90, d, e, 16, true, 0.5);
+        x.run<loop, float>(1);
+        CHECK(x.error<float>() < 1e-4);
+      }
     }
 }
 
@@ -167,15 +174,18 @@ TEST_CASE("sparse tiles: biases and score modifications") {
 }
 
 TEST_CASE("sparse tiles: what a row does not see cannot reach it") {
-  trial x(loop::rows, 64, 64, 16, 16, 8, true, 0.7);
-  for (isize c = 0; c < 16; ++c)
-    x.k.set(0, 0, 37, c, std::numeric_limits<double>::quiet_NaN()),
-        x.v.set(0, 0, 41, c, std::numeric_limits<double>::infinity());
-  x.run<loop, float>(1);
-  for (std::size_t t = 0; t < x.tiles.size(); ++t)
-    for (isize i = x.tiles[t].first; i < x.tiles[t].first + x.tiles[t].count; ++i) {
-      bool reached = false;
-      for (const std::int32_t J : x.lists[t]) reached = reached || (J == 37 / 8 && i >= 37) || (J == 41 / 8 && i >= 41);
-      CHECK(std::isfinite(x.out.get(0, 0, i, 3)) == !reached);
-    }
+  for (const isize rows : {loop::rows, loop::wide_rows}) {
+    trial x(rows, 64, 64, 16, 16, 8, true, 0.7);
+    for (isize c = 0; c < 16; ++c)
+      x.k.set(0, 0, 37, c, std::numeric_limits<double>::quiet_NaN()),
+          x.v.set(0, 0, 41, c, std::numeric_limits<double>::infinity());
+    x.run<loop, float>(1);
+    for (std::size_t t = 0; t < x.tiles.size(); ++t)
+      for (isize i = x.tiles[t].first; i < x.tiles[t].first + x.tiles[t].count; ++i) {
+        bool reached = false;
+        for (const std::int32_t J : x.lists[t])
+          reached = reached || (J == 37 / 8 && i >= 37) || (J == 41 / 8 && i >= 41);
+        CHECK(std::isfinite(x.out.get(0, 0, i, 3)) == !reached);
+      }
+  }
 }

@@ -57,6 +57,7 @@ struct hybrid_plan {
   isize keeps = 0;                 ///< kept keys
   isize first_block, per_head;     ///< query blocks of a head
   isize unit_rows, unit_tiles;     ///< of a query block, at most
+  isize tile_height;               ///< rows of a tile
   isize most_units, most_tiles;    ///< of a superblock; of a batch
   std::uint8_t* record = nullptr;  ///< [B, H, query blocks, key blocks]: the fates, for who asks for them; null: nobody
 
@@ -79,9 +80,10 @@ struct hybrid_plan {
     rows = s.group() * s.n, parts = needs.parts;
     first_block = past / m.block_q;
     per_head = s.n > 0 ? (s.n - 1 + past) / m.block_q + 1 - first_block : 0;
-    unit_rows = std::min(m.block_q, s.n), unit_tiles = ceil_div(unit_rows, tiles::rows);
+    unit_rows = std::min(m.block_q, s.n), tile_height = tiles::rows_for(unit_rows);
+    unit_tiles = ceil_div(unit_rows, tile_height);
     const isize room = s.group() * std::min(s.n, s.n / m.block_q + 2);  // units, wherever the blocks begin
-    most_tiles = std::min(tiles::most(s.d, s.e), room * unit_tiles);
+    most_tiles = std::min(tiles::most(s.d, s.e, tile_height), room * unit_tiles);
     most_units = few() ? 64 / std::max(unit_rows, isize{1}) : unit_tiles > 0 ? most_tiles / unit_tiles : 0;
     most_units = std::min(std::max(most_units, isize{1}), room);
     if (rule.share > 1) most_units = std::max(most_units / rule.share, isize{1}) * rule.share;

@@ -124,7 +124,7 @@ inline std::size_t hybrid_state_bytes(const hybrid_attention& m, const shape& s)
 template <class Acc>
 struct hybrid_run : hybrid_plan<Acc> {
   using base = hybrid_plan<Acc>;
-  using base::m, base::s, base::rule, base::rows, base::parts, base::most_units, base::most_tiles;
+  using base::m, base::s, base::rule, base::rows, base::parts, base::most_units, base::most_tiles, base::tile_height;
   using typename base::planner;
   using typename base::unit;
   using dense = kernel::online_softmax<simd::native, Acc>;
@@ -143,7 +143,8 @@ struct hybrid_run : hybrid_plan<Acc> {
     kernel::tile_rows* rows;
     isize* unit_of;
     kernel::block_list* lists;
-    tile_slot(arena& memory, const hybrid_run& x) : planner(memory, x), run(memory, x.most_tiles, x.s.d, x.s.e) {
+    tile_slot(arena& memory, const hybrid_run& x)
+        : planner(memory, x), run(memory, x.most_tiles, x.s.d, x.s.e, x.tile_height) {
       rows = memory.take<kernel::tile_rows>(x.most_tiles);
       unit_of = memory.take<isize>(x.most_tiles);
       lists = memory.take<kernel::block_list>(x.most_tiles);
@@ -234,8 +235,8 @@ struct hybrid_run : hybrid_plan<Acc> {
     };
     for (isize u = 0; u < at.count; ++u) {
       const unit x = this->unit_at(at.first + u);
-      for (isize i = 0; i < x.count; i += tiles::rows) {
-        at.rows[count] = {g * s.group() + x.head, x.first + i, std::min(tiles::rows, x.count - i)};
+      for (isize i = 0; i < x.count; i += tile_height) {
+        at.rows[count] = {g * s.group() + x.head, x.first + i, std::min(tile_height, x.count - i)};
         at.unit_of[count] = u;
         if (++count == most_tiles) flush();
       }

@@ -58,7 +58,7 @@ class sparse_tiles {
 
   /// Tiles that are worked on together: their q and o fill half a megabyte at most.
   static isize most(isize d, isize e, isize rows_each = rows) {
-    isize all = 1024;
+    isize all = 512;
     while (all > rows_each && all * (d + e) * static_cast<isize>(sizeof(Acc)) > (512 << 10)) all /= 2;
     return all < rows_each ? 1 : all / rows_each;
   }
@@ -101,6 +101,7 @@ class sparse_tiles {
 
   /// lists [count of begin]: the blocks of each tile.
   void absorb(const key_set<Acc>& set, const block_list* lists, const block_cut& cut) noexcept {
+    for (Acc& x : bias_) x = Acc(0);
     isize first = set.count, last = 0, listed = 0;
     for (isize t = 0; t < used_; ++t) {
       cursor_[t] = 0, listed += lists[t].count * cut.size;
@@ -243,9 +244,9 @@ class sparse_tiles {
         ++last;
       const range keys{list.at[x] * cut.size, (list.at[last - 1] + isize{1}) * cut.size};
       coming_ = last < list.count && list.at[last] * cut.size < end ? list.at[last] * cut.size : -1, base_ = base;
-      add({set, list, cut.size, t, base, end, x}, meet(keys, {base, whole}), false, 0);
-      add({set, list, cut.size, t, base, end, x}, meet(keys, {whole > base ? whole : base, seen}), true,
-          at.first + cut.offset);
+      stretch_of_list from{set, list, cut.size, t, base, end, x};
+      add(from, meet(keys, {base, whole}), false, 0);
+      if (keys.last > whole) add(from, meet(keys, {whole > base ? whole : base, seen}), true, at.first + cut.offset);
       x = keys.last > end ? last - 1 : last;
       if (keys.last > end) break;  // the rest of the block in the next window
     }
@@ -259,7 +260,7 @@ class sparse_tiles {
     isize size, t, base, end, x;
   };
   /// Scores of `keys` into the next slots. masked: row l of the tile sees key j if j <= shift + l.
-  void add(stretch_of_list from, range keys, bool masked, isize shift) noexcept {
+  void add(stretch_of_list& from, range keys, bool masked, isize shift) noexcept {
     const isize t = from.t;
     for (isize j0 = keys.first, count = 0; j0 < keys.last; j0 += count) {
       if (slots_ == 0)
@@ -306,12 +307,11 @@ class sparse_tiles {
     const bool changed = masked || gaps || set.modify != nullptr;
     const isize stride = k_.stride(set.k, d_);
     const Acc* next = coming_ < 0 ? k : k_.where(set.k, coming_, base_, d_);
-    alignas(64) Acc unused[T::wide_rows] = {}, bias[16] = {};
-    Acc *s = s_ + slots_ * R_, *top = changed ? unused : top_;
+    Acc *s = s_ + slots_ * R_, *top = changed ? unused_ : top_;
     for_shape([&](auto vectors) {
       detail::in_panels<T::MR(vectors)>(count, [&](auto m, isize first) {
-        for (isize i = 0; set.bias != nullptr && i < m; ++i) bias[i] = set.bias[j0 + first + i] * log2e;
-        detail::sparse_scores<Arch, Acc, m, vectors>(d_, k + first * stride, stride, qt_ + t * d_ * R_, bias,
+        for (isize i = 0; set.bias != nullptr && i < m; ++i) bias_[i] = set.bias[j0 + first + i] * log2e;
+        detail::sparse_scores<Arch, Acc, m, vectors>(d_, k + first * stride, stride, qt_ + t * d_ * R_, bias_,
                                                      s + first * R_, top,
                                                      first + m < count ? k + (first + m) * stride : next);
       });
@@ -362,7 +362,7 @@ class sparse_tiles {
   isize slots_ = 0, used_runs_ = 0, first_run_ = 0, v_stride_ = 0;
   isize coming_ = -1, base_ = 0;  // the stretch of keys behind this one in the window; none: -1
   detail::line_feed feed_[2];     // rows of the next window that are still to be asked for
-  alignas(64) Acc top_[T::wide_rows];
+  alignas(64) Acc top_[T::wide_rows], unused_[T::wide_rows] = {}, bias_[16];
   row_window k_, v_;
   Acc *qt_, *ot_, *m_, *l_, *s_, *rows_of_, *zeros_;
   tile_rows* at_;
