@@ -306,14 +306,14 @@ class sparse_tiles {
              bool gaps) noexcept {
     const bool changed = masked || gaps || set.modify != nullptr;
     const isize stride = k_.stride(set.k, d_);
-    const Acc* next = coming_ < 0 ? k : k_.where(set.k, coming_, base_, d_);
+    const Acc* coming = coming_ < 0 ? k : k_.where(set.k, coming_, base_, d_);
     Acc *s = s_ + slots_ * R_, *top = changed ? unused_ : top_;
     for_shape([&](auto vectors) {
       detail::in_panels<T::MR(vectors)>(count, [&](auto m, isize first) {
         for (isize i = 0; set.bias != nullptr && i < m; ++i) bias_[i] = set.bias[j0 + first + i] * log2e;
         detail::sparse_scores<Arch, Acc, m, vectors>(d_, k + first * stride, stride, qt_ + t * d_ * R_, bias_,
                                                      s + first * R_, top,
-                                                     first + m < count ? k + (first + m) * stride : next);
+                                                     first + m < count ? k + (first + m) * stride : coming);
       });
     });
     if (!changed) return;
