@@ -60,7 +60,7 @@ draw make_draw(std::uint64_t seed) {
   m.compensate = m.select == block_selector::pattern ? compensation::none : static_cast<compensation>(r.integer(0, 2));
   m.parts = m.compensate == compensation::zeroth ? r.integer(1, 3) : 1;
   m.block_q = r.coin(0.3) ? 1
-              : r.coin()  ? 16
+              : r.coin()  ? r.coin(0.7) ? 16 : 32
                           : r.integer(2, 20),
   m.block_k = m.parts * (r.coin(0.2) ? 16 : r.integer(1, 12));
   m.budget = r.coin(0.9) ? r.uniform() : 0, m.top = r.coin(0.2) ? r.integer(1, 5) : 0;
