@@ -28,7 +28,7 @@ class hybrid_int8 {
   static bool takes(const plan& x) {
     return x.m.arithmetic == precision::int8 && x.plans() && !x.few() && tiles::takes(x.s.d);
   }
-  static isize most_tiles(const plan& x) { return std::max(x.most_tiles * plan::tiles::rows / tiles::rows, isize{1}); }
+  static isize most_tiles(const plan& x) { return std::max(x.most_tiles * x.tile_height / tiles::rows, isize{1}); }
 
   /// The rounded tokens of one KV head.
   struct head {
