@@ -256,7 +256,8 @@ TEMPLATE_LIST_TEST_CASE("exp2: error in units of the last place", "", packs) {
                         r.uniform(-1.0, 1.0) * 0x1p-12));  // where n changes
   }
   INFO("worst error " << worst << " ulp");
-  CHECK(worst <= (fuses<P> ? single ? 1.9 : 1.0 : single ? 2.0 : 1.2));  // what simd/exp.hpp states
+  const double float_bound = P::size == 16 ? 2.1 : fuses<P> ? 1.9 : 2.0;  // AVX-512 rounds down
+  CHECK(worst <= (single ? float_bound : fuses<P> ? 1.0 : 1.2));          // what simd/exp.hpp states
 }
 
 TEMPLATE_LIST_TEST_CASE("exp2: exact at integers; zero far below; never a denormal; NaN stays NaN", "", packs) {
@@ -284,6 +285,25 @@ TEMPLATE_LIST_TEST_CASE("exp2: exact at integers; zero far below; never a denorm
   }
   CHECK(at(T(0)) == 1);
   CHECK(at(T(-0.0)) == 1);
+}
+
+TEMPLATE_LIST_TEST_CASE("exp2_shifted: 2^(x - shift), the same bits in both forms", "", packs) {
+  using X = TestType;
+  using P = typename X::P;
+  using T = typename X::type;
+  using power = simd::exp2_shifted<T, typename X::arch>;
+  test::random r(11);
+  for (int i = 0; i < 5000; ++i) {
+    const T most = static_cast<T>(r.uniform(-99.0, 99.0)), x = most - static_cast<T>(r.uniform(0.0, 124.0));
+    const P shift = power::shift_for(P(most));
+    const T by = lanes_of<X>(shift)[0], got = lanes_of<X>(power(shift)(P(x)))[0];
+    REQUIRE((by >= most && by < most + 1 && power::near(shift)));
+    const double want = std::exp2(static_cast<double>(x) - static_cast<double>(by));
+    REQUIRE(std::fabs(static_cast<double>(got) - want) <=
+            want * 300 * static_cast<double>(std::numeric_limits<T>::epsilon()));
+    if constexpr (std::is_constructible_v<typename power::far_form, P>)
+      REQUIRE(same(got, lanes_of<X>(typename power::far_form(shift)(P(x)))[0]));
+  }
 }
 
 TEMPLATE_LIST_TEST_CASE("exp: relative error grows no faster than its argument", "", packs) {
