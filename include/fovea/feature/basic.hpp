@@ -58,15 +58,12 @@ struct elu1 {
   template <class Arch, class Acc>
   void apply(const feature_block<Acc>& b, Acc*) const noexcept {
     using P = simd::pack<Acc, Arch>;
-    const auto phi = [](P y) FOVEA_INLINE_LAMBDA {
-      return simd::max(P(Acc(0)), y) + simd::exp(simd::min(P(Acc(0)), y));  // y second: NaN survives
-    };
     const isize whole = b.width / P::size * P::size, left = b.width - whole;
     for (isize t = 0; t < b.rows; ++t) {
       const Acc* x = b.x + t * b.x_stride;
       Acc* out = b.out + t * b.out_stride;
-      for (isize c = 0; c < whole; c += P::size) phi(P::load(x + c)).store(out + c);
-      if (left > 0) simd::store_n(out + whole, phi(simd::load_n<P>(x + whole, left)), left);
+      for (isize c = 0; c < whole; c += P::size) simd::exp_then_line(P::load(x + c)).store(out + c);
+      if (left > 0) simd::store_n(out + whole, simd::exp_then_line(simd::load_n<P>(x + whole, left)), left);
     }
   }
   isize derive_scratch(isize) const { return 0; }

@@ -178,39 +178,62 @@ struct hedgehog {
   }
 
  private:
+  /// A row of ordinary numbers: e^y and e^-y share their work, nothing is subtracted before.
+  template <class Arch, class Acc>
+  FOVEA_INLINE static void pair_row(const Acc* from, isize r, simd::pack<Acc, Arch> s, Acc* to,
+                                    simd::pack<Acc, Arch>& up, simd::pack<Acc, Arch>& down) {
+    using P = simd::pack<Acc, Arch>;
+    P above(Acc(0)), below(Acc(0));
+    for (isize c = 0; c < r; c += P::size) {
+      P a, b;
+      simd::exp_pair(P::load(from + c) * s, a, b);
+      a.store(to + c), b.store(to + r + c);
+      above = above + a, below = below + b;
+    }
+    up = above, down = below;
+  }
+  /// Any row, its largest elements subtracted.
+  template <class Arch, class Acc>
+  FOVEA_NOINLINE void pair_far_row(const Acc* from, isize r, Acc scale, Acc* to, simd::pack<Acc, Arch>& up,
+                                   simd::pack<Acc, Arch>& down) const {
+    using P = simd::pack<Acc, Arch>;
+    Acc top, low;
+    feature::row_range<Arch, Acc>(from, r, top, low);
+    if (form == hedgehog_form::joint) top = low = top > low || top != top ? top : low;
+    const P s(scale), back(-scale), zero(Acc(0)), rise(-scale * top), fall(-scale * low);
+    P above = zero, below = zero;
+    for (isize c = 0; c < r; c += P::size) {
+      const simd::lane_bits real = r - c < P::size ? (1U << (r - c)) - 1U : ~0U;
+      const P x = simd::load_n<P>(from + c, r - c);
+      const P a = simd::exp(simd::fma(x, s, rise)), b = simd::exp(simd::fma(x, back, fall));
+      simd::store_n(to + c, a, r - c), simd::store_n(to + r + c, b, r - c);
+      above = above + simd::select(real, a, zero), below = below + simd::select(real, b, zero);
+    }
+    up = above, down = below;
+  }
   /// Up to W rows y [r] -> features [2 r], which may begin where y does. By passes over all rows: one row alone waits for its own sums.
   template <class Arch, class Acc>
   FOVEA_INLINE void pair(const Acc* y, isize y_stride, isize rows, isize r, Acc* out, isize stride) const {
     using P = simd::pack<Acc, Arch>;
     const bool joint = form == hedgehog_form::joint;
     const Acc scale = joint ? Acc(2) : Acc(1);
-    const P s(scale), back(-scale), zero(Acc(0));
-    Acc top[P::size], low[P::size], first[P::size], second[P::size];  // the largest of y and of -y; the sums
+    const P s(scale), zero(Acc(0));
+    Acc top[P::size], first[P::size], second[P::size];  // the largest of |y|; the sums
     P up[P::size], down[P::size];
-    for (isize t = 0; t < rows; ++t) {
-      feature::row_range<Arch, Acc>(y + t * y_stride, r, top[t], low[t]);
-      if (joint) top[t] = low[t] = top[t] > low[t] || top[t] != top[t] ? top[t] : low[t];
+    P most[P::size];
+    for (isize t = 0; t < P::size; ++t) {
+      most[t] = up[t] = down[t] = zero;
+      for (isize c = 0; form != hedgehog_form::paired && t < rows && c < r; c += P::size)
+        most[t] = simd::most_magnitude(simd::load_n<P>(y + t * y_stride + c, r - c), most[t]);
     }
-    for (isize t = 0; t < P::size; ++t) up[t] = down[t] = zero;
+    simd::max_each(most).store(top);
     for (isize t = 0; t < rows; ++t) {
-      const P rise(-scale * top[t]), fall(-scale * low[t]);
       const Acc* from = y + t * y_stride;
       Acc* to = out + t * stride;
-      P above = zero, below = zero;
-      isize c = 0;
-      for (; c + P::size <= r; c += P::size) {
-        const P x = P::load(from + c), a = simd::exp(simd::fma(x, s, rise)), b = simd::exp(simd::fma(x, back, fall));
-        a.store(to + c), b.store(to + r + c);
-        above = above + a, below = below + b;
-      }
-      if (c < r) {
-        const simd::lane_bits real = (1U << (r - c)) - 1U;
-        const P x = simd::load_n<P>(from + c, r - c);
-        const P a = simd::exp(simd::fma(x, s, rise)), b = simd::exp(simd::fma(x, back, fall));
-        simd::store_n(to + c, a, r - c), simd::store_n(to + r + c, b, r - c);
-        above = above + simd::select(real, a, zero), below = below + simd::select(real, b, zero);
-      }
-      up[t] = above, down[t] = below;
+      if (form != hedgehog_form::paired && r % P::size == 0 && scale * top[t] <= Acc(40))
+        pair_row<Arch, Acc>(from, r, s, to, up[t], down[t]);
+      else
+        pair_far_row<Arch, Acc>(from, r, scale, to, up[t], down[t]);
     }
     if (form == hedgehog_form::paired) return;
     const P a = simd::sum_each(up), b = simd::sum_each(down);

@@ -13,14 +13,22 @@
 /// The state is held as S = c S~ with c the decays since the block began: see kernel/linear_weights.hpp.
 ///
 /// Contract   `settles` marks tokens before whose update S~ is multiplied by a row `keep` (c has been given to S~); `finish` multiplies S~
-///            behind the last token. Null: never.
+///            behind the last token. Null: never. `ahead`: memory that the caller reads or writes next; it is only asked for.
 /// Cost       per row of S, T = 3, four vectors: 24 fused multiply-adds, 10 loads, 4 stores; delta rules, T = 2: 24, 10, 4.
 /// Numerics   each column is computed alone and in one order: the result does not depend on the panel or the vector width, nor, without
 ///            the delta rule, on T.
 /// Source     docs/mechanisms/linear.md derives the step.
 
-#include <fovea/simd/pack.hpp>
+#include <fovea/simd/reduce.hpp>
 #include <fovea/tile/unroll.hpp>
+
+#if defined(__clang__)
+#define FOVEA_UNROLL_4 _Pragma("unroll 4")
+#elif defined(__GNUC__)
+#define FOVEA_UNROLL_4 _Pragma("GCC unroll 4")
+#else
+#define FOVEA_UNROLL_4
+#endif
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -40,6 +48,18 @@ inline constexpr isize sweep_tokens = 126;
 template <class Acc>
 inline constexpr isize panel_width = static_cast<isize>(128 / sizeof(Acc));
 
+/// Rows that the next block needs: a line of 64 bytes is asked for with each row of S, while the products leave the load ports idle.
+struct sweep_ahead {
+  const char* at;
+  isize rows, lines, stride;  ///< lines of a row, bytes between rows
+
+  static sweep_ahead of(const void* first, isize rows, isize width, isize stride) {
+    const auto* p = static_cast<const char*>(first);
+    if (width == stride) return {p, (rows * width + 63) / 64, 1, 64};
+    return {p, rows, (width + 63) / 64, stride};
+  }
+};
+
 /// Up to sweep_tokens tokens of one state head.
 template <class Acc>
 struct sweep_block {
@@ -56,6 +76,8 @@ struct sweep_block {
   const unsigned char* settles;    ///< [tokens] or null
   const Acc *keep, *finish;        ///< [tokens][keep_stride], [r] with keep_step apart; finish may be null
   isize keep_stride, keep_step;    ///< keep_step 0: one number for all rows
+  const sweep_ahead* ahead;        ///< [aheads]
+  isize aheads;
 };
 
 /// Columns of all rows: of the values, and of the outputs of each head.
@@ -76,35 +98,61 @@ FOVEA_INLINE isize vector_at(int n, isize panel_stride) {
   return (n / V) * panel_stride + (n % V) * P::size;
 }
 
+/// How far the requests for a block's `ahead` have come, and the lines that one sweep asks for: `count` in a row, then `jump` bytes on.
+struct ahead_place {
+  isize set = 0, row = 0;
+};
+struct ahead_lines {
+  const char* at;
+  isize count, jump;
+};
+
+template <class Acc>
+FOVEA_INLINE ahead_lines next_lines(const sweep_block<Acc>& b, ahead_place& p, const void* none) {
+  while (p.set < b.aheads && p.row >= b.ahead[p.set].rows) ++p.set, p.row = 0;
+  if (p.set >= b.aheads) return {static_cast<const char*>(none), b.r, 0};
+  const sweep_ahead& a = b.ahead[p.set];
+  const isize rows = b.r < a.lines ? 1 : b.r / a.lines;
+  const char* at = a.at + p.row * a.stride;
+  p.row += rows;
+  if (a.lines == 1 && a.stride == 64) return {at, b.r, 0};
+  return {at, a.lines, a.stride - a.lines * 64};
+}
+
 /// One sweep over the rows of S: T tokens update (x), H heads read each (o), and T rows of u read the result (w), as asked for.
 template <class Arch, class Acc, int T, int NR, int H, bool Store, bool Next>
 FOVEA_INLINE void sweep_rows(isize r, Acc* S, isize panel_stride, const Acc* k, isize k_stride, const Acc* q,
                              isize q_stride, isize q_head_stride, const Acc* u, isize u_stride,
                              const simd::pack<Acc, Arch> (&x)[T][NR], simd::pack<Acc, Arch> (&o)[H][T][NR],
-                             simd::pack<Acc, Arch> (&w)[T][NR]) {
+                             simd::pack<Acc, Arch> (&w)[T][NR], ahead_lines ahead) {
   using P = simd::pack<Acc, Arch>;
   tile::unroll<T * NR>([&](auto i) FOVEA_INLINE_LAMBDA {
     tile::unroll<H>([&](auto h) FOVEA_INLINE_LAMBDA { o[h][i / NR][i % NR] = P(Acc(0)); });
     if constexpr (Next) w[i / NR][i % NR] = P(Acc(0));
   });
-  for (isize e = 0; e < r; ++e, S += panel_width<Acc>) {
-    P s[NR];
-    tile::unroll<NR>([&](auto n) FOVEA_INLINE_LAMBDA { s[n] = P::load(S + vector_at<P>(n, panel_stride)); });
-    tile::unroll<T>([&](auto t) FOVEA_INLINE_LAMBDA {
-      const P f(k[t * k_stride + e]);
-      tile::unroll<NR>([&](auto n) FOVEA_INLINE_LAMBDA { s[n] = simd::fma(f, x[t][n], s[n]); });
-      tile::unroll<H>([&](auto h) FOVEA_INLINE_LAMBDA {
-        const P g(q[h * q_head_stride + t * q_stride + e]);
-        tile::unroll<NR>([&](auto n) FOVEA_INLINE_LAMBDA { o[h][t][n] = simd::fma(g, s[n], o[h][t][n]); });
-      });
-    });
-    if constexpr (Store)
-      tile::unroll<NR>([&](auto n) FOVEA_INLINE_LAMBDA { s[n].store(S + vector_at<P>(n, panel_stride)); });
-    if constexpr (Next)
+  for (isize e = 0; e < r; ahead.at += ahead.jump) {
+    const isize end = e + ahead.count < r ? e + ahead.count : r;
+    FOVEA_UNROLL_4
+    for (; e < end; ++e, S += panel_width<Acc>) {
+      simd::prefetch(ahead.at, 64), ahead.at += 64;
+      P s[NR];
+      tile::unroll<NR>([&](auto n) FOVEA_INLINE_LAMBDA { s[n] = P::load(S + vector_at<P>(n, panel_stride)); });
       tile::unroll<T>([&](auto t) FOVEA_INLINE_LAMBDA {
-        const P g(u[t * u_stride + e]);
-        tile::unroll<NR>([&](auto n) FOVEA_INLINE_LAMBDA { w[t][n] = simd::fma(g, s[n], w[t][n]); });
+        const P f(k[t * k_stride + e]);
+        tile::unroll<NR>([&](auto n) FOVEA_INLINE_LAMBDA { s[n] = simd::fma(f, x[t][n], s[n]); });
+        tile::unroll<H>([&](auto h) FOVEA_INLINE_LAMBDA {
+          const P g(q[h * q_head_stride + t * q_stride + e]);
+          tile::unroll<NR>([&](auto n) FOVEA_INLINE_LAMBDA { o[h][t][n] = simd::fma(g, s[n], o[h][t][n]); });
+        });
       });
+      if constexpr (Store)
+        tile::unroll<NR>([&](auto n) FOVEA_INLINE_LAMBDA { s[n].store(S + vector_at<P>(n, panel_stride)); });
+      if constexpr (Next)
+        tile::unroll<T>([&](auto t) FOVEA_INLINE_LAMBDA {
+          const P g(u[t * u_stride + e]);
+          tile::unroll<NR>([&](auto n) FOVEA_INLINE_LAMBDA { w[t][n] = simd::fma(g, s[n], w[t][n]); });
+        });
+    }
   }
 }
 
@@ -146,6 +194,7 @@ struct sweep_place {
   Acc* S;
   isize panel_stride;
   sweep_columns<Acc> to;
+  ahead_lines ahead;
   alignas(64) Acc w[2 * NR * simd::pack<Acc, Arch>::size];
 };
 
@@ -172,7 +221,7 @@ FOVEA_INLINE void sweep_heads(sweep_place<Arch, Acc, NR>& at, isize t, isize h) 
     });
   sweep_rows<Arch, Acc, T, NR, H, Store, Next>(b.r, at.S, at.panel_stride, b.k + t * b.k_stride, b.k_stride,
                                                b.q + h * b.q_head_stride + t * b.q_stride, b.q_stride, b.q_head_stride,
-                                               b.u + (t + T) * b.u_stride, b.u_stride, x, o, w);
+                                               b.u + (t + T) * b.u_stride, b.u_stride, x, o, w, at.ahead);
   if constexpr (Next)
     tile::unroll<T * NR>([&](auto i) FOVEA_INLINE_LAMBDA { w[i / NR][i % NR].store(at.w + i * P::size); });
   tile::unroll<H>([&](auto head) FOVEA_INLINE_LAMBDA {
@@ -205,9 +254,10 @@ FOVEA_NOINLINE void sweep_step(sweep_place<Arch, Acc, NR>& at, isize t) {
 
 /// All tokens of a block over NR vectors of columns.
 template <class Arch, class Acc, bool Delta, bool Grouped, int NR>
-void sweep_columns_of(const sweep_block<Acc>& b, Acc* S, isize panel_stride, const sweep_columns<Acc>& to) noexcept {
+void sweep_columns_of(const sweep_block<Acc>& b, Acc* S, isize panel_stride, const sweep_columns<Acc>& to,
+                      ahead_place& ahead) noexcept {
   constexpr int T = sweep_shape<Arch, Delta, Grouped>::T;
-  sweep_place<Arch, Acc, NR> at{b, S, panel_stride, to, {}};
+  sweep_place<Arch, Acc, NR> at{b, S, panel_stride, to, {}, {}};
   const auto settles = [&](isize t) { return b.settles != nullptr && b.settles[t] != 0; };
   const auto whole = [&](isize t) {  // may tokens [t, t + T) make a step?
     bool yes = t + T <= b.tokens && !(Delta && settles(t));
@@ -226,6 +276,7 @@ void sweep_columns_of(const sweep_block<Acc>& b, Acc* S, isize panel_stride, con
     }
     if (settles(t)) keep_rows<Arch, Acc, NR>(b.r, S, panel_stride, b.keep + t * b.keep_stride, b.keep_step);
     seen = Delta && step && whole(t + T);
+    at.ahead = next_lines(b, ahead, S);
     if (seen)
       sweep_step<Arch, Acc, Delta, Grouped, T, NR, Delta>(at, t);
     else if (step)
@@ -243,14 +294,15 @@ void sweep_panels_of(const sweep_block<Acc>& b, Acc* S, isize first, isize last,
   constexpr int NR = sweep_shape<Arch, Delta, Grouped>::NR;
   const isize panel_stride = b.r * panel_width<Acc>, end = last * V;
   to.v += first * panel_width<Acc>, to.out += first * panel_width<Acc>;
+  ahead_place ahead;
   for (isize c = first * V; c < end;) {
     const isize left = end - c;
     Acc* at = S + c / V * panel_stride + c % V * W;
     isize done = NR;
     if constexpr (NR > V)
       if (left < NR)
-        done = V, sweep_columns_of<Arch, Acc, Delta, Grouped, static_cast<int>(V)>(b, at, panel_stride, to);
-    if (done == NR) sweep_columns_of<Arch, Acc, Delta, Grouped, NR>(b, at, panel_stride, to);
+        done = V, sweep_columns_of<Arch, Acc, Delta, Grouped, static_cast<int>(V)>(b, at, panel_stride, to, ahead);
+    if (done == NR) sweep_columns_of<Arch, Acc, Delta, Grouped, NR>(b, at, panel_stride, to, ahead);
     c += done, to.v += done * W, to.out += done * W;
   }
 }

@@ -13,6 +13,7 @@
 /// Source     docs/mechanisms/linear.md
 
 #include <fovea/kernel/linear_sweep.hpp>
+#include <fovea/simd/exp.hpp>
 #include <fovea/simd/reduce.hpp>
 
 namespace fovea {
@@ -40,17 +41,24 @@ struct weight_block {
   isize stride;
 };
 
-namespace detail {
-
-template <class Acc>
-inline constexpr Acc least_scale = Acc(1e-9);
-
 /// Rows and their distances.
 template <class Acc>
 struct row_set {
   const Acc* at;
   isize stride;
 };
+
+/// The rows of a block where the caller keeps them: log-gates by channel, keys, queries of the first head.
+template <class Acc>
+struct direct_rows {
+  row_set<Acc> gate, k, q;
+  isize q_head_stride;
+};
+
+namespace detail {
+
+template <class Acc>
+inline constexpr Acc least_scale = Acc(1e-9);
 
 /// f(i) for i < count, W of them or fewer.
 template <int W, bool All, class F>
@@ -220,6 +228,40 @@ FOVEA_NOINLINE void channel_rows(const sweep_block<Acc>& b, const weight_block<A
           : channel_lanes<Arch, Acc, Delta, false>(b, w, e, first, last, k, q, u);
 }
 
+/// The same from rows that lie elsewhere, and from log-gates: nothing is copied, decays are not kept. False, and no harm done, where a
+/// channel falls below the least scale. Token by token, so that rows are read in the order in which they lie.
+template <class Arch, class Acc>
+FOVEA_NOINLINE bool direct_channel_rows(const sweep_block<Acc>& b, const weight_block<Acc>& w,
+                                        const direct_rows<Acc>& from, isize first, isize last, Acc* k,
+                                        Acc* q) noexcept {
+  using P = simd::pack<Acc, Arch>;
+  const P one(Acc(1)), least(least_scale<Acc>);
+  for (isize e = 0; e < b.r; e += P::size) {
+    if (first == 0) one.store(w.scale + e);
+    P::load(w.scale + e).store(w.spare + e);
+  }
+  for (isize t = first; t < last; ++t) {
+    const Acc *gate = from.gate.at + t * from.gate.stride, *key = from.k.at + t * from.k.stride,
+              *query = from.q.at + t * from.q.stride;
+    Acc *k_row = k + t * b.k_stride, *q_row = q + t * b.q_stride;
+    for (isize e = 0; e < b.r; e += P::size) {
+      const P c = P::load(w.spare + e) * simd::exp(P::load(gate + e));
+      c.store(w.spare + e);
+      (P::load(key + e) * simd::reciprocal(c)).store(k_row + e);
+      (P::load(query + e) * c).store(q_row + e);
+      for (isize h = 1; h < b.heads; ++h)
+        (P::load(query + h * from.q_head_stride + e) * c).store(q_row + h * b.q_head_stride + e);
+    }
+  }
+  P low(Acc(0));  // lanes whose c ends below the least, or as NaN
+  for (isize e = 0; e < b.r; e += P::size)
+    low = low + simd::select_greater(P::load(w.spare + e), least, P(Acc(0)), one);
+  if (simd::reduce_add(low) > Acc(0)) return false;
+  for (isize e = 0; e < b.r; e += P::size) P::load(w.spare + e).store(w.scale + e);
+  for (isize t = first; t < last; ++t) w.settles[t] = 0;
+  return true;
+}
+
 }  // namespace detail
 
 /// What tokens [first, first + count) of the block need of their rows: sums, products, decays by channel. Called for pieces that stay in
@@ -232,6 +274,13 @@ void row_weights(const sweep_block<Acc>& b, const weight_block<Acc>& w, isize fi
   if constexpr (Delta)
     detail::pair_products<Arch, Acc>(b.r, {b.u + (first + 1) * b.u_stride, 2 * b.u_stride},
                                      {b.k + first * b.k_stride, 2 * b.k_stride}, count / 2, w.x_gain + first / 2);
+}
+
+/// row_weights for rules with a decay a channel, no sums and no erasure, from rows as they lie. False: row_weights must do it.
+template <class Arch, class Acc>
+bool row_weights_direct(const sweep_block<Acc>& b, const weight_block<Acc>& w, const direct_rows<Acc>& from,
+                        isize first, isize count, Acc* k, Acc* q) noexcept {
+  return detail::direct_channel_rows<Arch, Acc>(b, w, from, first, first + count, k, q);
 }
 
 /// Completes b behind row_weights: its gains, A, and where S~ settles.

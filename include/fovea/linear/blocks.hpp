@@ -62,6 +62,10 @@ class linear_blocks {
     return channel_ ? s.channel : s.decays ? s.decay : &one;
   }
 
+  isize query_head(const linear_site<Acc>& at, isize h) const {
+    return p_.q.heads >= n_.S ? at.head * n_.R + h : at.k_head;
+  }
+
   void prepare(scratch_type& s, linear_site<Acc>& at, linear_block<Acc>& x) const {
     const bool reads = x.query >= 0;
     auto& b = x.sweep;
@@ -73,10 +77,16 @@ class linear_blocks {
     gates(s, at, x);
     values(s, at, x);
     const auto w = weights_of(s, at, x);
+    kernel::direct_rows<Acc> rows;
+    const bool direct = lay_direct_rows(at, x, w.sum, rows);
     const isize piece =
         n_.r <= 64 ? 32 : 16;  // rows of k and q that stay in the first-level cache from their map to their sums
     for (isize i = 0; i < x.count; i += piece) {
       const isize count = std::min(piece, x.count - i);
+      if (direct && kernel::row_weights_direct<Arch, Acc>(b, w, rows, i, count, s.k, s.q)) {
+        for (isize h = 0; h < b.heads; ++h) rows_.template output_factors<Arch, Acc>(s, h, n_.r, i, count);
+        continue;
+      }
       if (channel_ && x.t >= 0) channel_gates(s, at, x, i, count);
       keys(s, at, x, i, count);
       if (rows_.map.log_scaled()) log_scales(s, at, x, i, count);
@@ -110,8 +120,20 @@ class linear_blocks {
       b.q_stride = p_.q.row_stride, b.q_head_stride = p_.q.head_stride;
     }
   }
-  isize query_head(const linear_site<Acc>& at, isize h) const {
-    return p_.q.heads >= n_.S ? at.head * n_.R + h : at.k_head;
+
+  /// Rows from which decays by channel can be folded into k and q straight away.
+  bool lay_direct_rows(const linear_site<Acc>& at, const linear_block<Acc>& x, kernel::row_sum sum,
+                       kernel::direct_rows<Acc>& to) const {
+    const auto& g = p_.gates.log_decay;
+    const auto fits = [](dtype type) { return type == dtype_of<Acc>; };
+    if (!channel_ || delta_ || sum != kernel::row_sum::none || !rows_.map.identity() || n_.r % 16 != 0 || x.t < 0 ||
+        x.query < 0 || x.count == 1 || !fits(g.type) || !fits(p_.k.type) || !fits(p_.q.type))
+      return false;
+    const auto rows = [&](const tensor_ref& from, isize head, isize row) {
+      return kernel::row_set<Acc>{static_cast<const Acc*>(from.row(at.b, head, row)), from.row_stride};
+    };
+    to = {rows(g, at.head, x.t), rows(p_.k, at.k_head, x.t), rows(p_.q, query_head(at, 0), x.query), p_.q.head_stride};
+    return true;
   }
 
   /// Tokens [i, i + count) of the block, here and below.

@@ -69,7 +69,7 @@ class linear_sweeper {
   using scratch_type = linear_scratch<Arch, Acc>;
   using site = linear_site<Acc>;
   using block = linear_block<Acc>;
-  static constexpr isize most = kernel::sweep_tokens, depth = 3, most_ranges = 64;
+  static constexpr isize most = kernel::sweep_tokens, depth = 3, most_ranges = 64, most_ahead = 12;
 
   /// Into how many tasks the columns of a block are cut: one where whole heads keep the threads busy.
   static isize panel_ranges(const linear_sizes& n, isize threads) {
@@ -204,12 +204,38 @@ class linear_sweeper {
       to.out = static_cast<Acc*>(p_.out.row(at.b, at.head * n_.R, x.query));
       to.out_stride = p_.out.row_stride, to.out_head_stride = p_.out.head_stride;
     }
-    blocks_.delta() ? kernel::sweep_panels<Arch, Acc, true>(x.sweep, at.S, first, last, to)
-                    : kernel::sweep_panels<Arch, Acc, false>(x.sweep, at.S, first, last, to);
+    kernel::sweep_ahead next[most_ahead];
+    kernel::sweep_block<Acc> b = x.sweep;
+    b.ahead = next, b.aheads = ahead(at, x, first, last, next);
+    blocks_.delta() ? kernel::sweep_panels<Arch, Acc, true>(b, at.S, first, last, to)
+                    : kernel::sweep_panels<Arch, Acc, false>(b, at.S, first, last, to);
     if (!reads || in_place) return;
     for (isize h = 0; h < n_.R; ++h)
       for (isize i = 0; i < x.count; ++i)
         store_columns(at, h, x.query + i, to.out + h * to.out_head_stride + i * s.e_stride, first, last);
+  }
+
+  /// The rows of the block behind x that this thread will read, and columns [first, last) of those that it will write.
+  isize ahead(const site& at, const block& x, isize first, isize last, kernel::sweep_ahead* to) const {
+    const isize keys = std::min(most, p_.k.length - x.t - x.count), query = x.query + x.count;
+    if (x.t < 0 || x.query < 0 || keys <= 0) return 0;
+    isize count = 0;
+    const auto add = [&](const auto& rows, isize head, isize row, isize column, isize width) {
+      const isize size = static_cast<isize>(size_of(rows.type));
+      if (count == most_ahead || width <= 0) return;
+      const auto* at_row = static_cast<const char*>(static_cast<const void*>(rows.row(at.b, head, row)));
+      to[count++] = kernel::sweep_ahead::of(at_row + column * size, keys, width * size, rows.row_stride * size);
+    };
+    const isize column = first * n_.width, width = std::min(n_.e, last * n_.width) - column;
+    const bool prepares = ranges_ == 1 || apart_;
+    if (prepares) add(p_.k, at.k_head, x.t + x.count, 0, p_.k.width);
+    for (isize h = 0; prepares && h < n_.R; ++h) add(p_.q, blocks_.query_head(at, h), query, 0, p_.q.width);
+    if (prepares && p_.gates.log_decay.width > 1) {
+      add(p_.gates.log_decay, at.head, x.t + x.count, 0, p_.gates.log_decay.width);
+    }
+    add(p_.v, at.head, x.t + x.count, column, width);
+    for (isize h = 0; h < n_.R; ++h) add(p_.out, at.head * n_.R + h, query, column, width);
+    return count;
   }
 
   void store_columns(const site& at, isize h, isize i, const Acc* row, isize first, isize last) const {

@@ -68,6 +68,30 @@ FOVEA_INLINE pack<T, A> exp2_parts(pack<T, A> t, pack<T, A> r) {
   }
 }
 
+/// up * 2^n and down * 2^-n (halved as above) from the same t.
+template <class T, class A>
+FOVEA_INLINE void scale_both(pack<T, A> t, pack<T, A> p, pack<T, A> q, pack<T, A>& up, pack<T, A>& down) {
+  using K = exp2_constants<T>;
+  constexpr auto twice = static_cast<typename K::word>(sizeof(T) == 4 ? 252 : 2044);  // 2 (bias - 1)
+  if constexpr (std::is_same_v<A, scalar>) {
+    using U = std::make_unsigned_t<typename K::word>;
+    const U bits = static_cast<U>(std::bit_cast<U>(t.v) << K::mantissa);
+    up = p * pack<T, A>(std::bit_cast<T>(bits));
+    down = q * pack<T, A>(std::bit_cast<T>(static_cast<U>((static_cast<U>(twice) << K::mantissa) - bits)));
+  } else {
+    using words = xsimd::batch<typename K::word, typename xsimd_of<A>::type>;
+    words w;
+    std::memcpy(static_cast<void*>(&w), &t.v, sizeof w);
+    w = w << K::mantissa;
+    const words back = words(twice << K::mantissa) - w;
+    pack<T, A> scale;
+    std::memcpy(static_cast<void*>(&scale.v), &w, sizeof w);
+    up = p * scale;
+    std::memcpy(static_cast<void*>(&scale.v), &back, sizeof w);
+    down = q * scale;
+  }
+}
+
 #if defined(FOVEA_HAS_AVX512)
 /// With AVX-512's own instructions: r = x - floor(x) in [0, 1], whose polynomial scalef multiplies by 2^floor(x).
 struct exp2_floor {
@@ -80,6 +104,17 @@ FOVEA_INLINE pack<float, avx512> exp2_scalef(pack<float, avx512> x) {
   for (int i = 4; i >= 0; --i) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(exp2_floor::c[i]));
   const __mmask16 large = _mm512_cmp_ps_mask(y, _mm512_set1_ps(exp2_constants<float>::least), _CMP_NLE_UQ);  // NaN is
   return pack<float, avx512>(pack<float, avx512>::batch(_mm512_maskz_scalef_ps(large, p, y)));
+}
+/// e^x the same way, the bits of the general form; lanes outside `where` keep `other`.
+FOVEA_INLINE pack<float, avx512> exp_scalef(pack<float, avx512> x, __mmask16 where, pack<float, avx512> other) {
+  using K = exp2_constants<float>;
+  const __m512 magic = _mm512_set1_ps(12582912.0F), log2e = _mm512_set1_ps(1.44269504F);
+  const __m512 t = _mm512_fmadd_ps(x.v, log2e, magic), n = _mm512_sub_ps(t, magic), r = _mm512_fmsub_ps(x.v, log2e, n);
+  __m512 p = _mm512_set1_ps(K::c[5]);
+  for (int i = 4; i > 0; --i) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(K::c[i]));
+  const __mmask16 large = _mm512_cmp_ps_mask(n, _mm512_set1_ps(K::least), _CMP_NLE_UQ);  // NaN is
+  p = _mm512_maskz_fmadd_ps(large, p, r, _mm512_set1_ps(K::c[0]));
+  return pack<float, avx512>(pack<float, avx512>::batch(_mm512_mask_scalef_ps(other.v, where, p, n)));
 }
 #endif
 
@@ -154,10 +189,42 @@ template <class T, class A>
 FOVEA_INLINE pack<T, A> exp(pack<T, A> x) {
   using P = pack<T, A>;
   using K = detail::exp2_constants<T>;
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<P, pack<float, avx512>>) return detail::exp_scalef(x, 0xffff, x);
+#endif
   const P log2e(static_cast<T>(1.4426950408889634074));
   x = max(P(static_cast<T>(K::least * 0.69314718055994530942)), x);
   const P t = fma(x, log2e, P(K::magic));
   return detail::exp2_parts(t, fma(x, log2e, P(K::magic) - t));
+}
+
+/// e^x for x < 0, 1 + x from 0 on.
+template <class T, class A>
+FOVEA_INLINE pack<T, A> exp_then_line(pack<T, A> x) {
+  using P = pack<T, A>;
+  const P zero(T(0)), one(T(1));
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<P, pack<float, avx512>>)
+    return detail::exp_scalef(x, _mm512_cmp_ps_mask(x.v, zero.v, _CMP_LT_OQ), x + one);  // NaN + 1 survives
+#endif
+  return max(zero, x) + exp(min(zero, x));  // x second: NaN survives
+}
+
+/// e^x and e^-x for |x| <= 80: both from one reduction and the even and odd parts of one polynomial.
+template <class T, class A>
+FOVEA_INLINE void exp_pair(pack<T, A> x, pack<T, A>& up, pack<T, A>& down) {
+  using P = pack<T, A>;
+  using K = detail::exp2_constants<T>;
+  constexpr int degree = static_cast<int>(sizeof(K::c) / sizeof(T)) - 1;
+  static_assert(degree % 2 == 1);
+  const P log2e(static_cast<T>(1.4426950408889634074));
+  const P t = fma(x, log2e, P(K::magic)), r = fma(x, log2e, P(K::magic) - t), square = r * r;
+  P odd(2 * K::c[degree]), even(2 * K::c[degree - 1]);
+  for (int i = degree - 2; i > 0; i -= 2) {
+    odd = fma(odd, square, P(2 * K::c[i]));
+    even = fma(even, square, P(2 * K::c[i - 1]));
+  }
+  detail::scale_both(t, fma(odd, r, even), fma(P(T(0)) - odd, r, even), up, down);
 }
 
 }  // namespace simd

@@ -123,13 +123,13 @@ FOVEA_INLINE pack<T, A> max_each(const pack<T, A> (&x)[pack<T, A>::size]) {
 }
 
 /// The larger of |a| and |b|; of NaN nothing is said.
-template <class A>
-FOVEA_INLINE pack<float, A> most_magnitude(pack<float, A> a, pack<float, A> b) {
+template <class T, class A>
+FOVEA_INLINE pack<T, A> most_magnitude(pack<T, A> a, pack<T, A> b) {
 #if defined(FOVEA_HAS_AVX512)
-  if constexpr (std::is_same_v<A, avx512>)
-    return pack<float, A>(typename pack<float, A>::batch(_mm512_range_ps(a.v, b.v, 0x0b)));
+  if constexpr (std::is_same_v<pack<T, A>, pack<float, avx512>>)
+    return pack<T, A>(typename pack<T, A>::batch(_mm512_range_ps(a.v, b.v, 0x0b)));
 #endif
-  const pack<float, A> zero(0.0F);
+  const pack<T, A> zero(T(0));
   return max(max(a, zero - a), max(b, zero - b));
 }
 
