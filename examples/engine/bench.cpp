@@ -71,8 +71,13 @@ double share(double part, double rest) { return part / (part + rest); }
 bool constant_memory(const attention_plan& plan, const model_config& c) {
   for (const layer_plan& layer : plan.layers)
     for (const head_group& g : layer) {
-      fovea::shape z{1,          static_cast<isize>(g.heads.size()), static_cast<isize>(kv_heads_of(c, g.heads).size()), 1, 0,
-                     c.head_dim, c.head_dim};
+      fovea::shape z{1,
+                     static_cast<isize>(g.heads.size()),
+                     static_cast<isize>(kv_heads_of(c, g.heads).size()),
+                     1,
+                     0,
+                     c.head_dim,
+                     c.head_dim};
       const auto bytes = [&](isize m) { return z.m = m, g.mechanism.state_bytes(z); };
       if (plain_softmax(g) != nullptr || bytes(1 << 15) != bytes(1 << 16)) return false;
     }

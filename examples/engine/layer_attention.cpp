@@ -160,7 +160,8 @@ void layer_attention::attend_states(fovea::exec_ref exec, const fovea::any_atten
   const std::size_t each = (largest + line - 1) / line * line;
   const std::span<std::byte> memory = scratch(each * static_cast<std::size_t>(exec.concurrency()));
   exec.for_tasks(static_cast<isize>(steps.size()), [&](isize i, isize slot) {
-    prefill(fovea::serial, steps[static_cast<std::size_t>(i)], memory.subspan(static_cast<std::size_t>(slot) * each, each));
+    prefill(fovea::serial, steps[static_cast<std::size_t>(i)],
+            memory.subspan(static_cast<std::size_t>(slot) * each, each));
   });
 }
 
