@@ -149,11 +149,16 @@ struct hybrid_plan {
     const auto fill = [&](isize u, std::uint8_t wanted, isize pieces) {
       const std::uint8_t* fate = at.fate + u * blocks;
       const std::int32_t* first = to;
-      for (isize J = 0; J < blocks; ++J)
+      const bool all = wanted == kernel::computed;
+      for (isize J = 0; J < blocks && pieces == 1; ++J) {  // no branch: which ones they are cannot be foreseen
+        *to = static_cast<std::int32_t>(J);
+        to += fate[J] == wanted && (all || summary.members[J] > 0) ? 1 : 0;
+      }
+      for (isize J = 0; J < blocks && pieces != 1; ++J)
         if (fate[J] == wanted)
           for (isize x = J * pieces; x < (J + 1) * pieces; ++x) {
             *to = static_cast<std::int32_t>(x);
-            to += wanted == kernel::computed || summary.members[x] > 0 ? 1 : 0;
+            to += all || summary.members[x] > 0 ? 1 : 0;
           }
       return kernel::block_list{first, to - first};
     };
@@ -214,7 +219,10 @@ struct hybrid_plan {
     pool.k = dense_rows(summary.pool_k(), s.d), pool.v = dense_rows(summary.pool_v(), s.e);
     pool.count = rule.blocks() * parts;
     pool.site = {b, 0, s.n, pool.count, s.H, s.G};
-    for (isize x = 0; x < pool.count; ++x) at.bias[x] = std::log(static_cast<Acc>(summary.members[x]));
+    for (isize x = 0; x < pool.count; ++x)
+      at.bias[x] = x > 0 && summary.members[x] == summary.members[x - 1]
+                       ? at.bias[x - 1]
+                       : std::log(static_cast<Acc>(summary.members[x]));
     pool.bias = at.bias;
     if (cumulant()) variances(at, p, summary, b, g);
     return pool;

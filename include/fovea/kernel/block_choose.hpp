@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <fovea/core/workspace.hpp>
 #include <fovea/mask/mask.hpp>
-#include <fovea/simd/pack.hpp>
+#include <fovea/simd/reduce.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -107,6 +107,17 @@ FOVEA_NOINLINE T count_th_largest(const T* x, isize n, isize count) noexcept {
   return order::to(low);
 }
 
+template <class Arch, class T>
+bool all_finite(const T* x, isize n) noexcept {
+  using P = simd::pack<T, Arch>;
+  P odd(T(0));
+  isize j = 0;
+  for (; j + P::size <= n; j += P::size) odd = simd::fma(P::load(x + j), P(T(0)), odd);
+  T sum = simd::reduce_add(odd);
+  for (; j < n; ++j) sum += x[j] * T(0);
+  return sum == 0;
+}
+
 }  // namespace detail
 
 /// How many candidates, best first, leave at most 1 - top_p of all votes behind; all of them where votes are not numbers. `sorted` [past] is scratch.
@@ -133,12 +144,21 @@ void choose_blocks(const block_rule& rule, isize block, T* votes, std::uint8_t* 
   const isize blocks = rule.blocks();
   const auto reach = rule.reach_of(block);
   const isize by_mass = rule.top_p > 0 ? count_by_mass<Arch>(rule, block, reach.past, votes, sorted) : 0;
-  isize candidates = 0;
-  for (isize J = 0; J < reach.past; ++J) {
-    const bool always = rule.always(block, J);
-    fate[J] = always ? computed : rule.pool ? pooled : skipped;
-    candidates += always ? 0 : 1;
-    votes[J] = always ? least : votes[J] == votes[J] ? votes[J] : most;
+  const std::uint8_t rest = rule.pool ? pooled : skipped;
+  isize candidates = 0, low = 0, high = reach.past;  // all candidates lie in [low, high)
+  while (low < high && rule.always(block, low)) fate[low] = computed, votes[low++] = least;
+  while (low < high && rule.always(block, high - 1)) fate[high - 1] = computed, votes[--high] = least;
+  for (isize J = low; J < high; ++J) fate[J] = rest;
+  if (!detail::all_finite<Arch>(votes + low, high - low))
+    for (isize J = low; J < high; ++J) votes[J] = votes[J] == votes[J] ? votes[J] : most;
+  if (rule.causal) {  // what is always computed is some of the first and some of the last
+    candidates = high - low;
+  } else {
+    for (isize J = low; J < high; ++J) {
+      const bool always = rule.always(block, J);
+      if (always) fate[J] = computed, votes[J] = least;
+      candidates += always ? 0 : 1;
+    }
   }
   for (isize J = reach.past; J < blocks; ++J) fate[J] = J < reach.seen ? computed : skipped;
   for (isize J = reach.past; J < reach.past + simd::pack<T, Arch>::size; ++J) votes[J] = least;
@@ -146,9 +166,11 @@ void choose_blocks(const block_rule& rule, isize block, T* votes, std::uint8_t* 
                                : rule.count(candidates, reach.seen - reach.past);
   if (count <= 0) return;
   const T last = count < candidates ? detail::count_th_largest<Arch>(votes, reach.past, count) : least;
-  for (isize J = 0; J < reach.past; ++J)
-    if (votes[J] > last) fate[J] = computed, --count;
-  for (isize J = 0; J < reach.past && count > 0; ++J)
+  for (isize J = low; J < high; ++J) {  // no branch: which ones they are cannot be foreseen
+    const bool chosen = votes[J] > last;
+    fate[J] = chosen ? std::uint8_t{computed} : fate[J], count -= chosen ? 1 : 0;
+  }
+  for (isize J = low; J < high && count > 0; ++J)
     if (votes[J] == last && fate[J] != computed) fate[J] = computed, --count;
 }
 

@@ -64,7 +64,7 @@ class block_select {
     q_ = memory.take<Acc>(d * rows);
     q2_ = memory.take<Acc>(two_ ? d * rows : 0);
     factor_ = memory.take<Acc>(rows);
-    peak_ = memory.take<Acc>(blocks * rows * (per_token_ ? 2 : 1) + W);
+    peak_ = memory.take<Acc>(blocks * rows * (per_token_ ? 2 : 1) + W * W);
     mass_ = per_token_ ? peak_ + blocks * rows : memory.take<Acc>(blocks);
     s_ = memory.take<Acc>(per_token_ ? chunk_ * rows : 0);
     k_ = memory.take<Acc>(per_token_ ? chunk_ * d : 0);
@@ -97,8 +97,10 @@ class block_select {
       }
       for (isize x = lanes; x < ceil_div(lanes, W) * W; ++x) clear(x);
       ld_ = codes_ != nullptr ? 2 * W : rows, vector_ = codes_ != nullptr ? past * 2 * W : W;
+      if (choose_level(segments, past, lanes, table)) continue;
       estimate(s, keys, past, lanes);
       for (isize x = 0; x < segments; ++x) {
+        if (segments_[x].done) continue;
         vote(segments_[x]);
         if (!segments_[x].closes) continue;
         std::uint8_t* const fate = table + segments_[x].index * rule_.blocks();
@@ -111,8 +113,50 @@ class block_select {
  private:
   struct segment {
     isize index, block, lane, count;
-    bool opens, closes;
+    bool opens, closes, done = false;
   };
+
+  /// The query blocks whose masses need no peaks (code_pass.hpp), each a panel's whole segment: chosen, and `done`. True if all of them are.
+  bool choose_level(isize segments, isize past, isize lanes, std::uint8_t* table) noexcept {
+    bool all = false;
+    if constexpr (has_pass) {
+      if (codes_ == nullptr || past == 0 || rule_.share > 1 || rule_.votes_are_logs() || rule_.block_k % 4 != 0 ||
+          past * rule_.block_k > rule_.m)
+        return false;
+      bool any = false;
+      all = true;
+      for (isize x = 0; x < segments; ++x) {
+        segment& g = segments_[x];
+        g.done = g.opens && g.closes && pass_.level(*codes_, rule_.reach_of(g.block).past, g.lane, g.count);
+        any = any || g.done, all = all && g.done;
+      }
+      if (any) pass_.run_level(*codes_, rule_.block_k, past, lanes, peak_);
+      for (isize x = 0; x < segments; ++x) {
+        if (!segments_[x].done) continue;
+        vote_level(segments_[x], past);
+        choose_blocks<Arch>(rule_, segments_[x].block, votes_, table + segments_[x].index * rule_.blocks(), sorted_);
+      }
+    }
+    return all;
+  }
+  /// The vote of a query block by masses without peaks, [vector][all][W].
+  void vote_level(const segment& g, isize all) noexcept {
+    const isize past = rule_.reach_of(g.block).past;
+    for (isize J = 0; J < past + W; ++J) votes_[J] = Acc(0);
+    for (isize x = g.lane / W * W; x < g.lane + g.count; x += W) {  // other rows' lanes do not count
+      const isize low = std::max(g.lane - x, isize{0}), high = std::min(g.lane + g.count - x, W);
+      const auto live = static_cast<simd::lane_bits>((~std::uint64_t{0} >> (64 - (high - low))) << low);
+      const Acc* mass = peak_ + x * all;
+      P sum[2] = {P(Acc(0)), P(Acc(0))};
+      for (isize J = 0; J < past; ++J) sum[J % 2] = sum[J % 2] + P::load(mass + J * W);
+      const P inverse = P(Acc(1)) / (sum[0] + sum[1]);
+      for (isize J = 0; J < past; J += W) {  // what lies behind the last block is no candidate
+        P share[W];
+        for (isize y = 0; y < W; ++y) share[y] = simd::select(live, P::load(mass + (J + y) * W) * inverse, P(Acc(0)));
+        (P::load(votes_ + J) + simd::sum_each(share)).store(votes_ + J);
+      }
+    }
+  }
 
   void clear(isize lane) noexcept {
     if constexpr (has_pass)

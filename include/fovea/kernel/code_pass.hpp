@@ -7,8 +7,9 @@
 ///   chord2(x) = 2^floor(x) (1 + x - floor(x))               >= 2^x by at most 6.2 %, equal at integers
 ///
 /// The chord costs a multiplication, a conversion and a maximum: a float whose bits are (x + 127) 2^23 is chord2(x). A whole number
-/// taken from x beforehand changes nothing but the exponent, so the mass does not depend on the peak or on how a block is cut.
-/// Queries lie along the lanes, scores are kept for 64 keys, and two numbers a block and row leave the loop.
+/// taken from x beforehand changes nothing but the exponent, so the mass does not depend on the peak or on how a block is cut. Where
+/// |factor q'| |step k'| is at most 120 octaves no peak is needed (`level`): masses are sums of chord2(x), straight from the products.
+/// Queries lie along the lanes. With peaks scores are kept for 64 keys, and two numbers a block and row leave the loop.
 ///
 /// Contract   rows [0, lanes) of a panel; blocks [0, past). A block with a key that has no step (NaN) gets a mass of NaN, so does a
 ///            row without a factor. Products are exact for d <= 256, rounded to floats beyond that.
@@ -36,6 +37,8 @@ struct code_keys {
   std::int8_t* copy = nullptr;     // where rows are not whole multiples of 16 bytes
   std::int32_t* offset = nullptr;  // [keys] what a product starts from
   float *scale = nullptr, *shift = nullptr;
+  float* longest =
+      nullptr;  // [blocks] |step k'| of any key up to the block's end, from above; infinite from a broken one on
   std::uint8_t* broken = nullptr;  // [blocks]
 
   code_keys() = default;
@@ -44,6 +47,7 @@ struct code_keys {
     copy = memory.take<std::int8_t>(dp == d ? 0 : all * dp);
     offset = memory.take<std::int32_t>(all);
     scale = memory.take<float>(all), shift = memory.take<float>(all);
+    longest = memory.take<float>(ceil_div(keys, block));
     broken = memory.take<std::uint8_t>(ceil_div(keys, block));
   }
 };
@@ -58,11 +62,19 @@ FOVEA_INLINE simd::pack<float, Arch> chord_of_bits(simd::pack<float, Arch> x) no
 
 namespace detail {
 
+/// |step code| from above; infinite without a step.
+template <class Arch>
+float code_length(const std::int8_t* code, isize d, float step) noexcept {
+  const float length = step * std::sqrt(static_cast<float>(simd::dot8<Arch>(code, code, d))) * 1.0001F;
+  return length < std::numeric_limits<float>::infinity() ? length : std::numeric_limits<float>::infinity();
+}
+
 /// What there is of `keys` keys; those that fill up the last four have scores of 0.
 template <class Arch>
 void prepare_codes(const block_summary<float>& s, isize keys, code_keys& to) noexcept {
   to.k = to.copy != nullptr && to.dp != to.d ? to.copy : s.code;
   for (isize J = 0; J < ceil_div(keys, s.block_k); ++J) to.broken[J] = 0;
+  float longest = 0;
   for (isize j = 0; j < ceil_div(keys, 4) * 4; ++j) {
     const bool some = j < keys;
     const float step = some ? s.step[j] : 0.0F;
@@ -76,6 +88,9 @@ void prepare_codes(const block_summary<float>& s, isize keys, code_keys& to) noe
       std::memset(to.copy + j * to.dp + to.d, 0, static_cast<std::size_t>(to.dp - to.d));
     }
     const std::int8_t* row = s.code + (some ? j : 0) * to.d;
+    const float length = code_length<Arch>(row, to.d, step);
+    longest = length <= longest ? longest : length;
+    if (some) to.longest[j / s.block_k] = longest;
     for (isize c = 0; !simd::has_dot4_signed<Arch> && c < to.d; ++c) sum += row[c];
     to.offset[j] = (simd::has_dot4_signed<Arch> ? 0 : -128 * sum) +
                    (to.dp <= int8_most_width ? std::bit_cast<std::int32_t>(int8_magic) : 0);
@@ -129,6 +144,53 @@ FOVEA_NOINLINE void code_scores(const code_keys& x, isize first, isize count, is
   }
 }
 
+/// to [NV vectors, `next` apart][block][W] = sum chord2(x) of whole blocks [first, last) of `block` keys, a multiple of 4. slope [rows]: factor 2^23.
+/// A loop that is not unrolled: its code stays among the decoded instructions (unrolled 32 times it took half as long again, d = 128).
+template <class Arch, int NV, bool Exact>
+FOVEA_NOINLINE void code_masses(const code_keys& x, isize first, isize last, isize block, const std::uint8_t* q,
+                                const float* slope, float* to, isize next) noexcept {
+  using word = simd::words<Arch>;
+  using P = simd::pack<float, Arch>;
+  constexpr isize W = word::size, rows = int8_tile<Arch>::rows;
+  const std::int32_t* const offset = x.offset;
+  const float *const scale = x.scale, *const shift = x.shift;
+  const isize dp = x.dp;
+  const P one(127 * 8388608.0F);
+  for (isize J = first; J < last; ++J) {
+    P sum[NV];
+    tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { sum[v] = P(0.0F); });
+    for (isize j = J * block; j < (J + 1) * block; j += 4) {
+      const std::int8_t* k = x.k + j * dp;
+      word acc[4][NV];
+      tile::unroll<4>([&](auto i) FOVEA_INLINE_LAMBDA {
+        tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { acc[i][v] = word::splat(offset[j + i]); });
+        simd::prefetch(k + (8 + i) * dp, 64);
+      });
+      for (isize c = 0; c < dp; c += 4) {  // four channels
+        word y[NV];
+        tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { y[v] = word::load(q + c * rows + 4 * W * v); });
+        tile::unroll<4>([&](auto i) FOVEA_INLINE_LAMBDA {
+          const word z = simd::splat4<Arch>(k + i * dp + c);
+          tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA {
+            acc[i][v] =
+                simd::has_dot4_signed<Arch> ? simd::dot4_signed(acc[i][v], y[v], z) : simd::dot4(acc[i][v], y[v], z);
+            simd::keep(acc[i][v]);
+          });
+        });
+      }
+      tile::unroll<4>([&](auto i) FOVEA_INLINE_LAMBDA {
+        tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA {
+          const P product = Exact ? simd::as_floats(acc[i][v]) : simd::to_float(acc[i][v]);
+          const P score = simd::fma(product, P(scale[j + i]), P(shift[j + i]));
+          const P bits[1] = {simd::fma(score, P::load(slope + v * W), one)};
+          sum[v] = sum[v] + simd::as_floats(simd::to_nearest<Arch>(bits));
+        });
+      });
+    }
+    tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { sum[v].store(to + v * next + J * W); });
+  }
+}
+
 /// Folds `count` scores of each of NV vectors into peak [W] and mass [W] of a block, `next` from vector to vector; fresh: they are
 /// the first of the block.
 template <class Arch, int NV>
@@ -175,7 +237,8 @@ class code_pass {
 
   code_pass(arena& memory, isize d) : d_(d), dp_(detail::int8_width(d)) {
     q_ = memory.take<std::uint8_t>(dp_ * lanes);
-    factor_ = memory.take<float>(lanes), f_ = memory.take<float>((chunk + 4) * T::rows);
+    factor_ = memory.take<float>(lanes), slope_ = memory.take<float>(lanes), length_ = memory.take<float>(lanes);
+    f_ = memory.take<float>((chunk + 4) * T::rows);
     code_ = memory.take<std::int8_t>(dp_);
   }
 
@@ -183,12 +246,35 @@ class code_pass {
   void load(const float* x, float factor, int levels, isize lane) noexcept {
     std::memset(code_ + d_, 0, static_cast<std::size_t>(dp_ - d_));
     factor_[lane] = factor * round_row<Arch>(x, d_, levels, code_);
+    slope_[lane] = factor_[lane] * 8388608.0F;
+    length_[lane] = detail::code_length<Arch>(code_, d_, factor_[lane]);
     put(lane);
   }
   void clear(isize lane) noexcept {
     std::memset(code_, 0, static_cast<std::size_t>(dp_));
-    factor_[lane] = 0;
+    factor_[lane] = slope_[lane] = length_[lane] = 0;
     put(lane);
+  }
+
+  /// Are the masses of blocks [0, past) of rows [lane, lane + count) sums of numbers from 2^-120 to 2^120?
+  bool level(const code_keys& codes, isize past, isize lane, isize count) const noexcept {
+    float most = 0;
+    for (isize l = lane; l < lane + count; ++l) most = length_[l] <= most ? most : length_[l];
+    return past == 0 || most * codes.longest[past - 1] <= 120;  // no: for NaN, too
+  }
+  /// to [vector][past][W]: masses of rows [0, count) without peaks; `block` keys a block, a multiple of four, all there.
+  void run_level(const code_keys& codes, isize block, isize past, isize count, float* to) noexcept {
+    const isize step = block < 256 ? 256 / block : 1;
+    for (isize J = 0; J < past; J += step)
+      for (isize r = 0; r < count; r += T::rows)
+        tile::with_constant<T::NR>(count - r < T::rows ? ceil_div(count - r, T::W) : T::NR, [&](auto nv) {
+          float* masses = to + r / T::W * past * T::W;
+          const isize last = J + step < past ? J + step : past;
+          if (dp_ <= detail::int8_most_width)
+            detail::code_masses<Arch, nv, true>(codes, J, last, block, q_ + r * dp_, slope_ + r, masses, past * T::W);
+          else
+            detail::code_masses<Arch, nv, false>(codes, J, last, block, q_ + r * dp_, slope_ + r, masses, past * T::W);
+        });
   }
 
   /// to [vector][past][2][W]: peak and mass of rows [0, count); `block` keys a block, `keys` in all.
@@ -236,7 +322,7 @@ class code_pass {
 
   isize d_, dp_;
   std::uint8_t* q_;
-  float *factor_, *f_;
+  float *factor_, *slope_, *length_, *f_;
   std::int8_t* code_;
 };
 
