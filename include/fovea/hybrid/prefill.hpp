@@ -142,12 +142,12 @@ struct hybrid_run : hybrid_plan<Acc> {
     tiles run;
     kernel::tile_rows* rows;
     isize* unit_of;
-    kernel::block_list* lists;
+    kernel::block_list *lists, *panels;
     tile_slot(arena& memory, const hybrid_run& x)
         : planner(memory, x), run(memory, x.most_tiles, x.s.d, x.s.e, x.tile_height) {
       rows = memory.take<kernel::tile_rows>(x.most_tiles);
       unit_of = memory.take<isize>(x.most_tiles);
-      lists = memory.take<kernel::block_list>(x.most_tiles);
+      lists = memory.take<kernel::block_list>(x.most_tiles), panels = memory.take<kernel::block_list>(x.most_tiles);
     }
   };
   struct row_slot : planner {
@@ -211,6 +211,17 @@ struct hybrid_run : hybrid_plan<Acc> {
     at.run.finish(p.out, p.lse);
   }
 
+  /// The pooled tokens of `count` tiles, by lists; where a list leaves out only a few, by whole panels.
+  void absorb_pool(tile_slot& at, const kernel::key_set<Acc>& pool, isize count) const {
+    for (isize t = 0; t < count; ++t) {
+      const kernel::block_list list = at.pooled[at.unit_of[t]];
+      const bool dense =
+          list.count > 0 && !this->cumulant() && 4 * list.count > 3 * (list.at[list.count - 1] + isize{1});
+      at.lists[t] = dense ? kernel::block_list{} : list, at.panels[t] = dense ? list : kernel::block_list{};
+    }
+    at.run.absorb_dense(pool, at.panels), at.run.absorb(pool, at.lists, {});
+  }
+
   /// The planned units, in batches of tiles.
   void each_tile(tile_slot& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b, isize g) const {
     const kernel::key_set<Acc> keys = this->keys_of(p, b, g);
@@ -226,8 +237,7 @@ struct hybrid_run : hybrid_plan<Acc> {
       at.run.begin(p.q, b, at.rows, count, rule.scale);
       for (isize t = 0; t < count; ++t) at.lists[t] = at.computed[at.unit_of[t]];
       if (s.m > 0) at.run.absorb(keys, at.lists, {rule.block_k, rule.causal, rule.offset});
-      for (isize t = 0; t < count; ++t) at.lists[t] = at.pooled[at.unit_of[t]];
-      if (at.pools) at.run.absorb(pool, at.lists, {});
+      if (at.pools) absorb_pool(at, pool, count);
       for (isize t = 0; t < count; ++t) at.lists[t] = at.kept[at.unit_of[t]];
       if (at.keeps) at.run.absorb(keys, at.lists, {});
       at.run.finish(p.out, p.lse);

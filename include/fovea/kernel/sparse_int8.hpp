@@ -174,6 +174,7 @@ class sparse_int8 {
     isize size, x, last;
     range keys;
     isize whole, shift;  // every row sees the keys before `whole`; row r sees key j if j <= shift + r
+    isize next;          // where the next stretch begins
     isize known;         // every row may depend on the scales of the keys before it
   };
 
@@ -193,7 +194,9 @@ class sparse_int8 {
              list.at[last] * cut.size < end)
         ++last;
       const range keys{list.at[x] * cut.size, (list.at[last - 1] + isize{1}) * cut.size};
-      add({head, list, cut.size, x, last, meet(keys, {base, seen}), whole, at.first + cut.offset, known}, t);
+      add({head, list, cut.size, x, last, meet(keys, {base, seen}), whole, at.first + cut.offset,
+           last < list.count ? list.at[last] * cut.size : keys.first, known},
+          t);
       x = keys.last > end ? last - 1 : last;
       if (keys.last > end) break;  // the rest of the block in the next window
     }
@@ -230,15 +233,15 @@ class sparse_int8 {
     const std::uint8_t* q = q_ + t * T::rows * dp_;
     const float* scale = q_scale_ + t * T::rows;
     std::int16_t* s = s_ + slots_ * 4 * T::rows;
-    simd::prefetch(from.head.v + j * ep_, M * ep_);
+    const std::int8_t* const next = from.head.k + (j + M < from.keys.last ? j + M : from.next / 4 * 4) * dp_;
     if (masked)
-      detail::sparse_int8_scores<Arch, M, true, 0>(from.head, j, q, scale, lanes, s, top_);
+      detail::sparse_int8_scores<Arch, M, true, 0>(from.head, j, q, scale, lanes, next, s, top_);
     else if (M > 4 && dp_ == 64)
-      detail::sparse_int8_scores<Arch, M, false, M == 4 ? 0 : 64>(from.head, j, q, scale, lanes, s, top_);
+      detail::sparse_int8_scores<Arch, M, false, M == 4 ? 0 : 64>(from.head, j, q, scale, lanes, next, s, top_);
     else if (M > 4 && dp_ == 128)
-      detail::sparse_int8_scores<Arch, M, false, M == 4 ? 0 : 128>(from.head, j, q, scale, lanes, s, top_);
+      detail::sparse_int8_scores<Arch, M, false, M == 4 ? 0 : 128>(from.head, j, q, scale, lanes, next, s, top_);
     else
-      detail::sparse_int8_scores<Arch, M, false, 0>(from.head, j, q, scale, lanes, s, top_);
+      detail::sparse_int8_scores<Arch, M, false, 0>(from.head, j, q, scale, lanes, next, s, top_);
     slots_ += M / 4;
   }
   /// Bit i: key j + i is one of the stretch.

@@ -38,7 +38,8 @@ struct int8_slot_keys {
 /// lanes[i]: row r sees key j + i. Width: dp, or 0 for any.
 template <class Arch, int M, bool Masked, isize Width>
 FOVEA_NOINLINE void sparse_int8_scores(const int8_head& x, isize j, const std::uint8_t* q, const float* q_scale,
-                                       const std::uint16_t* lanes, std::int16_t* s, std::int16_t* top) noexcept {
+                                       const std::uint16_t* lanes, const std::int8_t* next, std::int16_t* s,
+                                       std::int16_t* top) noexcept {
   using T = sparse_int8_tile<Arch>;
   using word = simd::words<Arch>;
   using P = simd::pack<float, Arch>;
@@ -52,7 +53,9 @@ FOVEA_NOINLINE void sparse_int8_scores(const int8_head& x, isize j, const std::u
   isize one = Width > 0 ? Width : x.dp, three = 3 * one;
   tile::unroll<M / 4>([&](auto i) FOVEA_INLINE_LAMBDA { k[i] = x.k + (j + 4 * i) * one; });
   if constexpr (Width == 0) simd::keep_in_register(one), simd::keep_in_register(three);
+  const std::int8_t* ahead = next;
   const auto step = [&](isize c) FOVEA_INLINE_LAMBDA {  // four channels
+    simd::prefetch_line(ahead + (c / 4) * 64);
     word u[NV];
     tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { u[v] = word::load(q + c * T::rows + 4 * W * v); });
     tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
@@ -68,7 +71,7 @@ FOVEA_NOINLINE void sparse_int8_scores(const int8_head& x, isize j, const std::u
     FOVEA_UNROLL
     for (isize c = 0; c < Width; c += 4) step(c);
   } else {
-    for (isize c = 0; c < x.dp; c += 4, q += 4 * T::rows) {
+    for (isize c = 0; c < x.dp; c += 4, q += 4 * T::rows, ahead += 64) {
       step(0);
       tile::unroll<M / 4>([&](auto i) FOVEA_INLINE_LAMBDA { k[i] += 4; });
     }
@@ -198,6 +201,7 @@ FOVEA_NOINLINE void sparse_int8_values(const int8_slot_keys* slot, isize count, 
   });
   for (isize n = 0; n < count; ++n, p += 4 * T::rows) {
     const std::int8_t* value = v + isize{slot[n].group} * 4 * ep;
+    simd::prefetch_line(v + isize{slot[n + 4 < count ? n + 4 : n].group} * 4 * ep);
     word u[NV];
     tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA { u[x] = word::load(p + 4 * W * x); });
     tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {

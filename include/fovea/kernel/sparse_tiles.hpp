@@ -121,6 +121,23 @@ class sparse_tiles {
     }
   }
 
+  /// The same for lists of single tokens of `set` that leave out only a few: all tokens up to the last one, in whole panels. A token that
+  /// is left out counts nothing, but what is not finite in it reaches the rows.
+  void absorb_dense(const key_set<Acc>& set, const block_list* lists) noexcept {
+    isize last = 0;
+    for (isize t = 0; t < used_; ++t) {
+      cursor_[t] = 0;
+      if (lists[t].count > 0) last = std::max<isize>(last, lists[t].at[lists[t].count - 1] + isize{1});
+    }
+    FOVEA_ASSERT(last == 0 || (set.bias != nullptr && set.modify == nullptr));
+    for (isize j0 = 0; j0 < last; j0 += window_) {
+      k_.open(set.k), v_.open(set.v);
+      feed_[0] = feed_[1] = {}, coming_ = -1, base_ = j0;
+      for (isize t = 0; t < used_; ++t)
+        if (lists[t].count > 0) absorb_panels(set, lists[t], t, j0, std::min(j0 + window_, last));
+    }
+  }
+
   // ---- what the rows of tile t have so far, [rows]: scores in log2; the numerator is o 2^m, the denominator l 2^m ----
 
   const tile_rows& tile(isize t) const noexcept { return at_[t]; }
@@ -251,6 +268,31 @@ class sparse_tiles {
       if (keys.last > end) break;  // the rest of the block in the next window
     }
     flush(t);
+  }
+
+  /// Tokens [base, end), up to the last one of the list, for tile t.
+  void absorb_panels(const key_set<Acc>& set, const block_list& list, isize t, isize base, isize end) noexcept {
+    const isize stop = std::min<isize>(end, list.at[list.count - 1] + isize{1}), stride = k_.stride(set.k, d_);
+    v_stride_ = v_.stride(set.v, e_);
+    isize& x = cursor_[t];
+    for (isize j0 = base; j0 < stop; j0 += T::keys) {
+      slots_ = std::min(T::keys, stop - j0), used_runs_ = 1;
+      for (isize r = 0; r < R_; ++r) top_[r] = -std::numeric_limits<Acc>::infinity();
+      const Acc* k = k_.get(set.k, j0, j0 + slots_, base, end, d_);
+      runs_[0] = {v_.get(set.v, j0, j0 + slots_, base, end, e_), 0, static_cast<std::int16_t>(slots_), false};
+      for_shape([&](auto vectors) {
+        detail::in_panels<T::MR(vectors)>(slots_, [&](auto m, isize first) {
+          for (isize i = 0; i < m; ++i) {
+            const bool here = list.at[x] == j0 + first + i;
+            bias_[i] = here ? set.bias[j0 + first + i] * log2e : -std::numeric_limits<Acc>::infinity();
+            x += here && x + 1 < list.count ? 1 : 0;
+          }
+          detail::sparse_scores<Arch, Acc, m, vectors>(d_, k + first * stride, stride, qt_ + t * d_ * R_, bias_,
+                                                       s_ + first * R_, top_, k + (first + m) * stride);
+        });
+      });
+      flush(t);
+    }
   }
 
   /// Keys of a list that are taken in, from list.at[x] on, in the window [base, end).
