@@ -56,14 +56,16 @@ double in_turns(benchmark::State& b, Exact&& exact, Call&& call) {
   return samples(b, call, rate, [](double seconds, double rate_of_exact) { return 1 / rate_of_exact / seconds; });
 }
 
-fovea::softmax_attention exact_attention(bool is_causal) {
+fovea::softmax_attention exact_attention(bool is_causal, fovea::precision arithmetic = fovea::precision::f32) {
   fovea::softmax_attention m;
   if (is_causal) m.mask = fovea::causal{};
+  m.arithmetic = arithmetic;
   return m;
 }
 
-double against_exact(benchmark::State& b, const tensors& t, const fovea::hybrid_attention& m, bool is_causal) {
-  const fovea::softmax_attention exact = exact_attention(is_causal);
+double against_exact(benchmark::State& b, const tensors& t, const fovea::hybrid_attention& m, bool is_causal,
+                     fovea::precision of_exact = fovea::precision::f32) {
+  const fovea::softmax_attention exact = exact_attention(is_causal, of_exact);
   const fovea::buffer scratch(std::max(m.workspace_size(t.s, 1), exact.workspace_size(t.s, 1)));
   const auto call = [&](const auto& mechanism) {
     fovea::prefill(fovea::serial, mechanism, t.Q(), t.K(), t.V(), t.O(), {.workspace = scratch.span()});
@@ -92,10 +94,18 @@ void pattern(benchmark::State& b, isize stride, isize n) {
   b.counters["per_tile"] = static_cast<double>(n) * static_cast<double>(n + 1) / 2 / visible / takes;
 }
 
-void select(benchmark::State& b, fovea::block_selector how, fovea::compensation rest, isize n, isize d) {
+/// `arithmetic` of the tiles, and of the exact attention that it is measured against.
+void select(benchmark::State& b, fovea::block_selector how, fovea::compensation rest, isize n, isize d,
+            fovea::precision arithmetic = fovea::precision::f32, fovea::precision of_exact = fovea::precision::f32) {
   const real_like t({1, 1, 1, n, n, d, d});
-  against_exact(b, t, {.select = how, .is_causal = true, .budget = 1.0 / 16, .keep_small = 0, .compensate = rest},
-                true);
+  against_exact(b, t,
+                {.select = how,
+                 .is_causal = true,
+                 .budget = 1.0 / 16,
+                 .keep_small = 0,
+                 .compensate = rest,
+                 .arithmetic = arithmetic},
+                true, of_exact);
 }
 
 void pass(benchmark::State& b, isize n, isize d) {
@@ -132,7 +142,10 @@ void pass(benchmark::State& b, isize n, isize d) {
           fovea::kernel::detail::prepare_codes<arch>(x.summary, n, x.codes);
           for (isize i = 0; i < n; i += 64) {
             for (isize l = 0; l < 64; ++l) x.run.load(static_cast<const float*>(q.row(0, 0, i + l)), 0.18F, 127, l);
-            x.run.run(x.codes, n, 16, i / 16 + 3, 64, x.sums);
+            if (x.run.level(x.codes, i / 16 + 3, 0, 64))
+              x.run.run_level(x.codes, 16, i / 16 + 3, 64, x.sums);
+            else
+              x.run.run(x.codes, n, 16, i / 16 + 3, 64, x.sums);
           }
           machine::use(*reinterpret_cast<const std::byte*>(x.sums));
         });
@@ -182,12 +195,19 @@ void register_hybrid() {
   for (const isize d : {64, 128})
     add("pass/D" + std::to_string(d) + "/N16384", [=](benchmark::State& b) { pass(b, n, d); });
   using enum fovea::block_selector;
+  for (const isize d : {64, 128})
+    add("select/int8/dropped/tiles_int8/against_int8/D" + std::to_string(d) + "/N16384", [=](benchmark::State& b) {
+      select(b, int8, fovea::compensation::none, n, d, fovea::precision::int8, fovea::precision::int8);
+    });
   for (const fovea::block_selector how : {int8, mean})
     for (const fovea::compensation rest : {fovea::compensation::none, fovea::compensation::zeroth}) {
       const std::string name = std::string(name_of(how)) + "/" + name_of(rest);
-      for (const isize d : {64, 128})
-        add("select/" + name + "/D" + std::to_string(d) + "/N16384",
-            [=](benchmark::State& b) { select(b, how, rest, n, d); });
+      for (const isize d : {64, 128}) {
+        const std::string size = "/D" + std::to_string(d) + "/N16384";
+        add("select/" + name + size, [=](benchmark::State& b) { select(b, how, rest, n, d); });
+        add("select/" + name + "/tiles_int8" + size,
+            [=](benchmark::State& b) { select(b, how, rest, n, d, fovea::precision::int8); });
+      }
       add("step/" + name + "/f16/D64/N32768/H9/G3", [=](benchmark::State& b) { step(b, how, rest, 32768); });
     }
 }

@@ -215,9 +215,9 @@ struct hybrid_run : hybrid_plan<Acc> {
   void absorb_pool(tile_slot& at, const kernel::key_set<Acc>& pool, isize count) const {
     for (isize t = 0; t < count; ++t) {
       const kernel::block_list list = at.pooled[at.unit_of[t]];
-      const bool dense =
+      const bool whole =
           list.count > 0 && !this->cumulant() && 4 * list.count > 3 * (list.at[list.count - 1] + isize{1});
-      at.lists[t] = dense ? kernel::block_list{} : list, at.panels[t] = dense ? list : kernel::block_list{};
+      at.lists[t] = whole ? kernel::block_list{} : list, at.panels[t] = whole ? list : kernel::block_list{};
     }
     at.run.absorb_dense(pool, at.panels), at.run.absorb(pool, at.lists, {});
   }
