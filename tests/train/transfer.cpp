@@ -124,6 +124,26 @@ TEST_CASE(
   }
 }
 
+TEST_CASE("calibration: the rest starts at the weight that exact attention gives it") {
+  test::random r(3);
+  const transfer_head data = draw_head(r, 2, 200, 4, 3, true);
+  const learned_map form(map_kind::hedgehog_two, 4, 2, 0, true, 7);
+  attention_transfer transfer(data, form, {1.0, 0.0, 0.0, 8, 2});
+  std::vector<isize> rows;
+  for (isize i = 20; i < 200; i += 3) rows.push_back(i);
+  std::vector<float> x = form.start(0);
+  const double before = transfer(x, rows, nullptr).cross_entropy;
+  transfer.match_rest(x, rows);
+  const double matched = transfer(x, rows, nullptr).cross_entropy;
+  CHECK(matched < 0.8 * before);
+  for (const float off : {-1.0F, 1.0F})  // and no other level is better by much
+    for (isize h = 0; h < 2; ++h) {
+      auto y = x;
+      y[static_cast<std::size_t>(form.log_weight_at(h))] += off;
+      CHECK(transfer(y, rows, nullptr).cross_entropy > matched);
+    }
+}
+
 TEST_CASE("calibration: threads and an interruption change no bit") {
   const captured data;
   const calibration_options o = small(map_kind::hedgehog_two, 64);

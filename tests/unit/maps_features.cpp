@@ -163,6 +163,40 @@ TEST_CASE("maps: weights by head, and refusals") {
   CHECK(!feature_map(hedgehog{}).trained());
 }
 
+TEST_CASE(
+    "feature maps: hedgehog rows near and beyond the size at which nothing is subtracted, each alone and among "
+    "others") {
+  for (const hedgehog_form form : {hedgehog_form::joint, hedgehog_form::separate})
+    for (const isize d : {32, 40}) {
+      const hedgehog map{{}, {}, form};
+      constexpr isize rows = 21;
+      std::vector<float> x(static_cast<std::size_t>(rows * d)), out(static_cast<std::size_t>(rows * 2 * d)),
+          alone(static_cast<std::size_t>(2 * d));
+      test::random r(5);
+      for (isize t = 0; t < rows; ++t)
+        for (isize c = 0; c < d; ++c)
+          x[static_cast<std::size_t>(t * d + c)] = static_cast<float>(r.normal() * (t % 4 == 3 ? 60 : 4 * (t % 4) + 1));
+      feature_block<float> b;
+      b.x = x.data(), b.x_stride = b.width = d, b.rows = rows, b.out = out.data(), b.out_stride = 2 * d;
+      map.apply<simd::native, float>(b, nullptr);
+      for (isize t = 0; t < rows; ++t) {
+        CAPTURE(d, t);
+        std::vector<double> row(static_cast<std::size_t>(d)), want(static_cast<std::size_t>(2 * d));
+        for (isize c = 0; c < d; ++c) row[static_cast<std::size_t>(c)] = static_cast<double>(b.x[t * d + c]);
+        map.define({}, row.data(), d, want.data());
+        double worst = 0;
+        for (isize c = 0; c < 2 * d; ++c)
+          worst =
+              std::max(worst, std::fabs(static_cast<double>(b.out[t * 2 * d + c]) - want[static_cast<std::size_t>(c)]));
+        CHECK(worst < 3e-6);
+        feature_block<float> one = b;
+        one.x += t * d, one.rows = 1, one.out = alone.data();
+        map.apply<simd::native, float>(one, nullptr);
+        CHECK(std::equal(alone.begin(), alone.end(), b.out + t * 2 * d));
+      }
+    }
+}
+
 TEST_CASE("maps: from a configuration") {
   const auto configured = [](fovea::configuration c, const arrays& weights) {
     configuration_reader reader(c, weights);

@@ -256,14 +256,17 @@ FOVEA_NOINLINE void sweep_step(sweep_place<Arch, Acc, NR>& at, isize t) {
 template <class Arch, class Acc, bool Delta, bool Grouped, int NR>
 void sweep_columns_of(const sweep_block<Acc>& b, Acc* S, isize panel_stride, const sweep_columns<Acc>& to,
                       ahead_place& ahead) noexcept {
-  constexpr int T = sweep_shape<Arch, Delta, Grouped>::T;
+  using shape = sweep_shape<Arch, Delta, Grouped>;
+  constexpr int T = NR < shape::NR && !Delta ? 2 * shape::T : shape::T;  // half the columns, twice the tokens
+  constexpr int less = Delta ? 1 : shape::T;
   sweep_place<Arch, Acc, NR> at{b, S, panel_stride, to, {}, {}};
   const auto settles = [&](isize t) { return b.settles != nullptr && b.settles[t] != 0; };
-  const auto whole = [&](isize t) {  // may tokens [t, t + T) make a step?
-    bool yes = t + T <= b.tokens && !(Delta && settles(t));
-    for (int i = 1; i < T; ++i) yes = yes && !settles(t + i);
+  const auto together = [&](isize t, int tokens) {  // may tokens [t, t + tokens) make a step?
+    bool yes = t + tokens <= b.tokens && !(Delta && settles(t));
+    for (int i = 1; i < tokens; ++i) yes = yes && !settles(t + i);
     return yes;
   };
+  const auto whole = [&](isize t) { return together(t, T); };
   bool seen = false;  // is u S~ of the next step in `at`?
   for (isize t = 0; t < b.tokens;) {
     const bool step = whole(t) && (!Delta || t % T == 0);
@@ -281,6 +284,8 @@ void sweep_columns_of(const sweep_block<Acc>& b, Acc* S, isize panel_stride, con
       sweep_step<Arch, Acc, Delta, Grouped, T, NR, Delta>(at, t);
     else if (step)
       sweep_step<Arch, Acc, Delta, Grouped, T, NR, false>(at, t);
+    else if (less < T && together(t, less))
+      sweep_step<Arch, Acc, Delta, Grouped, less, NR, false>(at, t), t += less - 1;
     else
       sweep_step<Arch, Acc, Delta, Grouped, 1, NR, false>(at, t);
     t += step ? T : 1;

@@ -30,7 +30,7 @@ class linear_sweeper {
         blocks_(m, p, partial, s == nullptr ? 0 : s->tokens(), s != nullptr),
         n_(blocks_.sizes()),
         ranges_(panel_ranges(n_, threads)) {
-    apart_ = ranges_ > 1 && ranges_apart(m, p.gates.log_decay.width) && partial == nullptr;
+    apart_ = ranges_ > 1 && ranges_apart();
     if (ranges_ > 1) surveys_ = scratch.take<Acc>(n_.B * n_.S);
     if (apart_ && state_ != nullptr) tails_ = scratch.take<Acc>(n_.B * n_.S * n_.tail_elements());
     memory_ = scratch;
@@ -78,9 +78,13 @@ class linear_sweeper {
     return std::min({n.panels, threads, most_ranges});
   }
 
-  /// May each range prepare its blocks by itself? What a block needs is then a few numbers a token.
-  static bool ranges_apart(const linear_attention& m, isize decay_width) {
-    return m.phi().identity() && !m.normalised() && !(by_channel(m.rule) && decay_width > 1);
+  /// May each range prepare its blocks by itself? What a block needs is then a few numbers a token; or there are two ranges, and
+  /// features without products are made sooner than they come from the cache of another core.
+  bool ranges_apart() const {
+    const feature_map map = m_.phi();
+    if (partial_ != nullptr || map.surveys() || map.log_scaled()) return false;
+    if (map.identity() && !m_.normalised() && !(by_channel(m_.rule) && p_.gates.log_decay.width > 1)) return true;
+    return ranges_ == 2 && map.macs(p_.q.width) == 0.0;
   }
   /// Every range of columns goes through the sequence alone, with a tail of its own: no thread waits for another.
   void run_apart(exec_ref exec) const {

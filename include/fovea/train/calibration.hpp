@@ -226,6 +226,14 @@ class calibration {
     }
     return rows;
   }
+  /// Enough rows for a regression on all channels, in rising order.
+  std::vector<isize> many_rows(isize g) const {
+    std::vector<isize> rows;
+    for (isize step = 0; static_cast<isize>(rows.size()) < 6 * d_; ++step)
+      for (const isize row : batch(g, step)) rows.push_back(row);
+    std::sort(rows.begin(), rows.end());
+    return rows;
+  }
   std::vector<isize> held_out_rows() const {
     std::vector<isize> rows;
     if (!causal_)
@@ -251,6 +259,7 @@ class calibration {
       }
       return report({g, at.step, o_.steps, r, at.begin, at.least, at.stopped});
     };
+    if (at.step == 0 && form_.gated()) at.x = form_.start(g), loss.match_rest(at.x, many_rows(g));
     if (at.step == 0 && !look()) return;
     while (!at.stopped && at.step < o_.steps) {
       loss(at.x, batch(g, at.step), &gradient, false);

@@ -91,6 +91,27 @@ class attention_transfer {
     return sum;
   }
 
+  /// log_weight and query_gate from which learning starts: those at which the rest's share of each of `rows` comes closest to the exact
+  /// one, in logarithms, by least squares with a small ridge. With a window only.
+  void match_rest(std::vector<float>& x, const std::vector<isize>& rows) {
+    const auto made = form_.make(x);
+    scratch_.resize(static_cast<std::size_t>(std::max(made.map.scratch(h_.d), made.map.derive_scratch(h_.d))));
+    features_of_keys(made.map, rows.back() + 1);
+    const isize size = h_.d + 1;
+    for (isize h = 0; h < h_.R; ++h) {
+      std::vector<double> a(static_cast<std::size_t>(size * (size + 1)), 0.0);  // normal equations, right side last
+      for (std::size_t at = 0; at < rows.size(); at += stripe) {
+        const isize count = std::min<isize>(stripe, static_cast<isize>(rows.size() - at));
+        weigh_rows(made.map, x, h, rows.data() + at, count);
+        for (isize i = 0; i < count; ++i) add_rest(i, rows[at + static_cast<std::size_t>(i)], a);
+      }
+      const std::vector<double> best = solve(a, size);
+      x[static_cast<std::size_t>(form_.log_weight_at(h))] += static_cast<float>(best[0]);
+      for (isize c = 0; c < h_.d; ++c)
+        x[static_cast<std::size_t>(form_.gate_at(h) + c)] += static_cast<float>(best[static_cast<std::size_t>(c + 1)]);
+    }
+  }
+
  private:
   using native = simd::native;
   using P = simd::pack<float, native>;
@@ -115,10 +136,12 @@ class attention_transfer {
       map.derive(key_block(t, last), {dphi_k_.data() + t * ld_, ld_, nullptr, 0, of_key_.data()}, scratch_.data());
   }
 
-  void some_rows(const feature_map& map, const std::vector<float>& x, isize h, const isize* rows, isize count,
-                 double each, std::vector<float>* gradient, bool wanted, transfer_result& sum) {
+  /// Features, p and w of up to a stripe of rows.
+  feature_block<float> weigh_rows(const feature_map& map, const std::vector<float>& x, isize h, const isize* rows,
+                                  isize count) {
     const isize m = h_.causal ? rows[count - 1] + 1 : h_.n, d = h_.d, n = h_.n;
-    float log_q[stripe] = {};
+    float* const log_q = log_q_;
+    std::fill(log_q, log_q + stripe, 0.0F);
     for (isize i = 0; i < count; ++i)
       for (isize c = 0; c < d; ++c)
         rows_[static_cast<std::size_t>(i * d + c)] = h_.q[static_cast<std::size_t>((h * n + rows[i]) * d + c)];
@@ -129,6 +152,49 @@ class attention_transfer {
     tile::gemm<native, float>(count, m, d, rows_.data(), d, 1, h_.k_turned.data(), n, score_.data(), n, false);
     tile::gemm<native, float>(count, m, r_, phi_q_.data(), ld_, 1, turned_.data(), n, weight_.data(), n, false);
     for (isize i = 0; i < count; ++i) weigh(x, h, i, rows[i], map.log_scaled() ? log_q[i] : 0.0F);
+    return b;
+  }
+
+  /// One row's equation: 1 * log_weight + q . gate = what the logarithm of the rest's weight lacks.
+  void add_rest(isize i, isize row, std::vector<double>& a) const {
+    const float *p = score_.data() + i * h_.n, *w = weight_.data() + i * h_.n, *q = rows_.data() + i * h_.d;
+    double exact[2] = {}, mine[2] = {};  // near, rest
+    for (isize j = 0; j < seen(row); ++j) {
+      const bool rest = j >= first_of(row) && j < near_of(row);
+      exact[rest] += static_cast<double>(p[j]), mine[rest] += static_cast<double>(w[j]);
+    }
+    constexpr double least = 1e-12;
+    for (double* x : {exact, exact + 1, mine, mine + 1}) *x = std::max(*x, least);
+    const double lacks = std::log(exact[1] / exact[0]) - std::log(mine[1] / mine[0]);
+    const isize size = h_.d + 1;
+    const auto of = [&](isize c) { return c == 0 ? 1.0 : c < size ? static_cast<double>(q[c - 1]) : lacks; };
+    for (isize y = 0; y < size; ++y)
+      for (isize z = 0; z <= size; ++z) a[static_cast<std::size_t>(y * (size + 1) + z)] += of(y) * of(z);
+  }
+  /// [size][size + 1], symmetric and, with the ridge, positive definite: elimination in place.
+  static std::vector<double> solve(std::vector<double>& a, isize size) {
+    const auto at = [&](isize y, isize z) -> double& { return a[static_cast<std::size_t>(y * (size + 1) + z)]; };
+    double trace = 0;
+    for (isize y = 1; y < size; ++y) trace += at(y, y);
+    for (isize y = 0; y < size; ++y) at(y, y) += y == 0 ? 1e-9 : 0.01 * trace / static_cast<double>(size - 1) + 1e-9;
+    for (isize y = 0; y < size; ++y)
+      for (isize z = y + 1; z < size; ++z) {
+        const double f = at(z, y) / at(y, y);
+        for (isize c = y; c <= size; ++c) at(z, c) -= f * at(y, c);
+      }
+    std::vector<double> x(static_cast<std::size_t>(size));
+    for (isize y = size - 1; y >= 0; --y) {
+      double sum = at(y, size);
+      for (isize c = y + 1; c < size; ++c) sum -= at(y, c) * x[static_cast<std::size_t>(c)];
+      x[static_cast<std::size_t>(y)] = sum / at(y, y);
+    }
+    return x;
+  }
+
+  void some_rows(const feature_map& map, const std::vector<float>& x, isize h, const isize* rows, isize count,
+                 double each, std::vector<float>* gradient, bool wanted, transfer_result& sum) {
+    const isize m = h_.causal ? rows[count - 1] + 1 : h_.n, n = h_.n;
+    const feature_block<float> b = weigh_rows(map, x, h, rows, count);
     const bool outputs = loss_.mean_square != 0 || loss_.relative != 0 || wanted;
     if (outputs) {
       for (isize i = 0; i < count; ++i)  // what a row may not see weighs nothing
@@ -247,7 +313,8 @@ class attention_transfer {
   const learned_map& form_;
   transfer_loss loss_;
   isize r_, ld_;
-  float top_log_k_ = 0, coefficient_[stripe] = {}, base_[stripe] = {}, share_[stripe] = {}, slope_[stripe] = {};
+  float top_log_k_ = 0, coefficient_[stripe] = {}, base_[stripe] = {}, share_[stripe] = {}, slope_[stripe] = {},
+        log_q_[stripe] = {};
   std::vector<float> phi_k_, turned_, log_k_, dphi_k_, score_, weight_, step_, phi_q_, dphi_q_, rows_, out_, along_,
       scratch_, of_queries_, of_key_;
 };
