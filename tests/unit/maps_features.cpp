@@ -175,7 +175,9 @@ TEST_CASE(
       test::random r(5);
       for (isize t = 0; t < rows; ++t)
         for (isize c = 0; c < d; ++c)
-          x[static_cast<std::size_t>(t * d + c)] = static_cast<float>(r.normal() * (t % 4 == 3 ? 60 : 4 * (t % 4) + 1));
+          x[static_cast<std::size_t>(t * d + c)] = static_cast<float>(r.normal() * (t % 4 == 3   ? 60.0
+                                                                                    : t % 4 == 2 ? 9.0
+                                                                                                 : 2.0));
       feature_block<float> b;
       b.x = x.data(), b.x_stride = b.width = d, b.rows = rows, b.out = out.data(), b.out_stride = 2 * d;
       map.apply<simd::native, float>(b, nullptr);
