@@ -48,7 +48,7 @@ inline row_requests rows_at(const void* p, isize stride, isize bytes, isize rows
 struct later {
   row_requests k, v, out;
   isize read = 0, write = 0;
-  FOVEA_INLINE void ask() {
+  FOVEA_NOINLINE void ask() {  // out of line: its registers are those of the products
     const auto get = [](const std::byte* p) FOVEA_INLINE_LAMBDA { simd::prefetch(p, 64); };
     if (k.rows > 0)
       k.ask(read, get);
