@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Names: state/<rule>          one step of 32 heads, D = r = 128, states of 64 layers in turn (130 MB): `of_pass` is the time of
 //                              reading, scaling and writing the same memory once over the time of the step
-//        threads/<rule>        one head, N = 16384: time with one thread over time with two (`speedup`), the same bits demanded
+//        threads/<rule>        one head, N = 16384: time with one thread over time with two (`speedup`), the same bits demanded;
+//                              `halves`: the same where two heads of half the length share nothing, the most that this machine gives
 //        dijiang/decode/N<n>   one step of 8 heads of width 64 behind n tokens: time of an exact step over 8192 keys over it (`of_exact`)
 #include "linear.hpp"
 
@@ -85,6 +86,21 @@ void two_threads(benchmark::State& b, rule u, isize d) {
         return machine::now() - start;
       },
       [](double seconds, double one) { return one / seconds; });
+  const auto half = [n, d](const fovea::tensor_mut& x) {
+    return fovea::tensor_mut{x.data, x.type, 1, 2, n / 2, d, n * d, n / 2 * d, d};
+  };
+  const fovea::shape h{1, 2, 2, n / 2, n / 2, d, d, fovea::dtype::f32};
+  fovea::buffer own(m.workspace_size(h, 2) + 64);
+  const fovea::call_options apart{.lse = {}, .gates = rows.views(m, 2, n / 2, 1), .workspace = own.span()};
+  std::vector<double> ratios;
+  for (int i = 0; i < 9; ++i) {
+    const double start = machine::now();
+    call(fovea::serial);
+    const double between = machine::now();
+    fovea::prefill(two, m, half(t.Q()), half(t.K()), half(t.V()), half(t.O()), apart);
+    ratios.push_back((between - start) / (machine::now() - between));
+  }
+  b.counters["halves"] = median(ratios);
 }
 
 void dijiang_decode(benchmark::State& b, isize held) {

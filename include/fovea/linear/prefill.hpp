@@ -3,9 +3,9 @@
 /// @file  Causal linear attention: blocks of 126 tokens per state head, made ready in scratch, then the sweep of kernel/linear_sweep.hpp.
 ///
 /// Tasks are heads. Where there are few heads for the threads, tasks are ranges of column panels of a head: each by itself where rows
-/// are read as they lie; else blocks pass through two kinds of tasks, in this order: what a block needs (one task a block, in turn), and
-/// the sweep (a range a task, block by block). Either way every number is computed by the same instructions in the same order, so
-/// results do not depend on threads.
+/// are read as they lie, or where two ranges make cheap features; else blocks pass through two kinds of tasks, in this order: what a
+/// block needs (one task a block, in turn), and the sweep (a range a task, block by block). Either way every number is computed by the
+/// same instructions in the same order, so results do not depend on threads.
 
 #include <algorithm>
 #include <array>
