@@ -5,6 +5,7 @@
 #include <fovea/core/kv_cache.hpp>
 #include <fovea/core/partial.hpp>
 #include <fovea/hybrid/int8.hpp>
+#include <fovea/hybrid/pattern.hpp>
 #include <fovea/kernel/decode.hpp>
 
 namespace fovea {
@@ -127,17 +128,11 @@ struct hybrid_run : hybrid_plan<Acc> {
   using base::m, base::s, base::rule, base::rows, base::parts, base::most_units, base::most_tiles, base::tile_height;
   using typename base::planner;
   using typename base::unit;
-  using dense = kernel::online_softmax<simd::native, Acc>;
   using tiles = typename base::tiles;
 
   hybrid_run(const hybrid_attention& mechanism, const shape& sizes, isize tokens_before)
       : base(mechanism, sizes, tokens_before) {}
 
-  /// A pattern: masks of tokens.
-  struct pattern_slot {
-    dense run;
-    pattern_slot(arena& memory, const hybrid_run& x) : run(memory, x.rows, x.s.d, x.s.e) {}
-  };
   struct tile_slot : planner {
     tiles run;
     kernel::tile_rows* rows;
@@ -160,9 +155,7 @@ struct hybrid_run : hybrid_plan<Acc> {
   };
   std::size_t slot_bytes() const {
     arena measure;
-    if (!this->plans())
-      pattern_slot(measure, *this);
-    else if (this->few())
+    if (this->few())
       row_slot(measure, *this);
     else
       tile_slot(measure, *this);
@@ -175,16 +168,15 @@ struct hybrid_run : hybrid_plan<Acc> {
   template <class Summary, class Codes>
   void attend(exec_ref exec, const problem& p, arena scratch, const Summary& summary, const Codes& codes,
               [[maybe_unused]] const hybrid_int8& ints) const {
-    const isize span = this->plans() ? most_units : std::min(dense::superblock(rows, s.d, s.e), rows);
-    const isize all = this->plans() ? this->units() : rows, supers = ceil_div(all, std::max(span, isize{1}));
+    if (!this->plans()) return hybrid_pattern<Acc>(m, s).run(exec, p, scratch);
+    const isize all = this->units(), supers = ceil_div(all, std::max(most_units, isize{1}));
     const isize heads = s.B * s.G;
     const std::size_t piece = slot_bytes();
     auto* base_of = scratch.take<std::byte>(static_cast<isize>(piece) * exec.concurrency());
     exec.for_tasks(heads * supers, [&](isize task, isize index) {
       const isize sb = supers - 1 - task / heads, head = task % heads;  // the longest rows first
-      const isize first = sb * span, last = std::min(first + span, all), b = head / s.G, g = head % s.G;
+      const isize first = sb * most_units, last = std::min(first + most_units, all), b = head / s.G, g = head % s.G;
       arena own(std::span<std::byte>(base_of + static_cast<std::size_t>(index) * piece, piece));
-      if (!this->plans()) return pattern(pattern_slot(own, *this), p, b, g, first, last);
       if (this->few()) {
         row_slot at(own, *this);
         this->plan(at, p, summary(head), codes(head), b, g, first, last);
@@ -200,15 +192,6 @@ struct hybrid_run : hybrid_plan<Acc> {
       this->plan(at, p, summary(head), codes(head), b, g, first, last);
       each_tile(at, p, summary(head), b, g);
     });
-  }
-
-  void pattern(pattern_slot at, const problem& p, isize b, isize g, isize r0, isize r1) const {
-    at.run.begin({p.q, b, g * s.group(), r0, r1}, rule.scale, nullptr);
-    kernel::key_set<Acc> keys = this->keys_of(p, b, g);
-    const fovea::mask pattern = hsa_pattern{m.pattern, m.stride, m.align};
-    keys.visible = &pattern;
-    if (s.m > 0) at.run.absorb(keys);
-    at.run.finish(p.out, p.lse);
   }
 
   /// The pooled tokens of `count` tiles, by lists; where a list leaves out only a few, by whole panels.
@@ -346,7 +329,8 @@ struct hybrid_run : hybrid_plan<Acc> {
     const hybrid_run run(m, s, 0);
     arena measure;
     shared(measure, run, threads);
-    measure.take<std::byte>(static_cast<isize>(run.slot_bytes()) * threads);
+    measure.take<std::byte>(run.plans() ? static_cast<isize>(run.slot_bytes()) * threads
+                                        : static_cast<isize>(hybrid_pattern<Acc>(m, s).workspace_size(threads)));
     return measure.bytes();
   }
   static void prefill(const hybrid_attention& m, exec_ref exec, const problem& p, arena scratch,

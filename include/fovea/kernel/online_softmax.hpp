@@ -88,6 +88,32 @@ class online_softmax {
     }
   }
 
+  /// After begin: the rows have taken keys in before. o, lse of them, in Acc, as `finish` wrote them; it may write to the same place.
+  void resume(const tensor_ref& o, const tensor_ref& lse) noexcept {
+    const isize n = rows_.q.length;
+    isize r = rows_.first, h = rows_.first_head + r / n, i = r % n;
+    for (isize t = 0; t < used_; ++t) {
+      fresh_[t] = false;
+      for (isize lane = 0; lane < T::rows && r < rows_.last; lane += T::W) {
+        const Acc* from[T::W];
+        for (isize x = 0; x < T::W; ++x) {
+          from[x] = rows_of_;
+          if (r >= rows_.last) continue;
+          from[x] = static_cast<const Acc*>(o.row(rows_.b, h, i));
+          const Acc all = *static_cast<const Acc*>(lse.row(rows_.b, h, i)) * log2e, above = std::ceil(all);
+          m_[t * T::rows + lane + x] = above;
+          l_[t * T::rows + lane + x] = all == -std::numeric_limits<Acc>::infinity() ? Acc(0) : std::exp2(all - above);
+          ++r;
+          if (++i == n) ++h, i = 0;
+        }
+        Acc* to = ot_ + t * e_ * T::rows + lane;
+        simd::rows_to_columns<Acc, Arch>(from, e_, Acc(1), to, T::rows);
+        const P weight = P::load(l_ + t * T::rows + lane);
+        for (isize c = 0; c < e_; ++c) (P::load(to + c * T::rows) * weight).store(to + c * T::rows);
+      }
+    }
+  }
+
   void absorb(const key_set<Acc>& set) noexcept {
     range hull{set.count, 0};
     for (isize t = 0; t < used_; ++t) {
