@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <fovea/hybrid.hpp>
+#include <fovea/mask/table.hpp>
 #include <fovea/softmax.hpp>
 #include <string>
 
@@ -63,7 +64,8 @@ fovea::softmax_attention exact_attention(bool is_causal, fovea::precision arithm
   return m;
 }
 
-double against_exact(benchmark::State& b, const tensors& t, const fovea::hybrid_attention& m, bool is_causal,
+template <class M>
+double against_exact(benchmark::State& b, const tensors& t, const M& m, bool is_causal,
                      fovea::precision of_exact = fovea::precision::f32) {
   const fovea::softmax_attention exact = exact_attention(is_causal, of_exact);
   const fovea::buffer scratch(std::max(m.workspace_size(t.s, 1), exact.workspace_size(t.s, 1)));
@@ -86,12 +88,18 @@ void given(benchmark::State& b, isize size, isize d, isize n) {
   b.counters["per_tile"] = static_cast<double>(table.size()) / on / takes;
 }
 
-void pattern(benchmark::State& b, isize stride, isize n) {
+/// `m` against exact attention; `visible` says what its rows see, of which every 61st is counted.
+template <class M>
+void pattern(benchmark::State& b, const M& m, const fovea::mask& visible, bool is_causal, isize n) {
   const tensors t({1, 1, 1, n, n, 64, 64});
-  double visible = 0;
-  for (isize i = 0; i < n; ++i) visible += static_cast<double>(std::min(i + 1, stride) + i / stride);
-  const double takes = against_exact(b, t, fovea::hybrid_attention::hsa(fovea::hsa_mode::sparse, stride), true);
-  b.counters["per_tile"] = static_cast<double>(n) * static_cast<double>(n + 1) / 2 / visible / takes;
+  const fovea::mask_site at{0, 0, n, n, 1, 1};
+  double seen = 0, all = 0;
+  for (isize i = 0; i < n; i += 61) {
+    all += static_cast<double>(is_causal ? i + 1 : n);
+    for (isize j = 0; j < n; ++j) seen += visible.visible(at, i, j) ? 1 : 0;
+  }
+  const double takes = against_exact(b, t, m, is_causal);
+  b.counters["per_tile"] = all / seen / takes;
 }
 
 /// `arithmetic` of the tiles, and of the exact attention that it is measured against.
@@ -99,12 +107,12 @@ void select(benchmark::State& b, fovea::block_selector how, fovea::compensation 
             fovea::precision arithmetic = fovea::precision::f32, fovea::precision of_exact = fovea::precision::f32) {
   const real_like t({1, 1, 1, n, n, d, d});
   against_exact(b, t,
-                {.select = how,
-                 .is_causal = true,
-                 .budget = 1.0 / 16,
-                 .keep_small = 0,
-                 .compensate = rest,
-                 .arithmetic = arithmetic},
+                fovea::hybrid_attention{.select = how,
+                                        .is_causal = true,
+                                        .budget = 1.0 / 16,
+                                        .keep_small = 0,
+                                        .compensate = rest,
+                                        .arithmetic = arithmetic},
                 true, of_exact);
 }
 
@@ -191,7 +199,19 @@ void register_hybrid() {
     for (const isize size : {16, 64, 128})
       add("given/B" + std::to_string(size) + "/D" + std::to_string(d) + "/N" + std::to_string(n),
           [=](benchmark::State& b) { given(b, size, d, n); });
-  add("pattern/sparse128/D64/N16384", [=](benchmark::State& b) { pattern(b, 128, n); });
+  for (const fovea::hsa_mode mode :
+       {fovea::hsa_mode::local, fovea::hsa_mode::strided, fovea::hsa_mode::sparse, fovea::hsa_mode::fixed})
+    add("pattern/" + std::string(fovea::name_of(mode)) + "128/D64/N16384", [=](benchmark::State& b) {
+      pattern(b, fovea::hybrid_attention::hsa(mode, 128), fovea::hsa_pattern{mode, 128}, true, n);
+    });
+  const auto masked = [&](const char* name, const fovea::mask& visible, bool is_causal) {
+    add("pattern/" + std::string(name) + "/D64/N16384",
+        [=](benchmark::State& b) { pattern(b, fovea::softmax_attention{.mask = visible}, visible, is_causal, n); });
+  };
+  masked("bigbird64", fovea::bigbird{}, false);
+  masked("global16_window256",
+         fovea::both{fovea::causal{}, fovea::either{fovea::global_tokens{16}, fovea::window{256}}}, true);
+  masked("dilated64x2", fovea::dilated{}, true);
   for (const isize d : {64, 128})
     add("pass/D" + std::to_string(d) + "/N16384", [=](benchmark::State& b) { pass(b, n, d); });
   using enum fovea::block_selector;

@@ -454,6 +454,22 @@ TEST_CASE("hybrid in int8: against the twin with the same integers, and what the
   }
 }
 
+TEST_CASE("hybrid patterns: strided views give what the mask gives") {
+  for (const dtype type : {dtype::f32, dtype::bf16})
+    for (const hsa_mode mode : {hsa_mode::local, hsa_mode::strided, hsa_mode::sparse, hsa_mode::fixed})
+      for (const isize stride : {isize{2}, isize{37}, isize{700}}) {
+        call c(4, 2, 1200, 1211, 16, 24, 43,
+               type);  // more rows of a class than a superblock holds; the first row is at 11
+        c.out = test::unwritten(dtype::f32, 1, 4, 1200, 24);
+        softmax_attention exact;
+        exact.mask = hsa_pattern{mode, stride};
+        const auto want = c.run(exact).values(), sums = c.lse.values();
+        CAPTURE(name_of(mode), stride, static_cast<int>(type));
+        CHECK_CLOSE(c.run(hybrid_attention::hsa(mode, stride)).values(), want, {.c = 16});
+        CHECK_CLOSE(c.lse.values(), sums, {.c = 16});
+      }
+}
+
 TEST_CASE("hybrid in int8: rows that integers cannot hold are those of f32, and reach no other row") {
   for (const int which : {0, 1, 2}) {  // a key that is not finite, a value, scores beyond 16 bits
     call c(1, 1, 64, 256, 32, 16, 41), clean(1, 1, 64, 256, 32, 16, 41);

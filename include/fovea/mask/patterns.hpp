@@ -10,7 +10,8 @@
 ///
 /// Contract   p is the position of the query row (mask/causal.hpp); all four are causal by definition; stride >= 1. They are one
 ///            mask for every head, as in the released code, and depend on positions only: a prefill equals its steps.
-/// Cost       a kernel that asks `tile` skips what a pattern leaves out; strided with stride < tile width leaves out nothing.
+/// Cost       a kernel that asks `tile` skips what a pattern leaves out; strided with stride < tile width leaves out nothing
+///            (hybrid_attention computes strided tokens by residue classes: hybrid/pattern.hpp).
 /// Source     Hu, Li, Wang, Huang, "Mixed Sparsity Training", arXiv 2408.11746, get_causal_attn_mask in model.py; Child et al.,
 ///            arXiv 1904.10509; Zaheer et al., "Big Bird", arXiv 2007.14062.
 
