@@ -59,7 +59,7 @@ class online_softmax {
   /// `sinks` [H], nats: a logit a head that joins the denominator with no value; null: none. `out`, where given, is what `finish`
   /// will write: its lines are asked for ahead.
   void begin(const query_rows& rows, double scale, const float* sinks, const tensor_mut& out = {}) noexcept {
-    rows_ = rows, out_ = out;
+    rows_ = rows, out_ = out, next_ = {}, k_ahead_ = v_ahead_ = {};
     used_ = ceil_div(rows.last - rows.first, T::rows);
     for (isize c = 0; c < d_; ++c) zeros_[c] = Acc(0);
     const Acc factor = static_cast<Acc>(scale * 1.4426950408889634074);
@@ -124,9 +124,11 @@ class online_softmax {
     for (isize j0 = hull.first / T::keys * T::keys; j0 < hull.last; j0 += T::keys) {
       const isize j1 = j0 + T::keys < hull.last ? j0 + T::keys : hull.last;
       block rows{j0, j1, nullptr, nullptr, 0, 0};
-      if (used_ == 1 && vectors(0) <= few) look_ahead(set, j0, j1);
+      if (used_ == 1 && vectors(0) <= few)
+        look_ahead(set, j0, j1);
+      else
+        next_block(set, j1, hull.last);
       bool any = false;
-      next_block(set, j1, hull.last);
       for (isize t = 0; t < used_; ++t) any = absorb_tile(set, t, rows) || any;
       if (!any) j0 += unseen(set, j1, hull.last);
     }
