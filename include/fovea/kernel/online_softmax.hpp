@@ -168,16 +168,8 @@ class online_softmax {
   void look_ahead(const key_set<Acc>& set, isize j0, isize j1) noexcept {
     v_ahead_ = k_ahead_ = {};
     if (set.count * (set.k.row_bytes + set.v.row_bytes) <= (1 << 20)) return;  // in the L2 cache
-    const auto find = [](const row_source& from, isize first, isize last, isize width) {
-      detail::rows_ahead<Acc> x;
-      if (first >= last || from.type != dtype_of<Acc>) return x;
-      const stretch s = from.at(first);
-      x.rows = reinterpret_cast<const Acc*>(s.data), x.stride = from.row_bytes / static_cast<isize>(sizeof(Acc));
-      x.width = width, x.count = s.count < last - first ? s.count : last - first;
-      return x;
-    };
-    v_ahead_ = find(set.v, j0, j1, e_);
-    k_ahead_ = find(set.k, j1, j1 + T::keys < set.count ? j1 + T::keys : set.count, d_);
+    v_ahead_ = detail::rows_ahead<Acc>::of(set.v, j0, j1, e_);
+    k_ahead_ = detail::rows_ahead<Acc>::of(set.k, j1, j1 + T::keys < set.count ? j1 + T::keys : set.count, d_);
   }
 
   struct block {  // keys [j0, j1) of a set, converted when the first tile needs them
@@ -332,27 +324,6 @@ class online_softmax {
     fresh_[t] = false;
   }
 
-  /// Keys that the same vectors of the tile see, at least a panel of them; between, what no row sees.
-  struct stretch_of_keys {
-    isize first, last, v0, v1;
-    std::uint64_t all;  // lanes that see every key
-  };
-  stretch_of_keys alike(isize k, isize last, std::uint64_t every) const noexcept {
-    const auto low = [](std::uint64_t bits) { return static_cast<isize>(std::countr_zero(bits)) / T::W; };
-    const auto high = [](std::uint64_t bits) { return static_cast<isize>(63 - std::countl_zero(bits)) / T::W + 1; };
-    const std::uint64_t bits = lanes_[k];
-    stretch_of_keys x{k, k + 1, low(bits), high(bits), bits};
-    while (bits == every && x.last < last && lanes_[x.last] == every) ++x.last;
-    for (; x.last < last && lanes_[x.last] != 0; ++x.last) {
-      const std::uint64_t next = lanes_[x.last];
-      const isize v0 = low(next), v1 = high(next);
-      const bool same = v0 == x.v0 && v1 == x.v1 && (next == every) == (bits == every);
-      if (!same && x.last - x.first >= T::MR) break;
-      x.v0 = v0 < x.v0 ? v0 : x.v0, x.v1 = v1 > x.v1 ? v1 : x.v1, x.all &= next;
-    }
-    return x;
-  }
-
   /// What no row sees is left out, what is modified or partly seen is masked. Returns the runs of keys in `list`.
   isize modified_scores(const key_set<Acc>& set, isize t, const block& x, isize first, isize last, bool partial,
                         Acc* top, detail::panel* list) noexcept {
@@ -365,7 +336,7 @@ class online_softmax {
         ++k;
         continue;
       }
-      const stretch_of_keys part = alike(k, last, every);
+      const detail::keys_alike part = detail::alike<T>(lanes_, k, last, every);
       bool ragged = false;
       if (part.all == every && (runs == 0 || list[runs - 1].first + list[runs - 1].count < k)) {
         list[runs++] = {static_cast<std::int16_t>(k), static_cast<std::int16_t>(part.last - k)};

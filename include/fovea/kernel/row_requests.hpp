@@ -4,7 +4,7 @@
 ///
 /// Contract   hints only: nothing is read or written. In a burst the core would wait for its few line buffers.
 
-#include <fovea/core/view.hpp>
+#include <fovea/core/rows.hpp>
 #include <fovea/simd/reduce.hpp>
 
 namespace fovea {
@@ -18,6 +18,15 @@ struct rows_ahead {
   const Acc* rows = nullptr;
   isize stride = 0, width = 0, count = 0;
   static constexpr isize line = 64 / static_cast<isize>(sizeof(Acc));
+  /// Rows [first, last) of a source, as far as they are one stretch of Acc.
+  static rows_ahead of(const row_source& from, isize first, isize last, isize width) noexcept {
+    rows_ahead x;
+    if (first >= last || from.type != dtype_of<Acc>) return x;
+    const stretch s = from.at(first);
+    x.rows = reinterpret_cast<const Acc*>(s.data), x.stride = from.row_bytes / static_cast<isize>(sizeof(Acc));
+    x.width = width, x.count = s.count < last - first ? s.count : last - first;
+    return x;
+  }
   /// Line `x` (of 64 bytes) of row k.
   FOVEA_INLINE void ask(isize k, isize x) const {
     if (k < count && x * line < width) simd::prefetch(rows + k * stride + x * line, 64);

@@ -10,6 +10,7 @@
 /// Contract   S [keys][NR * W]; lanes[k] bit l: query l sees key k of the block. A masked panel takes masked products, so that NaN
 ///            or infinity in a value reaches only the rows that see its key.
 
+#include <bit>
 #include <limits>
 
 #include <fovea/kernel/row_requests.hpp>
@@ -54,6 +55,29 @@ struct panel {
   /// No row of vector x sees a key of the run.
   bool leaves_out(int x) const { return (kind == seen::rising && x < edge) || (kind == seen::falling && x > edge); }
 };
+
+/// Keys [first, last) that vectors [v0, v1) of the tile see, some lanes of them or all.
+struct keys_alike {
+  isize first, last, v0, v1;
+  std::uint64_t all;  ///< lanes that see every key
+};
+/// From key k on, which some lane sees: keys seen by the same vectors, at least a panel of them, if nobody's key ends it.
+template <class T>
+keys_alike alike(const std::uint64_t* lanes, isize k, isize last, std::uint64_t every) noexcept {
+  const auto low = [](std::uint64_t bits) { return static_cast<isize>(std::countr_zero(bits)) / T::W; };
+  const auto high = [](std::uint64_t bits) { return static_cast<isize>(63 - std::countl_zero(bits)) / T::W + 1; };
+  const std::uint64_t bits = lanes[k];
+  keys_alike x{k, k + 1, low(bits), high(bits), bits};
+  while (bits == every && x.last < last && lanes[x.last] == every) ++x.last;
+  for (; x.last < last && lanes[x.last] != 0; ++x.last) {
+    const std::uint64_t next = lanes[x.last];
+    const isize v0 = low(next), v1 = high(next);
+    const bool same = v0 == x.v0 && v1 == x.v1 && (next == every) == (bits == every);
+    if (!same && x.last - x.first >= T::MR) break;
+    x.v0 = v0 < x.v0 ? v0 : x.v0, x.v1 = v1 > x.v1 ? v1 : x.v1, x.all &= next;
+  }
+  return x;
+}
 
 /// S = K Q^T for `panels` panels of M keys and NV vectors of queries; folds the maximum into `top` [NV vectors].
 template <class Arch, class Acc, int M, int NV>
