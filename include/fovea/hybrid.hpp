@@ -47,6 +47,14 @@ enum class block_selector : unsigned char {
 /// Skipped blocks: dropped, pooled, pooled with the variance term.
 enum class compensation : unsigned char { none, zeroth, cumulant };
 
+/// A row is done when its error is at most `absolute`, or `relative` times the length of its output: the bound that is proven of it, or, where
+/// `estimated` is set, an estimate, which most rows keep (docs/mechanisms/hybrid.md). 0 and 0: no target.
+struct error_target {
+  double relative = 0, absolute = 0;
+  bool estimated = false;
+  bool on() const { return relative > 0 || absolute > 0; }
+};
+
 struct hybrid_attention {
   static constexpr const char* name = "hybrid";
   static constexpr bool has_lse = true;
@@ -67,6 +75,9 @@ struct hybrid_attention {
   bool share_group = false;  ///< one selection for all query heads of a KV head: their rows vote together
   isize parts = 1;  ///< pooled tokens of a skipped block, of block_k / parts keys each; 2 and 4 are halves and quarters
   compensation compensate = compensation::zeroth;
+  /// From the selection on, more blocks are computed, best first, until every row is under the target (hybrid/target.hpp). Prefill without a state.
+  /// The rows of a query block share a list: row i may depend on keys up to the last row of its query block, through what is computed for both.
+  error_target target = {};
   hsa_mode pattern = hsa_mode::sparse;  ///< for block_selector::pattern
   isize stride = 128;
   /// For block_selector::given: [B or 1, H or G or 1, query blocks, key blocks], not 0: computed.
@@ -99,7 +110,7 @@ struct hybrid_attention {
   void backward(exec_ref exec, const backward_problem& p, arena scratch) const;
 
   /// A KV cache of shape.m tokens in the storage type, and the block summaries that the selection and the pooling need.
-  bool streaming() const { return is_causal; }
+  bool streaming() const { return is_causal && !target.on(); }
   state make_state(const shape& s) const;
   std::uint64_t tag() const;
   void check(const problem& p, const state& s) const;
@@ -127,12 +138,8 @@ void computed_density(exec_ref exec, const hybrid_attention& m, tensor_ref q, te
 void error_bound(exec_ref exec, const hybrid_attention& m, tensor_ref q, tensor_ref k, tensor_ref v, tensor_mut bound,
                  tensor_mut out = {});
 
-/// A row is done when its bound is at most `absolute`, or `relative` times the length of its output.
-struct error_target {
-  double relative = 0, absolute = 0;
-};
-/// Prefill to an error target: from the selection of `m` (without kept keys) on, blocks are computed, best first, in rounds until the
-/// bound of every row is under the target; a row that cannot get there has every block computed that adds to its bound. out in f32
+/// Prefill to an error target, m.target in other words, that tells the proven bound of each row. From the selection of `m` on, blocks are computed, best
+/// first, until every row is under the target; a row that cannot get there has every block computed that adds to its bound. out in f32
 /// (f64), bound as of error_bound. Returns the share of the visible block pairs that were computed.
 double prefill_within(exec_ref exec, const hybrid_attention& m, tensor_ref q, tensor_ref k, tensor_ref v,
                       tensor_mut out, tensor_mut bound, const error_target& target);

@@ -22,6 +22,9 @@ TEST_CASE("contract of hybrid: calls and states") {
   problem p = a.good(false);
   state s = m.make_state(p.shape());
   CHECK_SAYS(test::refusal([&] { fovea::prefill(serial, both_ways, p.q, p.k, p.v, p.out, s); }), "causal");
+  CHECK_SAYS(test::refusal(
+                 [&] { (void)hybrid_attention{.is_causal = true, .target = {.relative = 0.1}}.make_state(p.shape()); }),
+             "error target");
   CHECK(a.touched() == std::string());
 }
 
@@ -44,6 +47,10 @@ TEST_CASE("contract of hybrid: its own values") {
   refuses_value(H{.scale = -2.0}, {"scale is -2"});
   refuses_value(H{.select = block_selector::pattern, .stride = 0}, {"stride", "0"});
   refuses_value(H{.select = block_selector::given}, {"blocks"});
+  refuses_value(H{.target = {.relative = -0.5}}, {"target is -0.5"});
+  refuses_value(H{.target = {.absolute = bad}}, {"target.absolute is nan"});
+  refuses_value(H{.select = block_selector::int4, .target = {.relative = 0.1}}, {"target", "int4"});
+  refuses_value(H{.compensate = compensation::cumulant, .target = {.relative = 0.1}}, {"target", "cumulant"});
   refuses_value(H{.arithmetic = precision::bf16}, {"arithmetic is bf16"});
   refuses_value(H{.compensate = compensation::cumulant, .arithmetic = precision::int8}, {"int8", "cumulant"});
   refuses_value(H{.select = block_selector::pattern,

@@ -262,6 +262,7 @@ inline void hybrid_attention::check(const backward_problem& p) const {
           "; gradients are those of f32: set precision::f32");
   require(compensate != compensation::cumulant,
           "backward with compensation::cumulant; the variance term is for study and has no gradient");
+  require(!target.on(), "backward of a mechanism with an error target; what it computed is not known any more");
   require(p.to.dbias == nullptr && p.to.dsinks == nullptr,
           "dbias or dsinks was asked for; hybrid_attention has neither a score table nor sinks");
 }

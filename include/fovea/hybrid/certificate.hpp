@@ -15,7 +15,7 @@
 #include <vector>
 
 #include <fovea/hybrid/prefill.hpp>
-#include <fovea/kernel/mass_bounds.hpp>
+#include <fovea/hybrid/row_bound.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -24,7 +24,6 @@ namespace detail {
 template <class Acc>
 struct hybrid_certificate {
   using bounds = kernel::mass_bounds<simd::native, Acc>;
-  using limits = std::numeric_limits<Acc>;
 
   const hybrid_attention& m;
   const problem& p;           ///< out and lse: of the prefill that is certified; lse of the computed keys alone
@@ -33,18 +32,12 @@ struct hybrid_certificate {
   shape s;
 
   /// Sizes of what the rows of a KV head may see: of keys and values before each position.
-  struct reach {
-    std::vector<Acc> key, value;
-    reach(const kernel::block_summary<Acc>& of, isize tokens) {
-      Acc k = 0, v = 0;
-      key.push_back(k), value.push_back(v);
-      for (isize j = 0; j < tokens; ++j) {
-        k = larger(k, of.size[j] + of.residual[j]), v = larger(v, of.norm_v[j]);
-        key.push_back(k), value.push_back(v);
-      }
-    }
-    static Acc larger(Acc x, Acc y) { return y > x || y != y ? y : x; }  // NaN stays
-  };
+  using reach = std::vector<largest_sizes<Acc>>;
+  static reach reach_of(const kernel::block_summary<Acc>& of, isize tokens) {
+    reach all(1);
+    for (isize j = 0; j < tokens; ++j) all.push_back(all.back()), all.back().extend(of, j, j + 1);
+    return all;
+  }
 
   /// Rows [i0, i1), at most 64, of head h.
   void panel(bounds& sum, const kernel::block_summary<Acc>& of, const reach& seen, isize b, isize h, isize i0, isize i1,
@@ -56,29 +49,9 @@ struct hybrid_certificate {
       to.set(b, h, i, 0, upward(of_row(sum, seen, b, h, i, i - i0, counted[i - i0], row), to.type));
   }
 
-  /// to [blocks][64]: what each key block adds to the bounds of rows [i0, i1), about.
-  void contributions(bounds& sum, const kernel::block_summary<Acc>& of, isize b, isize h, isize i0, isize i1, Acc* row,
-                     Acc* to) const {
-    open(sum, b, h, i0, i1, row);
-    isize counted[bounds::rows] = {};
-    Acc size[bounds::rows];
-    for (isize i = i0; i < i1; ++i) {
-      const Acc* o = simd::row_as<simd::native, Acc>(p.out.type, p.out.row(b, h, i), s.e, row);
-      size[i - i0] = kernel::norm_above<simd::native, Acc>(s.e, [&](isize c) { return o[c]; });
-    }
-    for (isize J = 0; J < rule.blocks(); ++J) {
-      for (isize l = 0; l < i1 - i0; ++l) to[J * bounds::rows + l] = -weighed(sum.so_far(l), size[l]);
-      block(sum, of, b, h, i0, i1, J, counted);
-      for (isize l = 0; l < i1 - i0; ++l) to[J * bounds::rows + l] += weighed(sum.so_far(l), size[l]);
-    }
-    for (isize J = 0; J < rule.blocks(); ++J)
-      for (isize l = 0; l < i1 - i0; ++l) to[J * bounds::rows + l] /= 1 + sum.so_far(l).lower;
-  }
-
  private:
-  static Acc weighed(const typename bounds::sums& x, Acc size) { return x.moved_v + size * x.moved; }
   void open(bounds& sum, isize b, isize h, isize i0, isize i1, Acc* row) const {
-    const Acc none = -limits::infinity(), log2e = static_cast<Acc>(1.4426950408889634074);
+    const Acc none = -std::numeric_limits<Acc>::infinity(), log2e = static_cast<Acc>(1.4426950408889634074);
     for (isize i = i0; i < i1; ++i) {
       const Acc lse = *static_cast<const Acc*>(p.lse.row(b, h, i));
       const Acc* q = simd::row_as<simd::native, Acc>(p.q.type, p.q.row(b, h, i), s.d, row);
@@ -93,13 +66,6 @@ struct hybrid_certificate {
     const isize end = rule.causal ? i + rule.offset + 1 : s.m;
     return end < 0 ? 0 : end < s.m ? end : s.m;
   }
-  bool is_kept(const kernel::block_summary<Acc>& of, isize j) const {
-    if (of.kept == 0 || (j / of.stretch + 1) * of.stretch > s.m) return false;
-    for (isize x = 0; x < of.kept; ++x)
-      if (of.small[j / of.stretch * of.kept + x] == j) return true;
-    return false;
-  }
-
   void block(bounds& sum, const kernel::block_summary<Acc>& of, isize b, isize h, isize i0, isize i1, isize J,
              isize* counted) const {
     const isize j0 = J * rule.block_k, j1 = j0 + rule.block_k < s.m ? j0 + rule.block_k : s.m;
@@ -116,7 +82,7 @@ struct hybrid_certificate {
     for (isize j = j0; j < j1; j += bounds::chunk) {
       const isize end = j + bounds::chunk < j1 ? j + bounds::chunk : j1;
       for (isize x = j; x < end; ++x) {
-        left_out[x - j] = is_kept(of, x) ? 0 : open;
+        left_out[x - j] = is_kept(of, s.m, x) ? 0 : open;
         for (isize i = i0; rule.causal && x >= visible(i0) && i < i1; ++i)
           if (x >= visible(i)) left_out[x - j] &= ~(std::uint64_t{1} << (i - i0));
       }
@@ -126,34 +92,15 @@ struct hybrid_certificate {
 
   Acc of_row(const bounds& sum, const reach& seen, isize b, isize h, isize i, isize lane, isize counted,
              Acc* row) const {
-    const isize end = visible(i), kept = rule.stretch > 0 ? end / rule.stretch * rule.kept : 0;
-    if (end == 0) return 0;
-    const Acc key = seen.key[static_cast<std::size_t>(end)], value = seen.value[static_cast<std::size_t>(end)];
-    const Acc eps = limits::epsilon();
+    row_facts<Acc> x;
+    x.seen = visible(i), x.terms = counted + (rule.stretch > 0 ? x.seen / rule.stretch * rule.kept : 0);
+    x.key = seen[static_cast<std::size_t>(x.seen)].key, x.value = seen[static_cast<std::size_t>(x.seen)].value;
     const Acc* q = simd::row_as<simd::native, Acc>(p.q.type, p.q.row(b, h, i), s.d, row);
-    const Acc length = kernel::norm_above<simd::native, Acc>(s.d, [&](isize c) { return q[c]; });
+    x.length = kernel::norm_above<simd::native, Acc>(q, s.d);
     const Acc* o = simd::row_as<simd::native, Acc>(p.out.type, p.out.row(b, h, i), s.e, row);
-    const Acc size = kernel::norm_above<simd::native, Acc>(s.e, [&](isize c) { return o[c]; });
-    if (!(key < limits::infinity()) || !(value < limits::infinity()) || !(length < limits::infinity()) ||
-        !(size < limits::infinity()))
-      return limits::infinity();
-    // delta: error of a logit and of its exponential; whole: of a sum of so many terms, relative to the sum of their sizes
-    const Acc delta = (static_cast<Acc>(s.d) / 2 + 8) * eps * static_cast<Acc>(rule.scale) * length * key + exp_error;
-    const Acc whole = (static_cast<Acc>(counted + kept) * Acc(0.625) + static_cast<Acc>(rule.block_k) + 64) * eps;
-    const Acc rounding = (value + size) * (std::expm1(delta) * std::exp(delta) + whole) * (1 + 16 * eps + 4 * whole);
-    const Acc lse = *static_cast<const Acc*>(p.lse.row(b, h, i));
-    const Acc hull = (size + value) * (1 + 4 * eps);  // o* is a mean of values
-    const auto x = sum.bounds(lane, end, value, 2 * std::expm1(delta));
-    const Acc least = std::exp(-(delta + whole + 4 * eps * std::abs(lse))) * (1 - 8 * eps) + x.lower;
-    const Acc skipped = (x.moved_v + (size + rounding) * x.moved) / least * (1 + 16 * eps);
-    const Acc all = skipped + rounding;
-    return lse > -limits::infinity() && all < hull ? all * (1 + 4 * eps) : hull;
-  }
-  static constexpr Acc exp_error = sizeof(Acc) == 4 ? static_cast<Acc>(0x1p-20) : static_cast<Acc>(0x1p-46);
-
-  static double upward(Acc x, dtype type) {
-    return type == dtype::f64 || std::isinf(x) ? static_cast<double>(x)
-                                               : static_cast<double>(std::nextafter(static_cast<float>(x), HUGE_VALF));
+    x.size = kernel::norm_above<simd::native, Acc>(o, s.e);
+    x.lse = x.reference = *static_cast<const Acc*>(p.lse.row(b, h, i));
+    return row_bound(rule, s.d, x, sum.so_far(lane), x.seen);
   }
 };
 
@@ -199,7 +146,7 @@ class certified_prefill {
     using certificate = hybrid_certificate<Acc>;
     each_head(exec, [&](const certificate& x, typename certificate::bounds& sum, const kernel::block_summary<Acc>& of,
                         isize b, isize h, Acc* row) {
-      const typename certificate::reach seen(of, s_.m);
+      const auto seen = certificate::reach_of(of, s_.m);
       for (isize i = 0; i < s_.n; i += certificate::bounds::rows)
         x.panel(sum, of, seen, b, h, i, std::min(i + certificate::bounds::rows, s_.n), row, to);
     });
@@ -214,6 +161,26 @@ class certified_prefill {
   problem dropped_;
   buffer sums_;
 };
+
+/// Of the block pairs that hold a visible (row, key), the share that is computed.
+inline double computed_share(const kernel::block_rule& rule, isize heads, const std::vector<std::uint8_t>& fates) {
+  isize computed = 0, visible = 0;
+  const isize rows = ceil_div(rule.n, rule.block_q), width = rule.blocks();
+  for (isize line = 0; line < heads * rows; ++line)
+    for (isize J = 0; J < rule.reach_of(line % rows).seen; ++J)
+      ++visible, computed += fates[static_cast<std::size_t>(line * width + J)] == kernel::computed ? 1 : 0;
+  return visible == 0 ? 1.0 : static_cast<double>(computed) / static_cast<double>(visible);
+}
+
+template <class Acc>
+double prefill_to_target(exec_ref exec, const hybrid_attention& m, const problem& p, const tensor_mut& bound) {
+  const shape s = p.shape();
+  const kernel::block_rule rule = hybrid_run<Acc>(m, s, 0).rule;
+  std::vector<std::uint8_t> fates(static_cast<std::size_t>(s.B * s.H * ceil_div(s.n, m.block_q) * rule.blocks()));
+  buffer work(m.workspace_size(s, exec.concurrency()) + alignment);
+  hybrid_run<Acc>::prefill(m, exec, p, arena(work.span()), fates.data(), bound);
+  return computed_share(rule, s.B * s.H, fates);
+}
 
 /// What error_bound and prefill_within want of their arguments.
 inline void check_certificate(const hybrid_attention& m, const problem& p, const tensor_mut& bound) {
@@ -251,14 +218,24 @@ FOVEA_DEFINITION void error_bound(exec_ref exec, const hybrid_attention& m, tens
                  v.width};
   const problem p{q, k, v, out ? out : own, {}, {}, {}};
   detail::check_certificate(m, p, bound);
+  require(!m.target.on(), "error_bound of a mechanism with an error target; prefill_within tells its bounds");
   if (wide)
     detail::certified_prefill<double>(exec, m, p).bound(exec, bound);
   else
     detail::certified_prefill<float>(exec, m, p).bound(exec, bound);
 }
+
+FOVEA_DEFINITION double prefill_within(exec_ref exec, const hybrid_attention& m, tensor_ref q, tensor_ref k,
+                                       tensor_ref v, tensor_mut out, tensor_mut bound, const error_target& target) {
+  const problem p{q, k, v, out, {}, {}, {}};
+  hybrid_attention own = m;
+  own.target = target;
+  detail::check_certificate(own, p, bound);
+  require(target.on(), "the error target is 0 relative, 0 absolute; wanted one above 0");
+  return q.type == dtype::f64 ? detail::prefill_to_target<double>(exec, own, p, bound)
+                              : detail::prefill_to_target<float>(exec, own, p, bound);
+}
 #endif
 
 }  // namespace FOVEA_ABI
 }  // namespace fovea
-
-#include <fovea/hybrid/target.hpp>

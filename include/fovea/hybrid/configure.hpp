@@ -7,6 +7,7 @@
 ///            or select ("given" | "mean" | "variance" | "bound" | "int8" | "int4" | "exact") with top (blocks) or budget (share of the
 ///            candidate blocks) or top_p (share of the estimated mass), at_least (keys), first and window (keys always computed), keep_small
 ///            (share of the keys, those of smallest |v|, kept exact), share_group (flag: one selection for a query group),
+///            target (relative error of a row; prefill without a state), target_absolute, target_estimated (flag: an estimate, not the bound),
 ///            compensate ("none" | "zeroth" | "cumulant"), parts (pooled tokens a block), precision ("f32" | "int8").
 /// Tensors    blocks (u8 or bool, [.., query blocks, key blocks], broadcast to [B, H or G, ..], 1 = computed): makes select "given".
 /// Defaults   select int8, block_q = block_k = 16, budget 1/4, at_least 256, first 16, window 64, keep_small 1/64, compensate zeroth,
@@ -97,6 +98,9 @@ inline any_attention configure_hybrid(configuration_reader& c) {
                {{"none", compensation::none}, {"zeroth", compensation::zeroth}, {"cumulant", compensation::cumulant}},
                m.compensate);
   m.parts = c.integer("parts", m.parts);
+  m.target.relative = c.number("target", 0);
+  m.target.absolute = c.number("target_absolute", 0);
+  m.target.estimated = c.flag("target_estimated", false);
   m.arithmetic = c.choice("precision", {{"f32", precision::f32}, {"int8", precision::int8}}, m.arithmetic);
   detail::check_hybrid_options(m);
   return any_attention::hold(m, blocks != nullptr ? blocks->owner() : nullptr);

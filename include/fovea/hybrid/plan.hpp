@@ -26,7 +26,8 @@ inline kernel::summary_needs hybrid_needs(const hybrid_attention& m) {
   needs.range = m.select == block_selector::bound;
   needs.parts = pools ? m.parts : 1;
   if (m.kept_share() > 0) needs.keep(m.keep_small, m.block_k);
-  needs.levels = m.select == block_selector::int8 ? 127 : m.select == block_selector::int4 ? 7 : 0;
+  needs.levels = m.select == block_selector::int8 || m.target.on() ? 127 : m.select == block_selector::int4 ? 7 : 0;
+  needs.bounds = m.target.on();
   return needs;
 }
 
@@ -60,6 +61,7 @@ struct hybrid_plan {
   isize tile_height;               ///< rows of a tile
   isize most_units, most_tiles;    ///< of a superblock; of a batch
   std::uint8_t* record = nullptr;  ///< [B, H, query blocks, key blocks]: the fates, for who asks for them; null: nobody
+  tensor_mut bound = {};  ///< [B, H, n, 1], with a target: what is proven of each row's error; null: nobody asks
 
   hybrid_plan(const hybrid_attention& mechanism, const shape& sizes, isize tokens_before)
       : m(mechanism), s(sizes), past(tokens_before) {
@@ -86,7 +88,9 @@ struct hybrid_plan {
     most_tiles = std::min(tiles::most(s.d, s.e, tile_height), room * unit_tiles);
     most_units = few() ? 64 / std::max(unit_rows, isize{1}) : unit_tiles > 0 ? most_tiles / unit_tiles : 0;
     most_units = std::min(std::max(most_units, isize{1}), room);
+    if (m.target.on()) most_units = std::min(std::max(256 / std::max(unit_rows, isize{1}), isize{1}), room);
     if (rule.share > 1) most_units = std::max(most_units / rule.share, isize{1}) * rule.share;
+    if (m.target.on()) most_tiles = most_units * ceil_div(unit_rows, tiles::rows);
   }
   bool plans() const { return m.select != block_selector::pattern; }
   bool cumulant() const { return m.compensate == compensation::cumulant; }

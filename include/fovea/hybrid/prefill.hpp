@@ -6,6 +6,7 @@
 #include <fovea/core/partial.hpp>
 #include <fovea/hybrid/int8.hpp>
 #include <fovea/hybrid/pattern.hpp>
+#include <fovea/hybrid/target.hpp>
 #include <fovea/kernel/decode.hpp>
 
 namespace fovea {
@@ -79,6 +80,7 @@ inline void check_hybrid_options(const hybrid_attention& m) {
   require_finite("budget", m.budget);
   check_hybrid_extras(m);
   check_hybrid_precision(m);
+  check_error_target(m);
   require(m.budget >= 0 && m.budget <= 1, "budget is ", m.budget,
           "; it is a share of the candidate blocks, from 0 to 1");
   require(m.top >= 0, "top is ", m.top, "; it counts blocks and must not be negative (0: go by budget)");
@@ -155,7 +157,9 @@ struct hybrid_run : hybrid_plan<Acc> {
   };
   std::size_t slot_bytes() const {
     arena measure;
-    if (this->few())
+    if (m.target.on())
+      typename hybrid_target<Acc>::slot(measure, *this);
+    else if (this->few())
       row_slot(measure, *this);
     else
       tile_slot(measure, *this);
@@ -177,6 +181,13 @@ struct hybrid_run : hybrid_plan<Acc> {
       const isize sb = supers - 1 - task / heads, head = task % heads;  // the longest rows first
       const isize first = sb * most_units, last = std::min(first + most_units, all), b = head / s.G, g = head % s.G;
       arena own(std::span<std::byte>(base_of + static_cast<std::size_t>(index) * piece, piece));
+      if (m.target.on()) {
+        typename hybrid_target<Acc>::slot at(own, *this);
+        this->plan(at, p, summary(head), codes(head), b, g, first, last);
+        hybrid_target<Acc>{*this, p, summary(head), b, g}.run(at);
+        if (this->record != nullptr) this->note(at.list, at.count, at.fate, b);
+        return;
+      }
       if (this->few()) {
         row_slot at(own, *this);
         this->plan(at, p, summary(head), codes(head), b, g, first, last);
@@ -334,9 +345,9 @@ struct hybrid_run : hybrid_plan<Acc> {
     return measure.bytes();
   }
   static void prefill(const hybrid_attention& m, exec_ref exec, const problem& p, arena scratch,
-                      std::uint8_t* record = nullptr) {
+                      std::uint8_t* record = nullptr, const tensor_mut& bound = {}) {
     hybrid_run run(m, p.shape(), 0);
-    run.record = record;
+    run.record = record, run.bound = bound;
     const shared at(scratch, run, exec.concurrency());
     at.all.append(exec, p.k, p.v, 0, at.fold);
     run.attend(exec, p, scratch, at, at.all);

@@ -17,6 +17,7 @@ inline void mass_recall(exec_ref exec, const hybrid_attention& m, tensor_ref q, 
                         tensor_mut out) {
   hybrid_attention computed = m;
   computed.compensate = compensation::none;
+  require(!m.target.on(), "mass_recall of a mechanism with an error target; prefill_within tells what is proven");
   softmax_attention exact{.scale = m.scale};
   if (m.is_causal) exact.mask = causal{.align = m.align};
 

@@ -25,6 +25,7 @@ inline state hybrid_attention::make_state(const shape& s) const {
   require(
       is_causal,
       "a hybrid_attention with a state must be causal (is_causal = true); a row cannot see keys that have not come");
+  require(!target.on(), "a hybrid_attention with an error target has no state; the target is of a prefill");
   require(s.B >= 0 && s.G >= 1 && s.m >= 0 && s.d >= 1 && s.e >= 1, "make_state: B, G, m, d, e are ", s.B, ", ", s.G,
           ", ", s.m, ", ", s.d, ", ", s.e, "; wanted sizes of a problem, m tokens of room");
   return {tag(), s, detail::hybrid_state_bytes(*this, s)};

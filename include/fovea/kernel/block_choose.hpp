@@ -59,6 +59,8 @@ struct block_rule {
     return j0 < first || (stretch > 0 && causal && (j0 / stretch + 1) * stretch > p0) ||
            (window > 0 && j1 > p0 - window && (causal || j0 < p1 + window));
   }
+  /// Is any candidate computed for its score?
+  bool chooses() const { return top > 0 || budget > 0 || at_least > 0 || top_p > 0; }
   /// How many of the candidates are computed, given how many own blocks are.
   isize count(isize candidates, isize own) const {
     const isize by_share = static_cast<isize>(std::ceil(budget * static_cast<double>(candidates) * (1 - 1e-12)));

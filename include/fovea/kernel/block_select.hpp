@@ -82,6 +82,13 @@ class block_select {
   void run(const block_summary<Acc>& s, const code_keys* codes, const key_rows& keys, const tensor_ref& q, isize b,
            const query_block* list, isize count, std::uint8_t* table) noexcept {
     codes_ = has_pass && rule_.score == block_score::code ? codes : nullptr;
+    if (!rule_.chooses()) {  // the blocks that are computed whatever their score
+      for (isize x = 0; x < count; ++x) {
+        std::fill_n(votes_, rule_.blocks(), Acc(0));
+        choose_blocks<Arch>(rule_, list[x].block, votes_, table + x * rule_.blocks(), sorted_);
+      }
+      return;
+    }
     isize at = 0, done = 0;  // rows of query block list[at] that earlier panels held
     while (at < count) {
       isize lanes = 0, segments = 0, past = 0;

@@ -150,20 +150,36 @@ FOVEA_NOINLINE Acc round_row(const Acc* x, isize width, int levels, Code* out) n
   return usable || (sound && top == 0) ? top / scale : std::numeric_limits<Acc>::quiet_NaN();
 }
 
-/// An upper bound of the Euclidean norm of at(0), ..., at(width - 1), whatever the size of the elements; NaN if one is not finite.
+namespace detail {
+
+/// An upper bound of the Euclidean norm of a row whose elements at(c, left) returns in packs, whatever their size; NaN if one is not finite.
 /// Each of the width + 4 roundings of the scaled sum is of relative size eps / 2 at most.
 template <class Arch, class Acc, class F>
 FOVEA_INLINE Acc norm_above(isize width, F&& at) noexcept {
   using limits = std::numeric_limits<Acc>;
-  Acc top = 0, odd = 0, sum = 0;
-  for (isize c = 0; c < width; ++c) {
-    const Acc x = at(c) < 0 ? -at(c) : at(c);
-    top = x > top ? x : top, odd += x * Acc(0);
+  using P = simd::pack<Acc, Arch>;
+  P most(Acc(0)), odd(Acc(0)), sum(Acc(0));
+  for (isize c = 0; c < width; c += P::size) {
+    const P x = at(c, width - c);
+    most = simd::max(most, simd::max(x, P(Acc(0)) - x)), odd = simd::fma(x, P(Acc(0)), odd);
   }
-  if (odd != 0) return limits::quiet_NaN();
+  if (!(simd::reduce_add(odd) == 0)) return limits::quiet_NaN();
+  const Acc top = simd::highest(most);
   if (top == 0) return Acc(0);
-  for (isize c = 0; c < width; ++c) sum += at(c) / top * (at(c) / top);
-  return top * std::sqrt(sum) * (1 + static_cast<Acc>(width + 8) * limits::epsilon()) + limits::min();
+  for (isize c = 0; c < width; c += P::size) {
+    const P x = at(c, width - c) / P(top);
+    sum = simd::fma(x, x, sum);
+  }
+  return top * std::sqrt(simd::reduce_add(sum)) * (1 + static_cast<Acc>(width + 8) * limits::epsilon()) + limits::min();
+}
+
+}  // namespace detail
+
+/// An upper bound of the Euclidean norm of x, whatever the size of its elements; NaN if one is not finite.
+template <class Arch, class Acc>
+FOVEA_NOINLINE Acc norm_above(const Acc* x, isize width) noexcept {
+  using P = simd::pack<Acc, Arch>;
+  return detail::norm_above<Arch, Acc>(width, [&](isize c, isize left) { return simd::load_n<P>(x + c, left); });
 }
 
 /// |x - step code| and |step code|, from above.
@@ -173,9 +189,15 @@ struct rounding_size {
 };
 template <class Arch, class Acc, class Code>
 FOVEA_NOINLINE rounding_size<Acc> size_of_rounding(const Acc* x, const Code* code, Acc step, isize width) noexcept {
-  const auto rounded = [&](isize c) { return static_cast<Acc>(code[c]) * step; };
-  const Acc size = norm_above<Arch, Acc>(width, rounded);
-  const Acc residual = norm_above<Arch, Acc>(width, [&](isize c) { return x[c] - rounded(c); });
+  using P = simd::pack<Acc, Arch>;
+  const auto rounded = [&](isize c, isize left) {
+    alignas(64) Acc whole[P::size] = {};
+    for (isize l = 0; l < P::size && l < left; ++l) whole[l] = static_cast<Acc>(code[c + l]);
+    return P::load(whole) * P(step);
+  };
+  const Acc size = detail::norm_above<Arch, Acc>(width, rounded);
+  const Acc residual = detail::norm_above<Arch, Acc>(
+      width, [&](isize c, isize left) { return simd::load_n<P>(x + c, left) - rounded(c, left); });
   return {residual + 2 * std::numeric_limits<Acc>::epsilon() * size, size};  // the products were rounded, too
 }
 
@@ -252,7 +274,7 @@ void summarise(const block_summary<Acc>& s, isize first, isize count, const tens
     }
     if (s.mean_v == nullptr && s.norm_v == nullptr) continue;
     const Acc* value = simd::row_as<Arch, Acc>(v.type, v.row(b, g, t), s.e, row);
-    if (s.norm_v != nullptr) s.norm_v[t] = norm_above<Arch, Acc>(s.e, [&](isize c) { return value[c]; });
+    if (s.norm_v != nullptr) s.norm_v[t] = norm_above<Arch, Acc>(value, s.e);
     if (s.mean_v != nullptr) {
       detail::fold_token<Arch>(value, s.e, seen, s.mean_v + block * s.e, static_cast<Acc*>(nullptr));
       if (s.part_v != nullptr)

@@ -35,8 +35,9 @@ class mass_bounds {
   static constexpr Acc ceiling = 100;
 
   struct sums {
-    Acc upper, lower, moved, moved_v;
+    Acc upper, lower, moved, moved_v, pooled;
   };
+  static constexpr isize kinds = 5;  ///< of sums, in that order
 
   mass_bounds(arena& memory, isize d) : d_(d) {
     q_ = memory.take<Acc>(d * rows), code_q_ = memory.take<Acc>(d * rows);
@@ -50,7 +51,7 @@ class mass_bounds {
     const Acc unit = static_cast<Acc>(scale) * log2e, eps = limits::epsilon();
     const Acc step = round_row<Arch>(q, d_, 127, code_);
     const auto rounded = size_of_rounding<Arch>(q, code_, step, d_);
-    const Acc length = norm_above<Arch, Acc>(d_, [&](isize c) { return q[c]; });
+    const Acc length = norm_above<Arch, Acc>(q, d_);
     const Acc wide = unit * (1 + 32 * eps);  // the products below, and x itself, are rounded as well
     factor_[lane] = unit * step, reference_[lane] = reference;
     by_size_[lane] = wide * (rounded.residual + static_cast<Acc>(d_ + 16) * eps * rounded.size);
@@ -103,20 +104,34 @@ class mass_bounds {
   }
 
   /// The sums of a lane so far, as they are.
-  sums so_far(isize lane) const noexcept { return {upper_[lane], lower_[lane], moved_[lane], moved_v_[lane]}; }
-  /// The sums of a lane over `keys` pairs at most, values up to `value`; `share_error`: relative error of the pooled weights.
-  sums bounds(isize lane, isize keys, Acc value, Acc share_error) const noexcept {
+  sums so_far(isize lane) const noexcept {
+    return {upper_[lane], lower_[lane], moved_[lane], moved_v_[lane], pooled_[lane]};
+  }
+  /// The sums of all lanes, to[kind][lane], which begin again at 0. One that reached the ceiling becomes infinite.
+  void take(Acc* to) noexcept {
+    for (isize x = 0; x < rows; x += W) {
+      const P upper = P::load(upper_ + x), limit(over_ceiling), none(Acc(0));
+      const P beyond = simd::select_greater(limit, upper, none, P(limits::infinity()));  // NaN: infinity as well
+      (upper + beyond).store(to + x), P::load(lower_ + x).store(to + rows + x);
+      (P::load(moved_ + x) + beyond).store(to + 2 * rows + x);
+      (P::load(moved_v_ + x) + beyond).store(to + 3 * rows + x), P::load(pooled_ + x).store(to + 4 * rows + x);
+      for (Acc* y : {upper_, lower_, moved_, moved_v_, pooled_}) none.store(y + x);
+    }
+  }
+  /// Sums over `keys` pairs at most, values up to `value`, as bounds; `share_error`: relative error of the pooled weights.
+  static sums bounds(const sums& x, isize keys, Acc value, Acc share_error) noexcept {
     const Acc slack = base_slack + static_cast<Acc>(keys + 64) * limits::epsilon();
     const Acc lost = static_cast<Acc>(keys) * floor_weight;  // weights that underflowed
-    const Acc off = 2 * slack * (upper_[lane] + pooled_[lane]) + share_error * pooled_[lane] + lost;
+    const Acc off = 2 * slack * (x.upper + x.pooled) + share_error * x.pooled + lost;
     const Acc less = 1 - 4 * slack;
-    return {upper_[lane] * (1 + slack) + lost, less > 0 ? lower_[lane] * less : Acc(0),
-            moved_[lane] * (1 + slack) + off, moved_v_[lane] * (1 + slack) + off * value};
+    return {x.upper * (1 + slack) + lost, less > 0 ? x.lower * less : Acc(0), x.moved * (1 + slack) + off,
+            x.moved_v * (1 + slack) + off * value, x.pooled};
   }
 
  private:
   static constexpr bool integers = tile::has_code_panel<Arch, Acc>;
   static constexpr std::uint64_t lane_mask = W >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << W) - 1;
+  static constexpr Acc over_ceiling = static_cast<Acc>(0x1p99);  // 2^ceiling, well below
   static constexpr Acc two_ln2 = static_cast<Acc>(1.3862943611198908);
   static constexpr Acc tiny = limits::epsilon() * limits::epsilon();  // over any underflow of the products
   /// Of exp2 and of the rounding of its argument, at most 126 (1022) in size; and of a weight that came out as 0.

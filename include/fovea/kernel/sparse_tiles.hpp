@@ -99,6 +99,17 @@ class sparse_tiles {
     }
   }
 
+  /// Takes over tiles [first, last) of `from`, which was made for the same sizes, and what they have so far: a branch, to absorb more into.
+  void follow(const sparse_tiles& from, isize first, isize last) noexcept {
+    used_ = last - first, b_ = from.b_;
+    for (isize c = 0; c < d_; ++c) zeros_[c] = Acc(0);
+    const isize q = d_ * R_, o = e_ * R_;
+    std::copy_n(from.at_ + first, used_, at_);
+    std::copy_n(from.qt_ + first * q, used_ * q, qt_), std::copy_n(from.ot_ + first * o, used_ * o, ot_);
+    std::copy_n(from.m_ + first * R_, used_ * R_, m_);
+    std::copy_n(from.l_ + first * R_, used_ * R_, l_);
+  }
+
   /// lists [count of begin]: the blocks of each tile.
   void absorb(const key_set<Acc>& set, const block_list* lists, const block_cut& cut) noexcept {
     for (Acc& x : bias_) x = Acc(0);
