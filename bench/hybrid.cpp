@@ -160,11 +160,25 @@ void pass(benchmark::State& b, isize n, isize d) {
   }
 }
 
-void step(benchmark::State& b, fovea::block_selector how, fovea::compensation rest, isize m) {
-  const fovea::shape all{1, 9, 3, m, m, 64, 64, fovea::dtype::f16}, room{1, 9, 3, 1, m + 8, 64, 64, fovea::dtype::f16};
+struct step_case {
+  fovea::block_selector how;
+  fovea::compensation rest;
+  bool share_group;
+  isize H, G, d, m;
+  std::string name() const;
+};
+
+void step(benchmark::State& b, const step_case& x) {
+  const isize m = x.m;
+  const fovea::shape all{1, x.H, x.G, m, m, x.d, x.d, fovea::dtype::f16},
+      room{1, x.H, x.G, 1, m + 8, x.d, x.d, fovea::dtype::f16};
   const real_like t(all);
-  const fovea::hybrid_attention hybrid{
-      .select = how, .is_causal = true, .budget = 1.0 / 16, .keep_small = 0, .compensate = rest};
+  const fovea::hybrid_attention hybrid{.select = x.how,
+                                       .is_causal = true,
+                                       .budget = 1.0 / 16,
+                                       .keep_small = 0,
+                                       .share_group = x.share_group,
+                                       .compensate = x.rest};
   const fovea::softmax_attention exact = exact_attention(true);
   fovea::state of_hybrid = hybrid.make_state(room), of_exact = exact.make_state(room);
   // All keys but the last, with their summaries, without attending to them.
@@ -174,7 +188,7 @@ void step(benchmark::State& b, fovea::block_selector how, fovea::compensation re
   const isize held = of_exact.tokens();
   fovea::shape one = all;
   one.n = 1, one.m = m + 1;
-  const fovea::buffer scratch(std::max(hybrid.workspace_size(one, 1), exact.workspace_size(one, 1)) + 64);
+  const fovea::buffer scratch(std::max(hybrid.state_workspace_size(one, 1), exact.workspace_size(one, 1)) + 64);
   const auto call = [&](const auto& mechanism, fovea::state& s) {
     fovea::kv_cache::truncate(s, held);
     fovea::step(fovea::serial, mechanism, t.Q().slice(m - 1, 1), t.K().slice(m - 1, 1), t.V().slice(m - 1, 1),
@@ -185,8 +199,16 @@ void step(benchmark::State& b, fovea::block_selector how, fovea::compensation re
       b, [&] { call(exact, of_exact); }, [&] { call(hybrid, of_hybrid); });
 }
 
-const char* name_of(fovea::block_selector x) { return x == fovea::block_selector::int8 ? "int8" : "mean"; }
+const char* name_of(fovea::block_selector x) {
+  return x == fovea::block_selector::int8 ? "int8" : x == fovea::block_selector::int4 ? "int4" : "mean";
+}
 const char* name_of(fovea::compensation x) { return x == fovea::compensation::none ? "dropped" : "pooled"; }
+
+std::string step_case::name() const {
+  const auto text = [](isize x) { return std::to_string(x); };
+  return std::string("step/") + name_of(how) + "/" + name_of(rest) + (share_group ? "/shared" : "") + "/f16/D" +
+         text(d) + "/N" + text(m) + "/H" + text(H) + "/G" + text(G);
+}
 
 }  // namespace
 
@@ -228,8 +250,17 @@ void register_hybrid() {
         add("select/" + name + "/tiles_int8" + size,
             [=](benchmark::State& b) { select(b, how, rest, n, d, fovea::precision::int8); });
       }
-      add("step/" + name + "/f16/D64/N32768/H9/G3", [=](benchmark::State& b) { step(b, how, rest, 32768); });
     }
+  using enum fovea::compensation;
+  std::vector<step_case> steps;
+  for (const fovea::block_selector how : {int8, int4, mean})
+    for (const fovea::compensation rest : {none, zeroth})
+      for (const bool shared : {false, true}) steps.push_back({how, rest, shared, 9, 3, 64, 32768});
+  for (const fovea::compensation rest : {none, zeroth}) {
+    steps.push_back({int8, rest, false, 3, 3, 64, 32768});
+    for (const bool shared : {false, true}) steps.push_back({int8, rest, shared, 32, 8, 128, 32768});
+  }
+  for (const step_case& x : steps) add(x.name(), [=](benchmark::State& b) { step(b, x); });
 }
 
 }  // namespace bench

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdio>
 #include <optional>
+#include <string_view>
 
 #include <nlohmann/json.hpp>
 
@@ -56,7 +57,8 @@ std::optional<counted> attention_work(const session& s, isize n, isize m) {
                              c.head_dim};
         sum.macs += n == 1 ? g.mechanism.step_macs(z) : g.mechanism.macs(z);
         fovea::shape stored = z;
-        if (plain_softmax(g) != nullptr) stored.type = s.options().cache;
+        if (plain_softmax(g) != nullptr || g.mechanism.name() == std::string_view("hybrid"))
+          stored.type = s.options().cache;
         sum.bytes += static_cast<double>(g.mechanism.state_bytes(stored));
       }
   } catch (const fovea::contract_error&) {

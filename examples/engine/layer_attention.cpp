@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include <fovea/hybrid/stores.hpp>
 #include <fovea/position/rotate.hpp>
 #include <fovea/softmax.hpp>
 #include <fovea/softmax/stores.hpp>
@@ -79,6 +80,10 @@ sequence layer_attention::make_sequence() const {
                                    .form = m->store.layout,
                                    .rotated = m->store.rotated};
         memories.emplace_back(fovea::contiguous_store(rows, context_));
+      } else if (const auto* hybrid = g.mechanism.as<fovea::hybrid_attention>(); hybrid != nullptr) {
+        const fovea::kv_shape rows{.heads = kv_heads, .d = d, .e = d, .type = cache_};
+        memories.emplace_back(selected_store{fovea::contiguous_store(rows, context_),
+                                             fovea::make_summaries(*hybrid, heads, rows, context_)});
       } else {
         memories.emplace_back(g.mechanism.make_state(
             {.B = 1, .H = heads, .G = kv_heads, .n = 0, .m = context_, .d = d, .e = d, .type = fovea::dtype::f32}));
@@ -140,13 +145,27 @@ void layer_attention::attend(fovea::exec_ref exec, isize layer, std::size_t grou
 void layer_attention::attend_states(fovea::exec_ref exec, const fovea::any_attention& m, isize layer, std::size_t group,
                                     std::span<const sequence_rows> parts, const call& c) {
   constexpr isize few_rows = 16;
+  const auto* hybrid = m.as<fovea::hybrid_attention>();
+  const auto memory_of = [&](const sequence_rows& p) -> auto& {
+    return p.to->layers_[static_cast<std::size_t>(layer)][group];
+  };
   const auto prefill = [&](fovea::exec_ref e, const sequence_rows& p, std::span<std::byte> memory) {
-    auto& state = std::get<fovea::state>(p.to->layers_[static_cast<std::size_t>(layer)][group]);
     const auto rows = [&](const auto& x) { return x.slice(p.first, p.count); };
+    if (hybrid != nullptr) {
+      auto& at = std::get<selected_store>(memory_of(p));
+      return fovea::prefill(e, *hybrid, rows(c.q), rows(c.k), rows(c.v), rows(c.out), at.store, at.summaries,
+                            {.workspace = memory});
+    }
+    auto& state = std::get<fovea::state>(memory_of(p));
     fovea::prefill(e, m, rows(c.q), rows(c.k), rows(c.v), rows(c.out), state, {.workspace = memory});
   };
   const auto need = [&](const sequence_rows& p, int threads) {
-    const isize held = std::get<fovea::state>(p.to->layers_[static_cast<std::size_t>(layer)][group]).tokens();
+    if (hybrid != nullptr) {
+      const auto& store = std::get<selected_store>(memory_of(p)).store;
+      return fovea::store_workspace_size(*hybrid, c.q.slice(p.first, p.count), store.shape(), store.tokens() + p.count,
+                                         threads);
+    }
+    const isize held = std::get<fovea::state>(memory_of(p)).tokens();
     return m.state_workspace_size({1, c.q.heads, c.k.heads, p.count, p.count + held, c.q.width, c.v.width}, threads);
   };
   std::vector<sequence_rows> steps;

@@ -3,6 +3,7 @@
 /// @file  The attention of all layers, through fovea's public interface alone: RoPE, KV stores and states, calls.
 ///
 ///   softmax with a plain store   contiguous_store of a sequence; all sequences of a call in one fovea::prefill (cu_q), RoPE inside
+///   hybrid                       contiguous_store and its summaries; q and k turned by fovea::rotate; one fovea::prefill a sequence
 ///   anything else                a fovea::state of a sequence; q and k turned by fovea::rotate; one fovea::prefill a sequence
 ///
 /// Contract   q [rows, H, d], k, v [rows, G, d], out [rows, H, d]; the rows of a part are the next tokens of its sequence. q and k of
@@ -27,6 +28,13 @@ namespace engine {
 /// The mechanism, if it is softmax that the engine serves from a contiguous_store; else null.
 const fovea::softmax_attention* plain_softmax(const head_group& g);
 
+/// A KV store and what a selection keeps beside it.
+struct selected_store {
+  fovea::contiguous_store store;
+  fovea::state summaries;
+  std::size_t bytes() const { return store.bytes() + summaries.bytes(); }
+};
+
 /// What one sequence remembers: a KV store or a state for each group of each layer. A value: a copy is a fork.
 class sequence {
  public:
@@ -36,7 +44,7 @@ class sequence {
  private:
   friend class layer_attention;
   friend class session;
-  using memory = std::variant<fovea::contiguous_store, fovea::state>;
+  using memory = std::variant<fovea::contiguous_store, selected_store, fovea::state>;
   std::vector<std::vector<memory>> layers_;
   isize tokens_ = 0;
 };

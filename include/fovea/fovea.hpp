@@ -10,6 +10,7 @@
 #include <fovea/dijiang.hpp>
 #include <fovea/efficient.hpp>
 #include <fovea/hybrid.hpp>
+#include <fovea/hybrid/stores.hpp>
 #include <fovea/linear.hpp>
 #include <fovea/linformer.hpp>
 #include <fovea/mask/causal.hpp>

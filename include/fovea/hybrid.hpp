@@ -72,6 +72,9 @@ struct hybrid_attention {
   /// Share of the keys, those of the smallest |v|, that a selection keeps exact: of each stretch of ceil(1 / keep_small) keys, in whole
   /// blocks, that many. Blocks of a stretch that is not over before the query block are computed. 0: none.
   double keep_small = 1.0 / 64;
+  /// Of states and summaries, with int8 and int4 scores: a selection serves the steps of so many tokens that come one by one; blocks that
+  /// are whole since then are computed. 1: each step selects.
+  isize refresh = 1;
   bool share_group = false;  ///< one selection for all query heads of a KV head: their rows vote together
   isize parts = 1;  ///< pooled tokens of a skipped block, of block_k / parts keys each; 2 and 4 are halves and quarters
   compensation compensate = compensation::zeroth;
@@ -112,6 +115,7 @@ struct hybrid_attention {
   /// A KV cache of shape.m tokens in the storage type, and the block summaries that the selection and the pooling need.
   bool streaming() const { return is_causal && !target.on(); }
   state make_state(const shape& s) const;
+  std::size_t state_workspace_size(const shape& s, int threads) const;
   std::uint64_t tag() const;
   void check(const problem& p, const state& s) const;
   void prefill(exec_ref exec, const problem& p, state& s, arena scratch) const;

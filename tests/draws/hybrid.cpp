@@ -11,6 +11,7 @@
 #include <fovea/core/exec.hpp>
 #include <fovea/hybrid.hpp>
 #include <fovea/hybrid/reference.hpp>
+#include <fovea/hybrid/stores.hpp>
 
 #include "support/catch.hpp"
 #include "support/tensors.hpp"
@@ -19,6 +20,9 @@ namespace {
 
 using namespace fovea;
 using test::tensor;
+
+/// Where the keys of a draw that streams lie: in the state, or in a store beside summaries.
+enum class home : unsigned char { state, contiguous, paged, int8, packed, rotated };
 
 enum class fault : unsigned char { none, count_of_pool, kept_dropped, one_element, mask_flipped };
 
@@ -29,7 +33,9 @@ struct draw {
   dtype type = dtype::f32;
   test::layout layout = test::layout::bhnd;
   int threads = 1;
-  bool streams = false;                     ///< in steps and chunks through a state
+  bool streams = false;  ///< in steps and chunks through a state
+  home keys_in = home::state;
+  dtype stored = dtype::f32;                ///< of the store
   bool per_head = false, per_item = false;  ///< a given mask
 
   std::string text() const {
@@ -40,10 +46,27 @@ struct draw {
       << " window " << m.window << " small " << m.keep_small << " parts " << m.parts << (m.share_group ? " shared" : "")
       << " rest " << static_cast<int>(m.compensate) << " pattern " << static_cast<int>(m.pattern) << " stride "
       << m.stride << " B " << B << " G " << G << " H " << H << " n " << n << " keys " << keys << " d " << d << " e "
-      << e << " " << name_of(type) << " threads " << threads << (streams ? " streams" : "");
+      << e << " " << name_of(type) << " threads " << threads << (streams ? " streams" : "") << " refresh " << m.refresh
+      << " home " << static_cast<int>(keys_in) << " of " << name_of(stored);
     return s.str();
   }
 };
+
+/// Of a draw that streams: how long a selection serves, and where keys lie.
+void place(draw& x, test::random& r) {
+  hybrid_attention& m = x.m;
+  x.keys_in = home::state;
+  const bool codes = m.select == block_selector::int8 || m.select == block_selector::int4;
+  if (x.streams && codes && m.compensate != compensation::cumulant && r.coin()) m.refresh = r.integer(2, 7);
+  if (!x.streams || x.B > 1 || m.select == block_selector::pattern || r.coin(0.4)) return;
+  x.keys_in = static_cast<home>(r.integer(1, 5));
+  if (x.type == dtype::f64 || m.select == block_selector::exact)
+    x.keys_in = x.type == dtype::f64 && r.coin() && m.select != block_selector::exact ? home::paged : home::contiguous;
+  x.stored = x.type == dtype::f64 ? dtype::f64
+             : x.keys_in >= home::int8
+                 ? dtype::i8
+                 : std::array{x.type, dtype::f16, dtype::bf16, dtype::f32}[static_cast<std::size_t>(r.integer(0, 3))];
+}
 
 draw make_draw(std::uint64_t seed) {
   test::random r(seed ^ 0x68796272696400ULL);
@@ -76,12 +99,33 @@ draw make_draw(std::uint64_t seed) {
               (m.select == block_selector::pattern || m.select == block_selector::given || m.block_q == 1);
   if (!x.streams && r.coin(0.15)) m.align = top_left;
   if (r.coin(0.2)) m.scale = r.uniform(0.1, 1);
+  place(x, r);
   return x;
 }
 
-/// Sizes of stored elements bound the comparison.
+/// The same, in steps with rounded scores: what hybrid/decode.hpp computes.
+draw make_step_draw(std::uint64_t seed) {
+  draw x = make_draw(seed);
+  test::random r(seed ^ 0x7374657073ULL);
+  hybrid_attention& m = x.m;
+  if (x.type == dtype::f64) x.type = dtype::f32;
+  m.select = r.coin() ? block_selector::int8 : block_selector::int4;
+  m.is_causal = x.streams = true, m.block_q = 1, m.align = bottom_right, m.refresh = 1;
+  m.compensate = r.coin(0.3) ? compensation::none : compensation::zeroth;
+  m.parts = m.compensate == compensation::zeroth && r.coin(0.4) ? 2 : 1;
+  m.block_k = m.parts * r.integer(1, 9) * (r.coin(0.4) ? 8 : 1);
+  x.B = 1, x.n = x.keys = r.integer(30, 100), x.H = x.G * r.integer(1, 5), x.d = r.coin(0.3) ? 64 : r.integer(1, 40);
+  place(x, r);
+  return x;
+}
+
+/// Sizes of stored elements bound the comparison; and of pooled tokens, which a state keeps in the type of a 16-bit cache.
 test::tolerance allowed(const draw& x) {
-  return {.c = 160, .acc = x.type == dtype::f64 ? dtype::f64 : dtype::f32, .stored = x.type};
+  const bool codes = x.m.select == block_selector::int8 || x.m.select == block_selector::int4;
+  const dtype kept = x.keys_in == home::state ? x.type : x.stored;
+  const bool narrow = x.streams && codes && x.m.compensate == compensation::zeroth;
+  const double c = narrow && kept == dtype::bf16 ? 16384 : narrow && kept == dtype::f16 ? 2048 : 160;
+  return {.c = c, .acc = x.type == dtype::f64 ? dtype::f64 : dtype::f32, .stored = x.type};
 }
 
 struct numbers {
@@ -104,15 +148,80 @@ struct numbers {
   }
 };
 
-void through_a_state(const draw& x, const hybrid_attention& m, numbers& y) {
+/// Cuts the rows into calls; some calls' tokens are taken back. append(rows of the call, first, whether out counts), back(tokens).
+template <class Append, class Back>
+void in_calls(const draw& x, Append&& append, Back&& back) {
   test::random r(x.seed + 5);
-  state s = m.make_state({x.B, x.H, x.G, x.n, x.n + 3, x.d, x.e, x.type});
   for (isize i = 0; i < x.n;) {
-    const isize count = std::min(x.n - i, r.coin() ? 1 : r.integer(1, 20));
-    fovea::prefill(serial, m, y.q.ref().slice(i, count), y.k.ref().slice(i, count), y.v.ref().slice(i, count),
-                   y.out.ref().slice(i, count), s, {.lse = y.lse.ref().slice(i, count)});
+    const isize count = std::min(x.n - i, x.m.refresh > 1 || r.coin() ? 1 : r.integer(1, 20));
+    if (x.m.refresh == 1 && r.coin(0.2)) append(x.n - i - count, i, count), back(i);  // other tokens, which never were
+    append(i, i, count);
     i += count;
   }
+}
+
+void through_a_state(const draw& x, const hybrid_attention& m, numbers& y) {
+  state s = m.make_state({x.B, x.H, x.G, x.n, x.n + 3, x.d, x.e, x.type});
+  in_calls(
+      x,
+      [&](isize from, isize to, isize count) {
+        from = std::max(from, isize{0});
+        fovea::prefill(serial, m, y.q.ref().slice(from, count), y.k.ref().slice(from, count),
+                       y.v.ref().slice(from, count), y.out.ref().slice(to, count), s,
+                       {.lse = y.lse.ref().slice(to, count)});
+      },
+      [&](isize tokens) { kv_cache::truncate(s, tokens); });
+}
+
+/// The same over a store; y.q, y.k and y.v become what it makes of them.
+template <class Store, class Back>
+void through(const draw& x, const hybrid_attention& m, numbers& y, Store&& store, Back&& back) {
+  state s = make_summaries(m, x.H, store.shape(), x.n);
+  in_calls(
+      x,
+      [&](isize from, isize to, isize count) {
+        from = std::max(from, isize{0});
+        fovea::prefill(serial, m, y.q.ref().slice(from, count), y.k.ref().slice(from, count),
+                       y.v.ref().slice(from, count), y.out.ref().slice(to, count), store, s,
+                       {.lse = y.lse.ref().slice(to, count)});
+      },
+      back);
+  if (x.type == dtype::f64) return;
+  const kv_sequence kv = store.view();
+  std::vector<float> row(static_cast<std::size_t>(std::max(x.d, x.e)));
+  tensor q = test::unwritten(dtype::f32, 1, x.H, x.n, x.d), k = test::unwritten(dtype::f32, 1, x.G, x.n, x.d),
+         v = test::unwritten(dtype::f32, 1, x.G, x.n, x.e);
+  const auto fill = [&](tensor& to, isize h, isize i, isize width, const float* from) {
+    for (isize c = 0; c < width; ++c) to.set(0, h, i, c, static_cast<double>(from[c]));
+  };
+  for (isize i = 0; i < x.n; ++i) {
+    for (isize g = 0; g < x.G; ++g) {
+      fill(k, g, i, x.d, kernel::load_any_row<simd::native, float>(kv.keys(g), i, x.d, row.data()));
+      fill(v, g, i, x.e, kernel::load_any_row<simd::native, float>(kv.values(g), i, x.e, row.data()));
+    }
+    for (isize h = 0; h < x.H; ++h) {
+      for (isize c = 0; c < x.d; ++c) row[static_cast<std::size_t>(c)] = static_cast<float>(y.q.get(0, h, i, c));
+      if (kv.k.rotated) simd::rotate_row<simd::native>(row.data(), x.d);
+      fill(q, h, i, x.d, row.data());
+    }
+  }
+  y.q = std::move(q), y.k = std::move(k), y.v = std::move(v);
+}
+void through_a_store(const draw& x, const hybrid_attention& m, numbers& y) {
+  const kv_shape s{.heads = x.G,
+                   .d = x.d,
+                   .e = x.e,
+                   .type = x.stored,
+                   .form = x.keys_in == home::packed ? kv_form::packed : kv_form::rows,
+                   .rotated = x.keys_in == home::rotated};
+  if (x.keys_in == home::paged) {
+    const isize page = 1 + static_cast<isize>(x.seed % 3 == 0 ? x.m.block_k * 2 : x.seed % 9);
+    paged_pool pool(s, x.seed % 3 == 0 ? page - 1 : page, 200);
+    page_table table;
+    return through(x, m, y, pooled_sequence(pool, table), [&](isize tokens) { pool.truncate(table, tokens); });
+  }
+  contiguous_store store(s, x.n);
+  through(x, m, y, store, [&](isize tokens) { store.truncate(tokens); });
 }
 
 /// "" or what is wrong.
@@ -123,7 +232,9 @@ std::string run(const draw& x, fault f = fault::none) {
   if (f == fault::kept_dropped) used.keep_small = 0;
   if (f == fault::count_of_pool) used.parts = 1;
   try {
-    if (x.streams) {
+    if (x.streams && x.keys_in != home::state) {
+      through_a_store(x, used, y);
+    } else if (x.streams) {
       through_a_state(x, used, y);
     } else if (x.threads > 1) {
       const fovea::threads pool(x.threads);
@@ -136,7 +247,7 @@ std::string run(const draw& x, fault f = fault::none) {
   }
   if (f == fault::one_element) y.out.set(0, 0, 0, 0, y.out.get(0, 0, 0, 0) + 0.1);
   if (f == fault::mask_flipped && !y.table.empty()) y.table[0] = !y.table[0];
-  reference::prefill(m, {y.q, y.k, y.v, y.want, y.sums, {}, {}});
+  reference::prefill(m, {y.q, y.k, y.v, y.want, y.sums, {}, {}}, x.streams);
   if (!y.out.guards_intact() || !y.lse.guards_intact()) return "wrote beside the output";
   const auto out = test::compare(y.out.values(), y.want.values(), allowed(x));
   if (!out.ok) return "out: " + out.text;
@@ -151,10 +262,10 @@ std::uint64_t number(const char* variable, std::uint64_t otherwise) {
   return text == nullptr || *text == '\0' ? otherwise : std::strtoull(text, nullptr, 0);
 }
 
-void run_part(std::uint64_t part, std::uint64_t parts) {
+void run_part(std::uint64_t part, std::uint64_t parts, std::uint64_t count, draw (*make)(std::uint64_t)) {
   isize failed = 0;
-  for (std::uint64_t seed = part; seed < number("FOVEA_HYBRID_DRAWS", 2000) && failed < 10; seed += parts) {
-    const draw x = make_draw(seed);
+  for (std::uint64_t seed = part; seed < number("FOVEA_HYBRID_DRAWS", count) && failed < 10; seed += parts) {
+    const draw x = make(seed);
     const std::string wrong = run(x);
     if (wrong.empty()) continue;
     UNSCOPED_INFO(x.text() << "\n    " << wrong);
@@ -167,13 +278,16 @@ void run_part(std::uint64_t part, std::uint64_t parts) {
 
 TEST_CASE("hybrid draws: FOVEA_HYBRID_DRAW again") {
   if (std::getenv("FOVEA_HYBRID_DRAW") == nullptr) return;
-  const draw x = make_draw(number("FOVEA_HYBRID_DRAW", 0));
-  std::cout << x.text() << "\n";
-  CHECK(run(x) == "");
+  const std::uint64_t seed = number("FOVEA_HYBRID_DRAW", 0);
+  for (const draw& x : {make_draw(seed), make_step_draw(seed)}) {
+    std::cout << x.text() << "\n";
+    CHECK(run(x) == "");
+  }
 }
 
-TEST_CASE("hybrid draws: one half") { run_part(0, 2); }
-TEST_CASE("hybrid draws: the other half") { run_part(1, 2); }
+TEST_CASE("hybrid draws: one half") { run_part(0, 2, 2000, make_draw); }
+TEST_CASE("hybrid draws: the other half") { run_part(1, 2, 2000, make_draw); }
+TEST_CASE("hybrid draws: steps with rounded scores") { run_part(0, 1, 200, make_step_draw); }
 
 TEST_CASE("hybrid draws: every selector meets every type, compensation, and option") {
   std::map<std::string, isize> met;
@@ -181,13 +295,17 @@ TEST_CASE("hybrid draws: every selector meets every type, compensation, and opti
     const draw x = make_draw(seed);
     const std::string select = "select " + std::to_string(static_cast<int>(x.m.select));
     ++met[select + " " + name_of(x.type)], ++met[select + " rest " + std::to_string(static_cast<int>(x.m.compensate))];
-    if (x.streams) ++met[select + " streams"];
+    if (x.streams) ++met[select + " streams"], ++met["home " + std::to_string(static_cast<int>(x.keys_in))];
     if (x.m.selects() && x.m.keep_small > 0) ++met[select + " keeps"];
     if (x.m.selects() && x.m.share_group) ++met[select + " shared"];
     if (x.m.top_p > 0) ++met[select + " top_p"];
     if (x.m.selects() && x.m.parts > 1) ++met[select + " parts"];
   }
-  CHECK(met.size() == 8 * 4 + 1 + 7 * 3 + 8 + 6 + 6 + 3 + 6);
+  for (std::uint64_t seed = 0; seed < 600; ++seed) {
+    const draw x = make_step_draw(seed);
+    ++met["steps, home " + std::to_string(static_cast<int>(x.keys_in)) + (x.m.refresh > 1 ? ", refreshes" : "")];
+  }
+  CHECK(met.size() == 2 * 6 + 8 * 4 + 1 + 7 * 3 + 8 + 6 + 6 + 6 + 3 + 6);
   for (const auto& [what, count] : met) {
     CAPTURE(what);
     CHECK(count >= 8);

@@ -7,6 +7,7 @@
 ///            or select ("given" | "mean" | "variance" | "bound" | "int8" | "int4" | "exact") with top (blocks) or budget (share of the
 ///            candidate blocks) or top_p (share of the estimated mass), at_least (keys), first and window (keys always computed), keep_small
 ///            (share of the keys, those of smallest |v|, kept exact), share_group (flag: one selection for a query group),
+///            refresh (steps of a selection),
 ///            target (relative error of a row; prefill without a state), target_absolute, target_estimated (flag: an estimate, not the bound),
 ///            compensate ("none" | "zeroth" | "cumulant"), parts (pooled tokens a block), precision ("f32" | "int8").
 /// Tensors    blocks (u8 or bool, [.., query blocks, key blocks], broadcast to [B, H or G, ..], 1 = computed): makes select "given".
@@ -57,6 +58,7 @@ inline void configure_hybrid_budget(configuration_reader& c, hybrid_attention& m
           "configuration of hybrid: top_p and top or budget were both given; wanted one of them");
   m.keep_small = c.number("keep_small", m.keep_small);
   m.share_group = c.flag("share_group", m.share_group);
+  m.refresh = c.integer("refresh", m.refresh);
   m.at_least = c.integer("at_least", m.at_least);
   m.first = c.integer("first", m.first);
   m.window = c.integer("window", m.window);

@@ -63,8 +63,12 @@ struct hybrid_plan {
   std::uint8_t* record = nullptr;  ///< [B, H, query blocks, key blocks]: the fates, for who asks for them; null: nobody
   tensor_mut bound = {};  ///< [B, H, n, 1], with a target: what is proven of each row's error; null: nobody asks
 
-  hybrid_plan(const hybrid_attention& mechanism, const shape& sizes, isize tokens_before)
-      : m(mechanism), s(sizes), past(tokens_before) {
+  bool of_store = false;            ///< the keys are those of a KV store ...
+  const kv_sequence* kv = nullptr;  ///< ... this one; null while measuring
+
+  hybrid_plan(const hybrid_attention& mechanism, const shape& sizes, isize tokens_before, bool stored = false,
+              const kv_sequence* sequence = nullptr)
+      : m(mechanism), s(sizes), past(tokens_before), of_store(stored), kv(sequence) {
     using enum block_selector;
     rule.score = m.select == variance                   ? kernel::block_score::variance
                  : m.select == bound                    ? kernel::block_score::bound
@@ -95,7 +99,7 @@ struct hybrid_plan {
   bool plans() const { return m.select != block_selector::pattern; }
   bool cumulant() const { return m.compensate == compensation::cumulant; }
   /// A tile of so few rows is mostly empty: row by row, as in decoding.
-  bool few() const { return plans() && unit_rows < 4; }
+  bool few() const { return plans() && unit_rows < 4 && !of_store; }
   isize units() const { return s.group() * per_head; }
 
   /// One query block: rows [first, first + count) of a head of the group.
@@ -146,8 +150,7 @@ struct hybrid_plan {
       if (!m.selects()) copy_given(b, g * s.group() + x.head, x.block, at.fate + (u - u0) * blocks);
     }
     at.choose.levels_ = summary.levels;
-    if (m.selects() && s.m > 0)
-      at.choose.run(summary, codes, {p.k.row(b, g, 0), p.k.type, p.k.row_stride}, p.q, b, at.list, at.count, at.fate);
+    if (m.selects() && s.m > 0) at.choose.run(summary, codes, stored_keys(p, b, g), p.q, b, at.list, at.count, at.fate);
     if (record != nullptr) note(at.list, at.count, at.fate, b);
     std::int32_t* to = at.tokens;
     const auto fill = [&](isize u, std::uint8_t wanted, isize pieces) {
@@ -209,9 +212,17 @@ struct hybrid_plan {
     }
   }
 
+  /// For exact token scores; a store has them in one stretch.
+  kernel::key_rows stored_keys(const problem& p, isize b, isize g) const {
+    if (kv == nullptr) return {p.k.row(b, g, 0), p.k.type, p.k.row_stride};
+    const row_source k = kv->keys(g);
+    return {k.data, k.type, k.row_bytes / static_cast<isize>(size_of(k.type))};
+  }
   kernel::key_set<Acc> keys_of(const problem& p, isize b, isize g) const {
     kernel::key_set<Acc> keys;
-    keys.k = rows_of(p.k, b, g), keys.v = rows_of(p.v, b, g), keys.count = s.m;
+    keys.k = kv != nullptr ? kv->keys(g) : rows_of(p.k, b, g),
+    keys.v = kv != nullptr ? kv->values(g) : rows_of(p.v, b, g);
+    keys.count = s.m;
     keys.site = {b, 0, s.n, s.m, s.H, s.G};
     return keys;
   }

@@ -4,7 +4,9 @@
 
 #include <fovea/core/kv_cache.hpp>
 #include <fovea/core/partial.hpp>
+#include <fovea/hybrid/decode.hpp>
 #include <fovea/hybrid/int8.hpp>
+#include <fovea/hybrid/memory.hpp>
 #include <fovea/hybrid/pattern.hpp>
 #include <fovea/hybrid/target.hpp>
 #include <fovea/kernel/decode.hpp>
@@ -54,6 +56,13 @@ inline void check_hybrid_extras(const hybrid_attention& m) {
           " with compensation::cumulant; the variance is that of whole blocks");
 }
 
+inline void check_hybrid_refresh(const hybrid_attention& m) {
+  require(m.refresh >= 1, "refresh is ", m.refresh, "; it counts the steps of a selection, and must be at least 1");
+  const bool codes = m.select == block_selector::int8 || m.select == block_selector::int4;
+  require(m.refresh == 1 || (codes && m.compensate != compensation::cumulant), "refresh is ", m.refresh,
+          "; a selection is kept with select int8 or int4, and without compensation::cumulant");
+}
+
 inline void check_hybrid_precision(const hybrid_attention& m) {
   if (m.arithmetic == precision::f32) return;
   require(m.arithmetic == precision::int8, "arithmetic is ", name_of(m.arithmetic), "; there is f32, and int8");
@@ -79,8 +88,7 @@ inline void check_hybrid_options(const hybrid_attention& m) {
   }
   require_finite("budget", m.budget);
   check_hybrid_extras(m);
-  check_hybrid_precision(m);
-  check_error_target(m);
+  check_hybrid_precision(m), check_hybrid_refresh(m), check_error_target(m);
   require(m.budget >= 0 && m.budget <= 1, "budget is ", m.budget,
           "; it is a share of the candidate blocks, from 0 to 1");
   require(m.top >= 0, "top is ", m.top, "; it counts blocks and must not be negative (0: go by budget)");
@@ -109,21 +117,6 @@ inline void check_given_blocks(const hybrid_attention& m, const shape& s, isize 
           " or H = ", s.H);
 }
 
-/// The summaries that lie in a state, behind its KV cache.
-template <class Acc>
-hybrid_summaries<Acc> hybrid_summaries_of(const hybrid_attention& m, const state& s) {
-  hybrid_summaries<Acc> all(hybrid_needs(m), m.block_k, s.sizes(), s.sizes().m);
-  all.base = s.as<std::byte>() + round_up(kv_cache::bytes(s.sizes()), alignment);
-  return all;
-}
-
-inline std::size_t hybrid_state_bytes(const hybrid_attention& m, const shape& s) {
-  const auto needs = hybrid_needs(m);
-  const std::size_t cache = round_up(kv_cache::bytes(s), alignment);
-  return cache + (s.type == dtype::f64 ? hybrid_summaries<double>(needs, m.block_k, s, s.m).bytes(s.B * s.G)
-                                       : hybrid_summaries<float>(needs, m.block_k, s, s.m).bytes(s.B * s.G));
-}
-
 template <class Acc>
 struct hybrid_run : hybrid_plan<Acc> {
   using base = hybrid_plan<Acc>;
@@ -132,8 +125,9 @@ struct hybrid_run : hybrid_plan<Acc> {
   using typename base::unit;
   using tiles = typename base::tiles;
 
-  hybrid_run(const hybrid_attention& mechanism, const shape& sizes, isize tokens_before)
-      : base(mechanism, sizes, tokens_before) {}
+  hybrid_run(const hybrid_attention& mechanism, const shape& sizes, isize tokens_before, bool stored = false,
+             const kv_sequence* sequence = nullptr)
+      : base(mechanism, sizes, tokens_before, stored, sequence) {}
 
   struct tile_slot : planner {
     tiles run;
@@ -352,16 +346,72 @@ struct hybrid_run : hybrid_plan<Acc> {
     at.all.append(exec, p.k, p.v, 0, at.fold);
     run.attend(exec, p, scratch, at, at.all);
   }
+
+  using decode = hybrid_decode<simd::native>;
+
+  /// Scratch of a call with a state before the slots: the summaries as loops over many rows read them.
+  struct opened {
+    kernel::block_summary<Acc>* heads;
+    kernel::kv_rows<Acc>* rows;
+    kernel::code_keys* codes = nullptr;
+    hybrid_int8 ints;
+    opened(arena& memory, const hybrid_run& x, int threads) {
+      const isize count = x.s.B * x.s.G;
+      if constexpr (std::is_same_v<Acc, float>) ints = hybrid_int8(memory, x, threads);
+      heads = memory.take<kernel::block_summary<Acc>>(count), rows = memory.take<kernel::kv_rows<Acc>>(count);
+      codes = shared::passes(x) ? memory.take<kernel::code_keys>(count) : nullptr;
+      const auto needs = hybrid_kv_needs<Acc>(x.m, x.s);
+      for (isize head = 0; head < count; ++head) {
+        const kernel::kv_rows<Acc> one(memory, needs, x.s.m, x.m.block_k, x.s.d, x.s.e);
+        if (rows != nullptr) rows[head] = one;
+        if (!shared::passes(x)) continue;
+        const kernel::code_keys keys(memory, x.s.m, x.m.block_k, x.s.d);
+        if (codes != nullptr) codes[head] = keys;
+      }
+    }
+  };
+  void attend_opened(exec_ref exec, const problem& p, const hybrid_memory<Acc>& memory, arena scratch) const {
+    const opened at(scratch, *this, exec.concurrency());
+    exec.for_tasks(s.B * s.G, [&](isize head, isize) {
+      at.heads[head] = kernel::unfolded<simd::native>(memory.head(head), s.m, at.rows[head]);
+      if constexpr (kernel::has_code_pass<simd::native> && std::is_same_v<Acc, float>)
+        if (at.codes != nullptr) kernel::detail::prepare_codes<simd::native>(at.heads[head], s.m, at.codes[head]);
+    });
+    const auto summary = [&](isize head) { return at.heads[head]; };
+    if constexpr (std::is_same_v<Acc, float>) at.ints.round(exec, *this, p, summary);
+    attend(
+        exec, p, scratch, summary, [&](isize head) { return at.codes == nullptr ? nullptr : at.codes + head; },
+        at.ints);
+  }
+  static std::size_t state_workspace_size(const hybrid_attention& m, const shape& s, int threads, bool stored = false) {
+    arena measure;
+    measure.take<Acc>(hybrid_settling<Acc>(m, s, threads));
+    std::size_t slots = 0;
+    if constexpr (decode::template can<Acc>)
+      if (decode::template takes<Acc>(m, s)) slots = decode(m, s, s.m - s.n).slot_bytes();
+    if (slots == 0) {
+      const hybrid_run run(m, s, s.m - s.n, stored);
+      opened(measure, run, threads), slots = run.slot_bytes();
+    }
+    measure.take<std::byte>(static_cast<isize>(slots) * threads);
+    return measure.bytes();
+  }
+  /// `whole`: the problem with all `past` and new keys. `memory` has those before `taken`.
+  static void extend(const hybrid_attention& m, exec_ref exec, const problem& whole, const hybrid_rows& rows,
+                     const hybrid_memory<Acc>& memory, isize taken, isize past, arena scratch) {
+    const shape all = whole.shape();
+    memory.append(exec, rows, all.B, all.G, taken, all.m,
+                  scratch.take<Acc>(hybrid_settling<Acc>(m, all, exec.concurrency())));
+    if constexpr (decode::template can<Acc>)
+      if (decode::template takes<Acc>(m, all)) return decode(m, all, past).attend(exec, whole, rows, memory, scratch);
+    hybrid_run(m, all, past, rows.kv != nullptr, rows.kv).attend_opened(exec, whole, memory, scratch);
+  }
   static void prefill(const hybrid_attention& m, exec_ref exec, const problem& p, state& st, arena scratch) {
     const isize past = st.tokens();
-    const auto all = hybrid_summaries_of<Acc>(m, st);
     kv_cache::append(p, st);
     problem whole = p;
     whole.k = kv_cache::keys(st, st.tokens()), whole.v = kv_cache::values(st, st.tokens());
-    const hybrid_run run(m, whole.shape(), past);
-    const shared at(scratch, run, exec.concurrency());
-    all.append(exec, whole.k, whole.v, past, at.fold);
-    run.attend(exec, whole, scratch, at, all);
+    extend(m, exec, whole, {whole.k, whole.v}, hybrid_memory_of<Acc>(m, st), past, past, scratch);
   }
 };
 
@@ -374,9 +424,11 @@ inline void hybrid_attention::check(const problem& p) const {
   if (select == block_selector::given) detail::check_given_blocks(*this, p.shape(), p.q.length, p.k.length, true);
 }
 
+/// Enough for calls with a state as well.
 inline std::size_t hybrid_attention::workspace_size(const shape& s, int threads) const {
-  return s.type == dtype::f64 ? detail::hybrid_run<double>::workspace_size(*this, s, threads)
-                              : detail::hybrid_run<float>::workspace_size(*this, s, threads);
+  const std::size_t own = s.type == dtype::f64 ? detail::hybrid_run<double>::workspace_size(*this, s, threads)
+                                               : detail::hybrid_run<float>::workspace_size(*this, s, threads);
+  return std::max(own, is_causal ? state_workspace_size(s, threads) : 0);
 }
 
 #if FOVEA_DEFINES_LOOPS

@@ -299,15 +299,29 @@ inline std::vector<candidate> row_candidates(const hybrid_attention& m, const pr
 
 }  // namespace hybrid_detail
 
-inline void prefill(const hybrid_attention& m, const problem& p) {
+/// fates of rows that came one by one and used a selection m.refresh times: blocks that are whole since it was made are computed.
+inline void keep_selections(const hybrid_attention& m, std::vector<std::vector<int>>& fates) {
+  for (isize i = 0; i < static_cast<isize>(fates.size()); ++i) {
+    const isize made = i / m.refresh * m.refresh;
+    std::vector<int>& fate = fates[static_cast<std::size_t>(i)];
+    for (isize J = 0; J < static_cast<isize>(fate.size()); ++J) {
+      const bool known = J < made / m.block_k;
+      fate[static_cast<std::size_t>(J)] =
+          known ? fates[static_cast<std::size_t>(made)][static_cast<std::size_t>(J)] : J * m.block_k <= i;
+    }
+  }
+}
+
+/// in_steps: the rows came one by one to a state, block_q = 1, as many as keys.
+inline void prefill(const hybrid_attention& m, const problem& p, bool in_steps = false) {
   const shape s = p.shape();
   const double none = -std::numeric_limits<double>::infinity();
   for (isize b = 0; b < s.B; ++b)
     for (isize h = 0; h < s.H; ++h) {
       const auto kept = hybrid_detail::kept_keys_of(m, p, b, h / s.group());
       const auto pools = hybrid_detail::blocks_of(m.block_k / m.parts, p, b, h / s.group(), kept);
-      const auto fates =
-          m.select == block_selector::pattern ? std::vector<std::vector<int>>{} : block_fates(m, p, b, h);
+      auto fates = m.select == block_selector::pattern ? std::vector<std::vector<int>>{} : block_fates(m, p, b, h);
+      if (in_steps && m.refresh > 1) keep_selections(m, fates);
       for (isize i = 0; i < s.n; ++i) {
         const auto all = hybrid_detail::row_candidates(m, p, fates, pools, kept, b, h, i);
         double top = none, sum = 0;

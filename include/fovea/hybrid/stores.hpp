@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  hybrid_attention over the caller's KV stores: contiguous, paged, or a ring that has dropped nothing; any type of rows.
+///
+///   state s = make_summaries(m, H, store.shape(), room)            what the selection keeps beside the store, for up to `room` tokens
+///   prefill / step(exec, m, q, k, v, out, store, s [, options])    append k, v to the store, take them in, attend
+///
+/// Contract   as a call with a state of m, on the rows as the store holds them. The summaries follow the store by themselves: tokens that
+///            were appended elsewhere are taken in by the next call, and after store.truncate(t) so are the ones that replace the others,
+///            if no other call has grown the store in between (else truncate(s, t) as well). After a shift make them anew.
+///            A copy-on-write fork of a paged sequence wants a copy of its summaries.
+/// Errors     contract_error before anything is written. Memory: store_workspace_size bytes, allocated here if not given.
+/// Cost       as hybrid.hpp; bytes of the summaries: state::bytes().
+
+#include <fovea/hybrid.hpp>
+#include <fovea/softmax/stores.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+
+/// Summaries of one sequence of a store of this shape, for H query heads.
+inline state make_summaries(const hybrid_attention& m, isize H, const kv_shape& s, isize room) {
+  detail::check_hybrid_options(m);
+  require(m.is_causal, "summaries of a hybrid_attention that is not causal (is_causal = true)");
+  require(H >= 1 && s.heads >= 1 && H % s.heads == 0 && room >= 0, "make_summaries: ", H, " query heads, ", s.heads,
+          " KV heads, room for ", room, " tokens; wanted a multiple of the KV heads, and at least 0");
+  const shape sizes{1, H, s.heads, 0, room, s.d, s.e, s.type};
+  return {detail::summaries_tag(m), sizes, detail::hybrid_summary_bytes(m, sizes)};
+}
+/// The tokens from `tokens` on will be replaced.
+inline void truncate(state& summaries, isize tokens) { kv_cache::truncate(summaries, tokens); }
+
+namespace detail {
+
+inline void check_hybrid_store(const hybrid_attention& m, const problem& p, const kv_sequence& kv, const state& s) {
+  check_problem(p);
+  check_hybrid_options(m);
+  check_hybrid_storage(m, p.q.type);
+  require(m.is_causal && m.align.how == alignment_of_rows::kind::bottom_right,
+          "a hybrid_attention over a store must be causal (is_causal = true) and bottom-right");
+  require(s.tag() == summaries_tag(m), "the summaries were not made for this hybrid; use make_summaries");
+  const shape& z = s.sizes();
+  require(p.q.batch == 1 && z.H == p.q.heads && z.G == kv.heads && z.d == kv.d && z.e == kv.e && z.type == kv.k.type,
+          "the summaries were made for H, G, d, e = ", z.H, ", ", z.G, ", ", z.d, ", ", z.e, " and rows of ",
+          name_of(z.type), "; q is ", describe(p.q), " and the store holds ", kv.heads, " KV heads, ", kv.d, ", ", kv.e,
+          " wide, of ", name_of(kv.k.type));
+  require(s.bytes() == hybrid_summary_bytes(m, z), "the summaries hold ", s.bytes(), " bytes; this hybrid wants ",
+          hybrid_summary_bytes(m, z));
+  require((p.q.type == dtype::f64) == (kv.k.type == dtype::f64), "q is ", name_of(p.q.type), " and the store holds ",
+          name_of(kv.k.type), "; f64 goes with f64 only");
+  require(p.q.length == p.k.length, "q has ", p.q.length, " tokens and k has ", p.k.length,
+          "; a call that appends takes the same new tokens in both");
+  const isize all = kv.length + p.k.length;
+  require(all <= z.m, "the store will hold ", all, " tokens; the summaries have room for ", z.m);
+  require(kv.dropped == 0 && (kv.k.ring == 0 || all <= kv.k.fixed + kv.k.ring), "the ring store drops tokens at ",
+          kv.k.fixed + kv.k.ring, " and would hold ", all, "; a selection looks at all of them");
+  require(m.select != block_selector::pattern, "a pattern over a store; softmax_attention takes masks over stores");
+  require(m.select != block_selector::exact || (kv.k.table == nullptr && kv.k.ring == 0 && kv.k.type != dtype::i8),
+          "select exact over pages, a ring or int8 rows; it reads keys in one stretch, of a float type");
+  if (m.select == block_selector::given) {
+    const shape sizes{1, p.q.heads, kv.heads, p.q.length, all, kv.d, kv.e, p.q.type};
+    check_given_blocks(m, sizes, all, all, false);
+  }
+}
+
+}  // namespace detail
+
+/// k, v [1, G, n, .] are the next tokens of the store's sequence, q [1, H, n, d] the same tokens.
+template <class S>
+  requires kv_store<std::remove_cvref_t<S>>
+void prefill(exec_ref exec, const hybrid_attention& m, const tensor_ref& q, const tensor_ref& k, const tensor_ref& v,
+             const tensor_mut& out, S&& store, state& summaries, const call_options& options = {}) {
+  const problem p = detail::problem_of(m, q, k, v, out, options);
+  detail::check_hybrid_store(m, p, store.view(), summaries);
+  require(q.length <= store.most_at_once(), "a call of ", q.length, " tokens; the store takes ", store.most_at_once(),
+          " at once");
+  const key_positions as_they_come{nullptr, store.tokens(), nullptr};
+  store.check_append(k, v, as_they_come);
+  if (q.length == 0) return;
+  shape sizes = p.shape();
+  sizes.m = store.tokens() + q.length;
+  buffer own;
+  const std::size_t need = detail::hybrid_store_workspace(m, sizes, exec.concurrency());
+  const arena scratch = detail::scratch_of(need, options.workspace, own);
+  store.append(k, v, as_they_come);
+  detail::attend_store(exec, m, p, store.view(), summaries, scratch);
+}
+
+template <class S>
+  requires kv_store<std::remove_cvref_t<S>>
+void step(exec_ref exec, const hybrid_attention& m, const tensor_ref& q, const tensor_ref& k, const tensor_ref& v,
+          const tensor_mut& out, S&& store, state& summaries, const call_options& options = {}) {
+  require(q.length == 1 && k.length == 1, "step takes one token; q has ", q.length, " and k has ", k.length,
+          " (use prefill for more)");
+  prefill(exec, m, q, k, v, out, std::forward<S>(store), summaries, options);
+}
+/// Bytes that such a call needs, `tokens` of the store with the new ones: for call_options::workspace.
+inline std::size_t store_workspace_size(const hybrid_attention& m, const tensor_ref& q, const kv_shape& s, isize tokens,
+                                        int threads) {
+  return detail::hybrid_store_workspace(m, {1, q.heads, s.heads, q.length, tokens, s.d, s.e, q.type}, threads);
+}
+
+}  // namespace FOVEA_ABI
+}  // namespace fovea
