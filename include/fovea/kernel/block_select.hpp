@@ -130,11 +130,14 @@ class block_select {
       if (codes_ == nullptr || past == 0 || rule_.share > 1 || rule_.votes_are_logs() || rule_.block_k % 4 != 0 ||
           past * rule_.block_k > rule_.m)
         return false;
+      // A query block that goes on in another panel keeps its votes in votes_.
+      for (isize x = 0; x < segments; ++x)
+        if (!segments_[x].opens || !segments_[x].closes) return false;
       bool any = false;
       all = true;
       for (isize x = 0; x < segments; ++x) {
         segment& g = segments_[x];
-        g.done = g.opens && g.closes && pass_.level(*codes_, rule_.reach_of(g.block).past, g.lane, g.count);
+        g.done = pass_.level(*codes_, rule_.reach_of(g.block).past, g.lane, g.count);
         any = any || g.done, all = all && g.done;
       }
       if (any) pass_.run_level(*codes_, rule_.block_k, past, lanes, peak_);
