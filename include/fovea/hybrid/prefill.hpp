@@ -162,6 +162,12 @@ struct hybrid_run : hybrid_plan<Acc> {
     return measure.bytes();
   }
 
+  /// What `attend` takes.
+  isize slots_bytes(int threads) const {
+    return this->plans() ? static_cast<isize>(slot_bytes()) * threads
+                         : static_cast<isize>(hybrid_pattern<Acc>(m, s).workspace_size(threads));
+  }
+
   /// Every superblock of every KV head; `summary(index)` and `codes(index)` are those of KV head b * G + g, and so is ints.of(index).
   template <class Summary, class Codes>
   void attend(exec_ref exec, const problem& p, arena scratch, const Summary& summary, const Codes& codes,
@@ -334,8 +340,7 @@ struct hybrid_run : hybrid_plan<Acc> {
     const hybrid_run run(m, s, 0);
     arena measure;
     shared(measure, run, threads);
-    measure.take<std::byte>(run.plans() ? static_cast<isize>(run.slot_bytes()) * threads
-                                        : static_cast<isize>(hybrid_pattern<Acc>(m, s).workspace_size(threads)));
+    measure.take<std::byte>(run.slots_bytes(threads));
     return measure.bytes();
   }
   static void prefill(const hybrid_attention& m, exec_ref exec, const problem& p, arena scratch,
@@ -391,7 +396,8 @@ struct hybrid_run : hybrid_plan<Acc> {
       if (decode::template takes<Acc>(m, s)) slots = decode(m, s, s.m - s.n).slot_bytes();
     if (slots == 0) {
       const hybrid_run run(m, s, s.m - s.n, stored);
-      opened(measure, run, threads), slots = run.slot_bytes();
+      opened(measure, run, threads);
+      measure.take<std::byte>(run.slots_bytes(threads));
     }
     measure.take<std::byte>(static_cast<isize>(slots) * threads);
     return measure.bytes();
