@@ -14,7 +14,7 @@
 ///            stored as Acc, a copy of it that is.
 /// Source     mask/patterns.hpp defines the patterns.
 
-#include <fovea/hybrid.hpp>
+#include <fovea/hybrid/mechanism.hpp>
 #include <fovea/kernel/online_softmax.hpp>
 
 namespace fovea {

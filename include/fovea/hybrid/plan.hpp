@@ -8,7 +8,7 @@
 /// Contract   lists rise. Computed: key blocks. Pooled: tokens of block_summary's pool, without those that stand for nothing. Kept: keys in
 ///            blocks that are not computed.
 
-#include <fovea/hybrid.hpp>
+#include <fovea/hybrid/mechanism.hpp>
 #include <fovea/hybrid/summaries.hpp>
 #include <fovea/kernel/block_select.hpp>
 #include <fovea/kernel/sparse_tiles.hpp>
@@ -272,5 +272,3 @@ struct hybrid_plan {
 }  // namespace detail
 }  // namespace FOVEA_ABI
 }  // namespace fovea
-
-#include <fovea/hybrid/prefill.hpp>

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+/// @file  hybrid_attention: its ready-made configurations, and what check() refuses of its options.
+
+#include <fovea/core/contract.hpp>
+#include <fovea/hybrid/mechanism.hpp>
+#include <fovea/hybrid/target.hpp>
+
+namespace fovea {
+inline namespace FOVEA_ABI {
+
+inline hybrid_attention hybrid_attention::hsa(hsa_mode mode, isize stride) {
+  hybrid_attention m;
+  m.select = block_selector::pattern, m.is_causal = true, m.compensate = compensation::none;
+  m.pattern = mode, m.stride = stride;
+  return m;
+}
+inline hybrid_attention hybrid_attention::over(view<const std::uint8_t> blocks, isize block_q, isize block_k,
+                                               bool is_causal) {
+  hybrid_attention m;
+  m.select = block_selector::given, m.compensate = compensation::none;
+  m.blocks = blocks, m.block_q = block_q, m.block_k = block_k, m.is_causal = is_causal;
+  return m;
+}
+inline hybrid_attention hybrid_attention::moba(isize block_k, isize top) {
+  hybrid_attention m;
+  m.select = block_selector::mean, m.is_causal = true, m.compensate = compensation::none;
+  m.block_q = 1, m.block_k = block_k, m.top = top;
+  m.budget = 0, m.at_least = 0, m.first = 0, m.window = 0, m.keep_small = 0;
+  return m;
+}
+
+namespace detail {
+
+inline bool scores_tokens(const hybrid_attention& m) {
+  return m.select == block_selector::int8 || m.select == block_selector::int4 || m.select == block_selector::exact;
+}
+inline void check_hybrid_extras(const hybrid_attention& m) {
+  require_finite("top_p", m.top_p), require_finite("keep_small", m.keep_small);
+  require(m.top_p >= 0 && m.top_p <= 1, "top_p is ", m.top_p, "; it is a share of the mass, from 0 (off) to 1");
+  require(
+      m.top_p == 0 || scores_tokens(m),
+      "top_p with a score of whole blocks; their masses miss single strong keys: wanted select int8, int4 or exact");
+  require(m.keep_small == 0 || (m.keep_small >= 1e-6 && m.keep_small <= 0.5), "keep_small is ", m.keep_small,
+          "; it is a share of the keys, 0 or from 1e-6 to 0.5");
+  require(m.parts >= 1 && m.block_k % m.parts == 0, "parts is ", m.parts, " and block_k ", m.block_k,
+          "; the pooled tokens of a block cut it into equal parts");
+  require(!m.share_group || m.compensate != compensation::cumulant,
+          "share_group with compensation::cumulant; the variance term is laid out head by head");
+  require(m.parts == 1 || m.compensate != compensation::cumulant, "parts is ", m.parts,
+          " with compensation::cumulant; the variance is that of whole blocks");
+}
+
+inline void check_hybrid_refresh(const hybrid_attention& m) {
+  require(m.refresh >= 1, "refresh is ", m.refresh, "; it counts the steps of a selection, and must be at least 1");
+  const bool codes = m.select == block_selector::int8 || m.select == block_selector::int4;
+  require(m.refresh == 1 || (codes && m.compensate != compensation::cumulant), "refresh is ", m.refresh,
+          "; a selection is kept with select int8 or int4, and without compensation::cumulant");
+}
+
+inline void check_hybrid_precision(const hybrid_attention& m) {
+  if (m.arithmetic == precision::f32) return;
+  require(m.arithmetic == precision::int8, "arithmetic is ", name_of(m.arithmetic), "; there is f32, and int8");
+  require(m.select != block_selector::pattern,
+          "arithmetic is int8 with a pattern; it skips single tokens, and int8 takes blocks");
+  require(m.compensate != compensation::cumulant,
+          "arithmetic is int8 with compensation::cumulant; the variance term is computed in f32 only");
+}
+
+inline void check_hybrid_storage(const hybrid_attention& m, dtype type) {
+  require(m.arithmetic == precision::f32 || type != dtype::f64, "arithmetic is ", name_of(m.arithmetic),
+          " and q is f64; int8 takes f32, f16 and bf16 (precision::f32 computes f64 in double)");
+}
+
+inline void check_hybrid_options(const hybrid_attention& m) {
+  require(m.block_q >= 1 && m.block_k >= 1, "block_q, block_k are ", m.block_q, ", ", m.block_k,
+          "; they must be at least 1");
+  require(m.block_q <= (isize{1} << 30) && m.block_k <= (isize{1} << 30), "block_q, block_k are ", m.block_q, ", ",
+          m.block_k, "; wanted at most 2^30");
+  if (m.scale) {
+    require_finite("scale", *m.scale);
+    require(*m.scale > 0, "scale is ", *m.scale, "; it must be positive");
+  }
+  require_finite("budget", m.budget);
+  check_hybrid_extras(m);
+  check_hybrid_precision(m), check_hybrid_refresh(m), check_error_target(m);
+  require(m.budget >= 0 && m.budget <= 1, "budget is ", m.budget,
+          "; it is a share of the candidate blocks, from 0 to 1");
+  require(m.top >= 0, "top is ", m.top, "; it counts blocks and must not be negative (0: go by budget)");
+  require(m.at_least >= 0 && m.first >= 0 && m.window >= 0, "at_least, first, window are ", m.at_least, ", ", m.first,
+          ", ", m.window, "; they count keys and must not be negative");
+  if (m.select != block_selector::pattern) return;
+  require(m.stride >= 1, "stride is ", m.stride, "; it must be at least 1");
+  require(m.is_causal, "pattern ", name_of(m.pattern),
+          " with is_causal = false; the patterns are causal by definition");
+  require(m.compensate == compensation::none, "pattern ", name_of(m.pattern),
+          " with compensation; it skips single tokens, and only whole blocks can be pooled");
+}
+
+/// `exact_fit`: the mask has just the blocks of the problem; else it may hold more (a state that grows).
+inline void check_given_blocks(const hybrid_attention& m, const shape& s, isize n, isize keys, bool exact_fit) {
+  const auto& t = m.blocks;
+  const isize rows = ceil_div(n, m.block_q), columns = ceil_div(keys, m.block_k);
+  require(t.data != nullptr || rows == 0 || columns == 0,
+          "blocks is null; a given block mask needs [B or 1, H or G or 1, ", rows, ", ", columns, "]");
+  const bool fits = exact_fit ? t.length == rows && t.width == columns : t.length >= rows && t.width >= columns;
+  require(fits, "blocks is [", t.batch, ", ", t.heads, ", ", t.length, ", ", t.width, "]; ", n, " queries and ", keys,
+          " keys in blocks of ", m.block_q, " x ", m.block_k, exact_fit ? " want [..., " : " want at least [..., ",
+          rows, ", ", columns, "]");
+  require(t.batch == 1 || t.batch == s.B, "blocks has ", t.batch, " batch items; wanted 1 or B = ", s.B);
+  require(t.heads == 1 || t.heads == s.H || t.heads == s.G, "blocks has ", t.heads, " heads; wanted 1, G = ", s.G,
+          " or H = ", s.H);
+}
+
+}  // namespace detail
+}  // namespace FOVEA_ABI
+}  // namespace fovea
