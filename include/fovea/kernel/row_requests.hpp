@@ -5,6 +5,7 @@
 /// Contract   hints only: nothing is read or written. In a burst the core would wait for its few line buffers.
 
 #include <fovea/core/rows.hpp>
+#include <fovea/core/workspace.hpp>
 #include <fovea/simd/reduce.hpp>
 
 namespace fovea {
