@@ -137,7 +137,7 @@ TEST_CASE(
   }
 }
 
-TEST_CASE("sequences: a batch [B, H, n, d] is its items; a call with its workspace allocates nothing") {
+TEST_CASE("sequences: a batch of B items is its items, a call with its workspace allocates nothing") {
   test::random r(7);
   const kv_shape s{.heads = 2, .d = 40, .e = 24, .type = dtype::bf16};
   collection all;

@@ -51,7 +51,7 @@ TEST_CASE("draws: a quarter, 2 of 4") { run_part(1, 4); }
 TEST_CASE("draws: a quarter, 3 of 4") { run_part(2, 4); }
 TEST_CASE("draws: a quarter, 4 of 4") { run_part(3, 4); }
 
-TEST_CASE("draws: every pair of features that can meet is met three times; most draws are accepted") {
+TEST_CASE("draws: every pair of features that can meet is met three times, most draws are accepted") {
   const isize count = static_cast<isize>(number("FOVEA_DRAWS", 2000));
   if (given("FOVEA_DRAW") || count < 2000) return;
   const auto& all = features();

@@ -193,7 +193,7 @@ TEST_CASE("decode_int8: the twin that rounds the same numbers, and f32 arithmeti
   }
 }
 
-TEST_CASE("decode_int8: pages, packed or not, and threads give the same bits; a ring is within the recipe of f32") {
+TEST_CASE("decode_int8: pages, packed or not, and threads give the same bits, a ring is within the recipe of f32") {
   test::random r(3);
   constexpr isize G = 2, H = 8, d = 64, e = 48, m = 9000;
   const tensor k = test::normal(r, dtype::bf16, 1, G, m, d), v = test::normal(r, dtype::bf16, 1, G, m, e);
@@ -240,7 +240,7 @@ TEST_CASE("decode_int8: pages, packed or not, and threads give the same bits; a 
   }
 }
 
-TEST_CASE("decode_int8: NaN and infinity reach the rows that see them, as in f32; zeros in V still count") {
+TEST_CASE("decode_int8: NaN and infinity reach the rows that see them, as in f32, zeros in V still count") {
   for (const bool packed : {false, true})
     for (const double bad : {std::nan(""), HUGE_VAL})
       for (const int where : {0, 1, 2}) {  // q, k, v

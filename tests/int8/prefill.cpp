@@ -160,7 +160,7 @@ TEST_CASE("int8: the same bits for any number of threads and any batch") {
     for (isize i = 0; i < 150; ++i) check_same_bits(one, alone, 1, 1, h, i);
 }
 
-TEST_CASE("int8: a row depends on nothing that it does not see; what is not finite behaves as in f32") {
+TEST_CASE("int8: a row depends on nothing that it does not see, what is not finite behaves as in f32") {
   softmax_attention f;
   f.mask = causal{};
   const softmax_attention m = in_int8(f);
@@ -211,7 +211,7 @@ TEST_CASE("int8: a row depends on nothing that it does not see; what is not fini
         check_same_bits(clean, got, 0, 0, h, i);
 }
 
-TEST_CASE("int8: the same over views, pages and stores; an int8 store's own integers in either form") {
+TEST_CASE("int8: the same over views, pages and stores, an int8 store's own integers in either form") {
   softmax_attention f;
   f.mask = causal{};
   const softmax_attention m = in_int8(f);

@@ -71,7 +71,7 @@ TEST_CASE("safetensors: every element type survives a round trip") {
   CHECK(in.tensors.at("f16").floats() == std::vector<float>{0.5F, -65504.F});
 }
 
-TEST_CASE("safetensors: one tensor is read without the others; data is aligned in the file") {
+TEST_CASE("safetensors: one tensor is read without the others, data is aligned in the file") {
   const folder f;
   fovea::write_safetensors(f.file("a.safetensors"), {{"a", array({3}, std::vector<std::uint8_t>{1, 2, 3})},
                                                      {"b", array({2}, std::vector<double>{4, 5})}});

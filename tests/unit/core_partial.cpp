@@ -93,7 +93,7 @@ TEMPLATE_LIST_TEST_CASE("partial: any split of the keys, merged in any order, gi
   }
 }
 
-TEMPLATE_LIST_TEST_CASE("partial: the identity changes no bit, on either side; two identities give zeros and -inf", "",
+TEMPLATE_LIST_TEST_CASE("partial: the identity changes no bit, on either side, two identities give zeros and -inf", "",
                         reals) {
   using T = TestType;
   const owned<T> none, x = of_keys<T>({1.5, -2.0, 700.0}, std::vector<double>(15, 0.75), 0, 3);

@@ -65,7 +65,7 @@ TEST_CASE("exec: the pool survives thousands of short calls, and its results are
   }
 }
 
-TEST_CASE("exec: several callers may share one pool; pools come and go") {
+TEST_CASE("exec: several callers may share one pool, pools come and go") {
   const threads pool(3);
   std::atomic<long> sum{0};
   std::vector<std::thread> callers;
@@ -148,7 +148,7 @@ state example() {
 }
 }  // namespace
 
-TEST_CASE("state: new ones are zero; saved and restored ones are equal; copies are snapshots") {
+TEST_CASE("state: new ones are zero, saved and restored ones are equal, copies are snapshots") {
   const state zero(1, {}, 64);
   for (std::size_t i = 0; i < 64; ++i) CHECK(zero.as<unsigned char>()[i] == 0);
   const state s = example();

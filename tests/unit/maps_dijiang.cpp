@@ -94,7 +94,7 @@ TEST_CASE("dijiang: without signs and with normal radii, as published, the kerne
   CHECK(normal_ratio < 0.2);  // E e^{t v.x} is about e^{|x|^2 / 2d} instead of e^{|x|^2 / 2}
 }
 
-TEST_CASE("dijiang: a seed decides everything; stratified radii are one per interval") {
+TEST_CASE("dijiang: a seed decides everything, stratified radii are one per interval") {
   const auto a = make_dijiang_tables({.head_dim = 32, .features = 64, .seed = 9}),
              b = make_dijiang_tables({.head_dim = 32, .features = 64, .seed = 9}),
              c = make_dijiang_tables({.head_dim = 32, .features = 64, .seed = 10});

@@ -81,7 +81,7 @@ TEST_CASE("maps: quantiles invert their distributions, tails included") {
   CHECK_SAYS(test::refusal([] { feature::chi_quantile(8, 1e-200); }), "1e-100");
 }
 
-TEST_CASE("maps: every Sobol coordinate of 2^k points is stratified; halton stays inside the unit interval") {
+TEST_CASE("maps: every Sobol coordinate of 2^k points is stratified, halton stays inside the unit interval") {
   for (const isize count : {1, 2, 16, 256}) {
     const auto points = feature::sobol(count, 16);
     for (isize c = 0; c < 16; ++c) {

@@ -55,7 +55,7 @@ TEST_CASE("mask: boolean_mask is consistent, broadcast strides included") {
     return boolean_mask{table.data(), at.H * at.n * at.m, at.n * at.m, at.m};
   });
 }
-TEST_CASE("mask: block_mask is consistent; ragged blocks, KV heads, inverted") {
+TEST_CASE("mask: block_mask is consistent, ragged blocks, KV heads, inverted") {
   std::vector<std::uint8_t> table;
   at_random_sites([&](test::random& r, const mask_site& at) {
     block_mask p;
@@ -68,7 +68,7 @@ TEST_CASE("mask: block_mask is consistent; ragged blocks, KV heads, inverted") {
     return p;
   });
 }
-TEST_CASE("mask: packed is consistent; empty sequences included") {
+TEST_CASE("mask: packed is consistent, empty sequences included") {
   std::vector<std::int32_t> q, k;
   at_random_sites([&](test::random& r, const mask_site& at) {
     const isize sequences = r.integer(1, 5);

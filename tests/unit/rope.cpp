@@ -70,7 +70,7 @@ TEST_CASE("rope: the pairings of LLaMA (halves) and GPT-J (neighbours) turn as t
   }
 }
 
-TEST_CASE("rope: rows of any width at any position agree with the definition; elements behind the width stay") {
+TEST_CASE("rope: rows of any width at any position agree with the definition, elements behind the width stay") {
   test::random r(1);
   for (int trial = 0; trial < 200; ++trial) {
     const isize width = 2 * r.integer(1, 80), d = width + r.integer(0, 30), position = r.integer(0, 5000);

@@ -112,7 +112,7 @@ TEMPLATE_LIST_TEST_CASE("pack: max and min return the second operand when either
   for (T x : lanes_of<X>(simd::min(P(bad), P(T(3))))) CHECK(x == 3);
 }
 
-TEMPLATE_LIST_TEST_CASE("pack: select and fma_where for every lane mask; dead lanes stay clean of NaN and infinity", "",
+TEMPLATE_LIST_TEST_CASE("pack: select and fma_where for every lane mask, dead lanes stay clean of NaN and infinity", "",
                         packs) {
   using X = TestType;
   using P = typename X::P;
@@ -263,7 +263,7 @@ TEMPLATE_LIST_TEST_CASE("exp2: error in units of the last place", "", packs) {
   CHECK(worst <= (single ? float_bound : fuses<P> ? 1.0 : 1.2));          // what simd/exp.hpp states
 }
 
-TEMPLATE_LIST_TEST_CASE("exp2: exact at integers; zero far below; never a denormal; NaN stays NaN", "", packs) {
+TEMPLATE_LIST_TEST_CASE("exp2: exact at integers, zero far below, never a denormal, NaN stays NaN", "", packs) {
   using X = TestType;
   using P = typename X::P;
   using T = typename X::type;

@@ -97,7 +97,7 @@ TEST_CASE("comparator: many small errors fail by their rms where each alone pass
   CHECK_FALSE(v.ok);
 }
 
-TEST_CASE("comparator: zeros must be zeros unless a scale is given; 16-bit results may be half a unit off") {
+TEST_CASE("comparator: zeros must be zeros unless a scale is given, 16-bit results may be half a unit off") {
   const test::array zeros{{4}, {0, 0, 0, 0}}, tiny{{4}, {0, 1e-30, 0, 0}};
   CHECK_FALSE(test::compare(tiny, zeros).ok);
   CHECK(test::compare(tiny, zeros, {.scale = 1.0}).ok);
