@@ -86,7 +86,7 @@ void two_threads(benchmark::State& b, rule u, isize d) {
         return machine::now() - start;
       },
       [](double seconds, double one) { return one / seconds; });
-  const auto half = [n, d](const fovea::tensor_mut& x) {
+  const auto half = [d](const fovea::tensor_mut& x) {
     return fovea::tensor_mut{x.data, x.type, 1, 2, n / 2, d, n * d, n / 2 * d, d};
   };
   const fovea::shape h{1, 2, 2, n / 2, n / 2, d, d, fovea::dtype::f32};
