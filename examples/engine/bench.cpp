@@ -140,7 +140,7 @@ nlohmann::json describe(const session& s, const measured& r, isize steps) {
                       {"state_bytes", r.state_bytes},
                       {"stream_bytes_per_second", r.stream}};
   if (const auto work = attention_work(s, r.fed, r.context))
-    j["prefill_attention_flop_share"] = share(work->macs, net.dense_macs() * static_cast<double>(r.context) + output);
+    j["prefill_attention_flop_share"] = share(work->macs, net.dense_macs() * static_cast<double>(r.fed) + output);
   if (const auto work = attention_work(s, 1, r.context + 1)) {
     j["decode_attention_flop_share"] = share(work->macs, net.dense_macs() + output);
     const double bytes = static_cast<double>(net.decode_bytes()) + work->bytes;
