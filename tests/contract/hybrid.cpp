@@ -4,6 +4,7 @@
 #include <limits>
 
 #include <fovea/hybrid.hpp>
+#include <fovea/hybrid/stores.hpp>
 
 #include "contract/contract.hpp"
 
@@ -76,4 +77,82 @@ TEST_CASE("contract of hybrid: int8 is of f32 and less, forwards, and without a 
   test::tensor bound(dtype::f32, 2, 4, 3, 1);
   CHECK_SAYS(test::refusal([&] { error_bound(serial, m, a.q, a.k, a.v, bound); }), "int8");
   CHECK_SAYS(test::refusal([&] { prefill_within(serial, m, a.q, a.k, a.v, a.out, bound, {.relative = 0.1}); }), "int8");
+}
+
+TEST_CASE("contract of hybrid: summaries and the store beside them") {
+  using test::refusal;
+  test::random r(5);
+  const test::tensor q = test::normal(r, dtype::f32, 1, 4, 3, 8), k = test::normal(r, dtype::f32, 1, 2, 3, 8),
+                     v = test::normal(r, dtype::f32, 1, 2, 3, 6), wide = test::normal(r, dtype::f64, 1, 4, 3, 8);
+  test::tensor out = test::unwritten(dtype::f32, 1, 4, 3, 6);
+  const auto before = out.bytes();
+  const hybrid_attention m{.is_causal = true};
+  const kv_shape sizes{.heads = 2, .d = 8, .e = 6};
+  contiguous_store store(sizes, 4);
+  const auto says = [&](const hybrid_attention& a, const tensor_ref& x, const tensor_ref& y, state& s,
+                        const call_options& o = {}) {
+    const auto saved = s.save();
+    const std::string said = refusal([&] { prefill(serial, a, x, y, v, out, store, s, o); });
+    CHECK(store.tokens() == 0);
+    CHECK(s.save() == saved);
+    CHECK(out.bytes() == before);
+    return said;
+  };
+  CHECK_SAYS(refusal([&] { (void)make_summaries({}, 4, sizes, 8); }), "is not causal");
+  CHECK_SAYS(refusal([&] { (void)make_summaries(m, 3, sizes, 8); }), "3 query heads, 2 KV heads");
+  CHECK_SAYS(refusal([&] { (void)make_summaries(m, 4, sizes, -1); }), "room for -1 tokens");
+  state s = make_summaries(m, 4, sizes, 8), tight = make_summaries(m, 4, sizes, 2);
+  state other = make_summaries(m, 4, {.heads = 2, .d = 8, .e = 6, .type = dtype::f16}, 8);
+  state plain = m.make_state({1, 4, 2, 3, 8, 8, 6, dtype::f32});
+  hybrid_attention larger = m, aligned = m, exact = m, given = m, both_ways = m;
+  larger.block_k = 32, aligned.align = top_left, both_ways.is_causal = false;
+  exact.select = block_selector::exact, given.select = block_selector::given;
+  CHECK_SAYS(says(both_ways, q, k, s), "must be causal");
+  CHECK_SAYS(says(aligned, q, k, s), "bottom-right");
+  CHECK_SAYS(says(larger, q, k, s), "not made for this hybrid");
+  CHECK_SAYS(says(m, q, k, plain), "not made for this hybrid");
+  CHECK_SAYS(says(m, q, k, other), "rows of f16");
+  CHECK_SAYS(says(m, wide, k, s), "f64");
+  CHECK_SAYS(refusal([&] { prefill(serial, m, q.ref().slice(0, 2), k, v, out.ref().slice(0, 2), store, s); }),
+             "q has 2 tokens and k has 3");
+  CHECK_SAYS(says(m, q, k, tight), "will hold 3 tokens; the summaries have room for 2");
+  std::byte few[10];
+  CHECK_SAYS(says(m, q, k, s, {.workspace = few}), "workspace holds 10 bytes");
+  state of_given = make_summaries(given, 4, sizes, 8);
+  CHECK_SAYS(says(given, q, k, of_given), "blocks is null");
+  CHECK_SAYS(refusal([&] { step(serial, m, q, k, v, out, store, s); }), "step takes one token");
+
+  ring_store ring(sizes, {2, 0, 1});
+  CHECK_SAYS(refusal([&] { prefill(serial, m, q, k, v, out, ring, s); }), "the ring store drops tokens");
+  paged_pool pool(sizes, 4, 4);
+  page_table table;
+  pooled_sequence pages(pool, table);
+  state of_exact = make_summaries(exact, 4, sizes, 8);
+  CHECK_SAYS(refusal([&] { prefill(serial, exact, q, k, v, out, pages, of_exact); }), "select exact over pages");
+  CHECK(out.bytes() == before);
+  prefill(serial, m, q, k, v, out, store, s);
+  CHECK_SAYS(refusal([&] { prefill(serial, m, q, k, v, out, store, s); }), "do not fit");
+  CHECK(store.tokens() == 3);
+}
+
+TEST_CASE("hybrid over a store: a call runs in the memory that was announced") {
+  test::random r(6);
+  const test::tensor q = test::normal(r, dtype::f32, 1, 4, 40, 8), k = test::normal(r, dtype::f32, 1, 2, 40, 8),
+                     v = test::normal(r, dtype::f32, 1, 2, 40, 6);
+  const kv_shape sizes{.heads = 2, .d = 8, .e = 6};
+  for (const hybrid_attention& m : {hybrid_attention{.is_causal = true}, hybrid_attention::hsa(hsa_mode::sparse, 4)}) {
+    test::tensor out = test::unwritten(dtype::f32, 1, 4, 40, 6), want = test::unwritten(dtype::f32, 1, 4, 40, 6);
+    contiguous_store one(sizes, 40), two(sizes, 40);
+    state a = make_summaries(m, 4, sizes, 40), b = make_summaries(m, 4, sizes, 40);
+    for (isize i = 0; i < 40; i += i == 0 ? 37 : 1) {
+      const isize n = i == 0 ? 37 : 1;
+      const tensor_ref rows = q.ref().slice(i, n);
+      buffer memory(store_workspace_size(m, rows, sizes, i + n, 1));
+      prefill(serial, m, rows, k.ref().slice(i, n), v.ref().slice(i, n), out.ref().slice(i, n), one, a,
+              {.workspace = memory.span()});
+      prefill(serial, m, rows, k.ref().slice(i, n), v.ref().slice(i, n), want.ref().slice(i, n), two, b);
+    }
+    CHECK(out.bytes() == want.bytes());
+    CHECK(a.tokens() == 40);
+  }
 }

@@ -58,7 +58,7 @@ void place(draw& x, test::random& r) {
   x.keys_in = home::state;
   const bool codes = m.select == block_selector::int8 || m.select == block_selector::int4;
   if (x.streams && codes && m.compensate != compensation::cumulant && r.coin()) m.refresh = r.integer(2, 7);
-  if (!x.streams || x.B > 1 || m.select == block_selector::pattern || r.coin(0.4)) return;
+  if (!x.streams || x.B > 1 || r.coin(0.4)) return;
   x.keys_in = static_cast<home>(r.integer(1, 5));
   if (x.type == dtype::f64 || m.select == block_selector::exact)
     x.keys_in = x.type == dtype::f64 && r.coin() && m.select != block_selector::exact ? home::paged : home::contiguous;
@@ -215,7 +215,7 @@ void through_a_store(const draw& x, const hybrid_attention& m, numbers& y) {
                    .form = x.keys_in == home::packed ? kv_form::packed : kv_form::rows,
                    .rotated = x.keys_in == home::rotated};
   if (x.keys_in == home::paged) {
-    const isize page = 1 + static_cast<isize>(x.seed % 3 == 0 ? x.m.block_k * 2 : x.seed % 9);
+    const isize page = 1 + (x.seed % 3 == 0 ? x.m.block_k * 2 : static_cast<isize>(x.seed % 9));
     paged_pool pool(s, x.seed % 3 == 0 ? page - 1 : page, 200);
     page_table table;
     return through(x, m, y, pooled_sequence(pool, table), [&](isize tokens) { pool.truncate(table, tokens); });

@@ -10,7 +10,7 @@
 ///            if no other call has grown the store in between (else truncate(s, t) as well). After a shift make them anew.
 ///            A copy-on-write fork of a paged sequence wants a copy of its summaries.
 /// Errors     contract_error before anything is written. Memory: store_workspace_size bytes, allocated here if not given.
-/// Cost       as hybrid.hpp; bytes of the summaries: state::bytes().
+/// Cost       as hybrid.hpp; bytes of the summaries: state::bytes(), none for a pattern, which softmax_attention computes as a mask.
 
 #include <fovea/hybrid.hpp>
 #include <fovea/softmax/stores.hpp>
@@ -31,6 +31,11 @@ inline state make_summaries(const hybrid_attention& m, isize H, const kv_shape& 
 inline void truncate(state& summaries, isize tokens) { kv_cache::truncate(summaries, tokens); }
 
 namespace detail {
+
+/// A pattern needs no summaries: over a store it is a mask of exact attention.
+inline softmax_attention pattern_as_mask(const hybrid_attention& m) {
+  return {.mask = hsa_pattern{m.pattern, m.stride, m.align}, .scale = m.scale};
+}
 
 inline void check_hybrid_store(const hybrid_attention& m, const problem& p, const kv_sequence& kv, const state& s) {
   check_problem(p);
@@ -54,8 +59,7 @@ inline void check_hybrid_store(const hybrid_attention& m, const problem& p, cons
   require(all <= z.m, "the store will hold ", all, " tokens; the summaries have room for ", z.m);
   require(kv.dropped == 0 && (kv.k.ring == 0 || all <= kv.k.fixed + kv.k.ring), "the ring store drops tokens at ",
           kv.k.fixed + kv.k.ring, " and would hold ", all, "; a selection looks at all of them");
-  require(m.select != block_selector::pattern, "a pattern over a store; softmax_attention takes masks over stores");
-  require(m.select != block_selector::exact || (kv.k.table == nullptr && kv.k.ring == 0 && kv.k.type != dtype::i8),
+  require(m.select != block_selector::exact || (kv.k.page == 0 && kv.k.ring == 0 && kv.k.type != dtype::i8),
           "select exact over pages, a ring or int8 rows; it reads keys in one stretch, of a float type");
   if (m.select == block_selector::given) {
     const shape sizes{1, p.q.heads, kv.heads, p.q.length, all, kv.d, kv.e, p.q.type};
@@ -77,6 +81,11 @@ void prefill(exec_ref exec, const hybrid_attention& m, const tensor_ref& q, cons
   const key_positions as_they_come{nullptr, store.tokens(), nullptr};
   store.check_append(k, v, as_they_come);
   if (q.length == 0) return;
+  if (m.select == block_selector::pattern) {
+    prefill(exec, detail::pattern_as_mask(m), q, k, v, out, store,
+            {.lse = options.lse, .workspace = options.workspace});
+    return summaries.set_tokens(store.tokens());
+  }
   shape sizes = p.shape();
   sizes.m = store.tokens() + q.length;
   buffer own;
@@ -97,6 +106,11 @@ void step(exec_ref exec, const hybrid_attention& m, const tensor_ref& q, const t
 /// Bytes that such a call needs, `tokens` of the store with the new ones: for call_options::workspace.
 inline std::size_t store_workspace_size(const hybrid_attention& m, const tensor_ref& q, const kv_shape& s, isize tokens,
                                         int threads) {
+  if (m.select == block_selector::pattern) {
+    kv_sequence kv = contiguous_store(s, 0).view();  // no rows are read
+    kv.length = tokens;
+    return workspace_size(detail::pattern_as_mask(m), q, {&kv, 1}, threads);
+  }
   return detail::hybrid_store_workspace(m, {1, q.heads, s.heads, q.length, tokens, s.d, s.e, q.type}, threads);
 }
 
