@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 #pragma once
-/// @file  The tensor `do`: gradients dq, dk, dv, and of bias, sinks, gates, initial state, E and F, for the rows that a prefill has
+/// @file  The tensor `do`: gradients dq, dk, dv, and of bias, sinks, gates, initial state, E and F or taps, for the rows that a prefill has
 ///        just written.
 
 #include "attend/run.hpp"
@@ -53,6 +53,7 @@ arrays gradients(const Exec& exec, const fovea::any_attention& a, const question
   };
   to.dbias = table("bias", "dbias"), to.dsinks = table("sinks", "dsinks");
   to.dE = table("E", "dE"), to.dF = table("F", "dF");
+  if (ask.others.contains("wk")) to.dE = table("wk", "dwk"), to.dF = table("wv", "dwv");
   const fovea::tensor_ref o = view_of("o", out.at("o"));
   const auto lse = out.find("lse");
   const fovea::tensor_ref row_lse = lse == out.end() ? fovea::tensor_ref{}

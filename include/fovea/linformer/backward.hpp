@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: MIT
 #pragma once
-/// @file  linformer_attention, backward: softmax attention over the slots, then through the projection.
+/// @file  linformer_attention, backward: softmax attention over the slots, and over the own block in the causal form, then through the projection.
 ///
-///   dk_i = sum_s E_is dk'_s,   dE_is = sum over items and heads of k_i . dk'_s,   the same for v and F (E where there is no F)
+///   both key sets share one denominator, that of lse: each gives its part of dq, and dk, dv of its own keys
+///   the gradients of slots go on to rows and numbers of the projection: linformer/backward_projection.hpp
 ///
-/// Contract   linear projection, bidirectional, no lengths: what else there is is refused in a sentence. dE and dF are float, dense in the
-///            shapes of E and F, rows from m on zero. Bits do not depend on the number of threads.
-/// Cost       the backward pass of softmax over `slots` keys, and 2 G m slots (d + e) multiply-adds an item.
+/// Contract   every form that prefill takes without a state: each projection, lengths, block-causal. Max: the first row with the maximum
+///            gets the slot's gradient. dE and dF are float, dense in the shapes of E and F, rows that no key reached zero; with a convolution
+///            they are the gradients of wk and wv. Without F (wv) dE has the share of the values too. Rows behind a length are not read
+///            and get zeros. Bits do not depend on the number of threads.
+/// Cost       the backward pass of softmax over what the rows saw, and, linear, 2 slots (d + e) multiply-adds a row and KV head. Scratch:
+///            slots and their gradients; causal: H n 2 d + G m (d + e) numbers more.
+/// Reference  linformer/reference_backward.hpp.
 
-#include <fovea/core/backward.hpp>
-#include <fovea/kernel/linear_backward_pairs.hpp>
-#include <fovea/linformer/mechanism.hpp>
+#include <fovea/linformer/backward_projection.hpp>
+#include <fovea/linformer/prefill.hpp>
 #include <fovea/softmax.hpp>
 
 namespace fovea {
@@ -19,101 +23,89 @@ namespace detail {
 
 template <class Acc>
 class linformer_backward_run {
-  using native = simd::native;
-  static constexpr isize block = 64;
-
  public:
-  linformer_backward_run(arena& memory, const linformer_attention& m, const shape& s, int threads) : m_(m), s_(s) {
-    heads_ = s.B * s.G, slots_ = m.slots_for(), most_ = std::max(s.d, s.e);
-    k_ = memory.take<Acc>(heads_ * slots_ * s.d), v_ = memory.take<Acc>(heads_ * slots_ * s.e);
-    dk_ = memory.take<Acc>(heads_ * slots_ * s.d), dv_ = memory.take<Acc>(heads_ * slots_ * s.e);
-    dk_turned_ = memory.take<Acc>(heads_ * slots_ * s.d), dv_turned_ = memory.take<Acc>(heads_ * slots_ * s.e);
-    piece_ = block * most_ * 2 + 2 * block * slots_;
-    pieces_ = memory.take<Acc>(piece_ * threads);
-    softmax_bytes_ = softmax().workspace_size_backward(inner(), threads);
+  linformer_backward_run(arena& memory, const linformer_attention& m, const shape& s, int threads)
+      : m_(m), s_(s), forward_(memory, m, s, threads), rows_(forward_.own.rows), back_(memory, m, s, rows_, threads) {
+    const isize heads = s.B * s.G, own = m.causal ? heads * s.m : 0, queries = m.causal ? s.B * s.H * s.n * s.d : 0;
+    dk_ = memory.take<Acc>(heads * rows_ * s.d), dv_ = memory.take<Acc>(heads * rows_ * s.e);
+    own_dk_ = memory.take<Acc>(own * s.d), own_dv_ = memory.take<Acc>(own * s.e);
+    dq_ = memory.take<Acc>(queries), own_dq_ = memory.take<Acc>(queries);
+    fed_ = memory.take<isize>(m.lengths.empty() ? 0 : s.B);
+    softmax_bytes_ = softmax(no_mask{}).workspace_size_backward(over(seen()), threads);
+    if (m.causal) softmax_bytes_ = std::max(softmax_bytes_, softmax(no_mask{}).workspace_size_backward(s, threads));
     softmax_memory_ = memory.take<std::byte>(static_cast<isize>(softmax_bytes_));
   }
 
   void run(exec_ref exec, const backward_problem& p) const {
-    exec.for_tasks(2 * heads_, [&](isize task, isize slot) {
-      project(task % 2 != 0 ? p.v : p.k, task / 2, task % 2 != 0, pieces_ + slot * piece_);
-    });
-    backward_problem slots = p;
-    slots.to = {.dq = p.to.dq, .dk = over(dk_, s_.d), .dv = over(dv_, s_.e)};
-    slots.k = over(k_, s_.d), slots.v = over(v_, s_.e);
-    softmax().backward(exec, slots, arena(std::span<std::byte>(softmax_memory_, softmax_bytes_)));
-    exec.for_tasks(heads_, [&](isize h, isize) {
-      using pairs = kernel::chunk_pairs<native, Acc>;
-      pairs::turn(dk_ + h * slots_ * s_.d, slots_, s_.d, s_.d, dk_turned_ + h * slots_ * s_.d, slots_);
-      pairs::turn(dv_ + h * slots_ * s_.e, slots_, s_.e, s_.e, dv_turned_ + h * slots_ * s_.e, slots_);
-    });
-    clear(p.to.dE, m_.E), clear(p.to.dF, m_.F);
-    exec.for_tasks(ceil_div(s_.m, block), [&](isize task, isize slot) {
-      Acc* room = pieces_ + slot * piece_;
-      for (isize h = 0; h < heads_; ++h) rows_back(p, h, task * block, room);
-    });
+    m_.causal ? by_blocks(exec, p) : over_slots(exec, p);
+    const Acc *own_k = m_.causal ? own_dk_ : nullptr, *own_v = m_.causal ? own_dv_ : nullptr;
+    back_.run(exec, {{&p.k, p.to.dk, dk_, own_k}, {&p.v, p.to.dv, dv_, own_v}}, p.to.dE, p.to.dF);
   }
 
  private:
-  softmax_attention softmax() const { return {.mask = no_mask{}, .scale = m_.scale_for(s_)}; }
-  shape inner() const {
+  softmax_attention softmax(const mask& visible) const { return {.mask = visible, .scale = m_.scale_for(s_)}; }
+  arena softmax_memory() const { return arena(std::span<std::byte>(softmax_memory_, softmax_bytes_)); }
+  shape over(isize keys) const {
     shape s = s_;
-    s.m = slots_;
+    s.m = keys;
     return s;
   }
-  tensor_mut over(Acc* data, isize width) const { return bhnd(data, s_.B, s_.G, slots_, width); }
-  const view<const float>& map(bool values) const { return values && m_.F.data != nullptr ? m_.F : m_.E; }
-  isize head_of(const view<const float>& E, isize g) const { return E.heads == 1 ? 0 : g; }
-  /// Rows of a projection as Acc, [count][slots].
-  void load(bool values, isize g, isize first, isize count, Acc* to) const {
-    const auto& E = map(values);
-    for (isize i = 0; i < count; ++i)
-      for (isize s = 0; s < slots_; ++s) to[i * slots_ + s] = static_cast<Acc>(E(0, head_of(E, g), first + i, s));
+  /// Slots of a head that some row sees.
+  isize seen() const { return m_.causal ? rows_ : m_.map(false, 0).used(s_.m); }
+  tensor_mut slots(Acc* data, isize width) const {
+    return {data, dtype_of<Acc>, s_.B, s_.G, seen(), width, s_.G * rows_ * width, rows_ * width, width};
   }
-  void load(const tensor_ref& x, isize head, isize first, isize count, Acc* to) const {
-    for (isize i = 0; i < count; ++i)
-      simd::load_row<native, Acc>(x.type, x.row(head / s_.G, head % s_.G, first + i), x.width, to + i * x.width);
+  /// p with the slots in place of the keys, and where their gradients go.
+  backward_problem of_slots(const backward_problem& p) const {
+    backward_problem inner = p;
+    inner.k = slots(forward_.own.k, s_.d), inner.v = slots(forward_.own.v, s_.e);
+    inner.to = {.dq = p.to.dq, .dk = slots(dk_, s_.d), .dv = slots(dv_, s_.e)};
+    return inner;
   }
-  void project(const tensor_ref& x, isize head, bool values, Acc* room) const {
-    Acc *rows = room, *weights = room + block * most_, *to = (values ? v_ : k_) + head * slots_ * x.width;
-    for (isize i = 0; i < slots_ * x.width; ++i) to[i] = Acc(0);
-    for (isize i = 0; i < s_.m; i += block) {
-      const isize count = std::min(block, s_.m - i);
-      load(x, head, i, count, rows), load(values, head % s_.G, i, count, weights);
-      tile::gemm<native, Acc>(slots_, x.width, count, weights, 1, slots_, rows, x.width, to, x.width, true);
+
+  void over_slots(exec_ref exec, const backward_problem& p) const {
+    const bool padded = !m_.lengths.empty();
+    if (padded) {  // slots that an item does not feed are not written
+      std::fill_n(forward_.own.k, s_.B * s_.G * rows_ * s_.d, Acc(0));
+      std::fill_n(forward_.own.v, s_.B * s_.G * rows_ * s_.e, Acc(0));
+      for (isize b = 0; b < s_.B; ++b) fed_[b] = m_.map(false, 0).used(m_.keys_of(b, s_.m));
     }
+    forward_.project(exec, p.k, p.v, 0, true, forward_.own);
+    softmax(padded ? mask(first_slots{fed_}) : mask(no_mask{})).backward(exec, of_slots(p), softmax_memory());
   }
-  static void clear(float* to, const view<const float>& E) {
-    for (isize i = 0; to != nullptr && i < E.heads * E.length * E.width; ++i) to[i] = 0.0F;
-  }
-  void rows_back(const backward_problem& p, isize head, isize first, Acc* room) const {
-    const isize count = std::min(block, s_.m - first), g = head % s_.G;
-    for (const bool values : {false, true}) {
-      const tensor_ref& x = values ? p.v : p.k;
-      const tensor_mut& dx = values ? p.to.dv : p.to.dk;
-      const Acc *slots = (values ? dv_ : dk_) + head * slots_ * x.width,
-                *turned = (values ? dv_turned_ : dk_turned_) + head * slots_ * x.width;
-      Acc *rows = room, *out = room + block * most_, *weights = out + block * most_, *by = weights + block * slots_;
-      if (dx) {
-        load(values, g, first, count, weights);
-        tile::gemm<native, Acc>(count, x.width, slots_, weights, slots_, 1, slots, x.width, out, x.width, false);
-        for (isize i = 0; i < count; ++i)
-          simd::store_row<native, Acc>(dx.type, out + i * x.width, x.width, dx.row(head / s_.G, g, first + i));
+
+  void by_blocks(exec_ref exec, const backward_problem& p) const {
+    const isize offset = s_.m - s_.n, blocks = s_.m > 0 ? (s_.m - 1) / m_.block : 0;
+    forward_.project_blocks(exec, p.forward(), block_tail<Acc>{}, 0, 0, blocks, forward_.own);
+    backward_problem inner = of_slots(p), own = p;
+    own.to = {.dk = bhnd(own_dk_, s_.B, s_.G, s_.m, s_.d), .dv = bhnd(own_dv_, s_.B, s_.G, s_.m, s_.e)};
+    if (p.to.dq) {
+      inner.to.dq = bhnd(dq_, s_.B, s_.H, s_.n, s_.d);
+      own.to.dq = bhnd(own_dq_, s_.B, s_.H, s_.n, s_.d);
+    }
+    softmax(past_block_slots{m_.map(false, 0).used(m_.block), m_.block, offset})
+        .backward(exec, inner, softmax_memory());
+    softmax(own_block_keys{m_.block, offset, 0}).backward(exec, own, softmax_memory());
+    constexpr isize some = 64;
+    const isize chunks = ceil_div(s_.n, some);
+    exec.for_tasks(p.to.dq ? s_.B * s_.H * chunks : 0, [&](isize task, isize) {
+      const isize head = task / chunks, first = task % chunks * some, last = std::min(first + some, s_.n);
+      for (isize i = first; i < last; ++i) {
+        Acc *row = dq_ + (head * s_.n + i) * s_.d, *more = own_dq_ + (head * s_.n + i) * s_.d;
+        for (isize c = 0; c < s_.d; ++c) row[c] += more[c];
+        simd::store_row<simd::native, Acc>(p.to.dq.type, row, s_.d, p.to.dq.row(head / s_.H, head % s_.H, i));
       }
-      float* to = values && m_.F.data != nullptr ? p.to.dF : p.to.dE;
-      if (to == nullptr) continue;
-      load(x, head, first, count, rows);
-      tile::gemm<native, Acc>(count, slots_, x.width, rows, x.width, 1, turned, slots_, by, slots_, false);
-      const auto& E = map(values);
-      to += (head_of(E, g) * E.length + first) * slots_;
-      for (isize i = 0; i < count * slots_; ++i) to[i] += static_cast<float>(by[i]);
-    }
+    });
   }
 
   const linformer_attention& m_;
   shape s_;
-  isize heads_, slots_, most_, piece_;
-  Acc *k_, *v_, *dk_, *dv_, *dk_turned_, *dv_turned_, *pieces_;
+  linformer_run<Acc> forward_;
+  isize rows_;  // slots a head has room for
+  projection_backward<Acc> back_;
+  Acc *dk_, *dv_, *own_dk_, *own_dv_, *dq_,
+      *own_dq_;  // of slots; causal: of the own block's keys; dq by slots, by own keys
+  isize* fed_;   // slots of each item, where items have lengths
   std::byte* softmax_memory_;
   std::size_t softmax_bytes_;
 };
@@ -121,11 +113,15 @@ class linformer_backward_run {
 }  // namespace detail
 
 inline void linformer_attention::check(const backward_problem& p) const {
+  using kind = sequence_projection;
   check(p.forward());
-  require(projection == sequence_projection::linear && !causal && lengths.empty(),
-          "backward of linformer takes the linear projection, bidirectional, without lengths");
   detail::check_backward_rows(p);
-  require(p.to.dF == nullptr || F.data != nullptr, "dF was asked for; this linformer_attention projects values by E");
+  require(p.to.dbias == nullptr && p.to.dsinks == nullptr && p.to.dlog_weight == nullptr && p.to.dquery_gate == nullptr,
+          "a gradient of a bias, sinks, a log weight or a query gate was asked for; linformer has none of them");
+  require((p.to.dE == nullptr && p.to.dF == nullptr) || projection == kind::linear || projection == kind::conv,
+          "dE or dF was asked for; mean and max pooling have no numbers to learn");
+  require(p.to.dF == nullptr || (projection == kind::linear ? F.data != nullptr : !wv.empty()),
+          "dF was asked for; this linformer_attention projects values by ", projection == kind::linear ? "E" : "wk");
 }
 
 inline std::size_t linformer_attention::workspace_size_backward(const shape& s, int threads) const {
