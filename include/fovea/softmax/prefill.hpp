@@ -117,8 +117,11 @@ class softmax_run {
   void one(const softmax_attention& m, const sequence_problem& p, isize s, isize task, isize which,
            const kernel::int8_head* head) noexcept {
     const cut c = cut_of<Acc>(m, p);
-    // The last rows come first: under a causal mask they take longest, and no thread is left with them at the end.
-    const isize piece = task % c.pieces, g = task / c.pieces % c.heads,
+    // The last rows come first: under a causal mask they take longest, and no thread is left with them at the end. The heads of few
+    // rows take a stretch of pages in turn: their rows lie side by side there, and so do the entries of the memory's page tables.
+    const bool in_turn = c.few && p.kv.k.table != nullptr;
+    const isize piece = in_turn ? task / c.heads : task % c.pieces,
+                g = in_turn ? task % c.heads : task / c.pieces % c.heads,
                 block = c.blocks - 1 - task / c.pieces / c.heads, last = (block + 1) * c.block,
                 j0 = c.pieces == 1 ? 0 : piece * c.keys;
     std::size_t bytes = 0;
