@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <tuple>
 
 #include "support/catch.hpp"
@@ -322,6 +323,47 @@ TEMPLATE_LIST_TEST_CASE("exp: relative error grows no faster than its argument",
     REQUIRE(std::fabs((static_cast<long double>(got) - want) / want) <=
             unit * (6 + 2 * std::fabs(static_cast<double>(x))));
   }
+}
+
+TEMPLATE_LIST_TEST_CASE("exp_then_line: e^x below 0 and 1 + x above, zero far below, NaN stays NaN", "", packs) {
+  using X = TestType;
+  using P = typename X::P;
+  using T = typename X::type;
+  const double unit = std::is_same_v<T, float> ? 0x1p-24 : 0x1p-53;
+  const auto at = [](T x) { return lanes_of<X>(simd::exp_then_line(P(x)))[0]; };
+  test::random r(11);
+  for (int i = 0; i < 20000; ++i) {
+    const T x = static_cast<T>(r.uniform(-86.0, i % 2 == 0 ? 0.5 : 88.0));
+    const double v = static_cast<double>(x), want = v > 0 ? 1 + v : std::exp(v);
+    REQUIRE(std::fabs(static_cast<double>(at(x)) - want) <= want * unit * (6 + 2 * std::fabs(std::min(v, 0.0))));
+  }
+  const T inf = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
+  CHECK(at(T(0)) == T(1));
+  CHECK(at(-T(0)) == T(1));
+  CHECK(at(inf) == inf);
+  CHECK(at(T(-1e30)) == T(0));
+  CHECK(at(-inf) == T(0));
+  CHECK(std::isnan(at(nan)));
+  CHECK(std::isnan(at(-nan)));
+}
+
+TEMPLATE_LIST_TEST_CASE("exp2_pair: both powers within a few units in the last place, NaN stays NaN", "", packs) {
+  using X = TestType;
+  using P = typename X::P;
+  using T = typename X::type;
+  const double unit = std::is_same_v<T, float> ? 0x1p-24 : 0x1p-53;
+  test::random r(12);
+  P up, down;
+  for (int i = 0; i < 20000; ++i) {
+    const T x = static_cast<T>(r.uniform(-57.0, 57.0));
+    simd::exp2_pair(P(x), P(T(2)), up, down);
+    const double want = std::exp2(2 * static_cast<double>(x));
+    REQUIRE(std::fabs(static_cast<double>(lanes_of<X>(up)[0]) - want) <= want * unit * 6);
+    REQUIRE(std::fabs(static_cast<double>(lanes_of<X>(down)[0]) * want - 1) <= unit * 6);
+  }
+  simd::exp2_pair(P(std::numeric_limits<T>::quiet_NaN()), P(T(2)), up, down);
+  CHECK(std::isnan(lanes_of<X>(up)[0]));
+  CHECK(std::isnan(lanes_of<X>(down)[0]));
 }
 
 TEST_CASE("architectures: names, and the one this build runs on") {

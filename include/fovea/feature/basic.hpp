@@ -11,6 +11,7 @@
 
 #include <fovea/feature/feature_map.hpp>
 #include <fovea/simd/exp.hpp>
+#include <fovea/simd/reduce.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -62,7 +63,11 @@ struct elu1 {
     for (isize t = 0; t < b.rows; ++t) {
       const Acc* x = b.x + t * b.x_stride;
       Acc* out = b.out + t * b.out_stride;
-      for (isize c = 0; c < whole; c += P::size) simd::exp_then_line(P::load(x + c)).store(out + c);
+      const Acc* next = t + 4 < b.rows ? x + 4 * b.x_stride : x;
+      for (isize c = 0; c < whole; c += P::size) {
+        simd::prefetch_line(next + c);
+        simd::exp_then_line(P::load(x + c)).store(out + c);
+      }
       if (left > 0) simd::store_n(out + whole, simd::exp_then_line(simd::load_n<P>(x + whole, left)), left);
     }
   }

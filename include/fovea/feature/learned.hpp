@@ -19,6 +19,7 @@
 #include <fovea/feature/projection.hpp>
 #include <fovea/feature/rows.hpp>
 #include <fovea/simd/reduce.hpp>
+#include <fovea/tile/unroll.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -180,13 +181,13 @@ struct hedgehog {
  private:
   /// A row of ordinary numbers: e^y and e^-y share their work, nothing is subtracted before.
   template <class Arch, class Acc>
-  FOVEA_INLINE static void pair_row(const Acc* from, isize r, simd::pack<Acc, Arch> s, Acc* to,
+  FOVEA_INLINE static void pair_row(const Acc* from, isize r, simd::pack<Acc, Arch> rate, Acc* to,
                                     simd::pack<Acc, Arch>& up, simd::pack<Acc, Arch>& down) {
     using P = simd::pack<Acc, Arch>;
     P above(Acc(0)), below(Acc(0));
     for (isize c = 0; c < r; c += P::size) {
       P a, b;
-      simd::exp_pair(P::load(from + c) * s, a, b);
+      simd::exp2_pair(P::load(from + c), rate, a, b);
       a.store(to + c), b.store(to + r + c);
       above = above + a, below = below + b;
     }
@@ -211,36 +212,65 @@ struct hedgehog {
     }
     up = above, down = below;
   }
+  /// The largest |y| of some rows, r a multiple of W; a NaN gives NaN or is passed over.
+  template <class Arch, class Acc>
+  FOVEA_INLINE static Acc reach(const Acc* y, isize y_stride, isize rows, isize r) {
+    using P = simd::pack<Acc, Arch>;
+    P most[4];
+    tile::unroll<4>([&](auto i) FOVEA_INLINE_LAMBDA { most[i] = P(Acc(0)); });
+    for (isize t = 0; t < rows; t += 4)
+      for (isize c = 0; c < r; c += P::size)
+        tile::unroll<4>([&](auto i) FOVEA_INLINE_LAMBDA {
+          const Acc* row = y + std::min<isize>(t + i, rows - 1) * y_stride;
+          most[i] = simd::most_magnitude(P::load(row + c), most[i]);
+        });
+    return simd::reduce_max(simd::most_magnitude(simd::most_magnitude(most[0], most[1]),  //
+                                                 simd::most_magnitude(most[2], most[3])));
+  }
   /// Up to W rows y [r] -> features [2 r], which may begin where y does. By passes over all rows: one row alone waits for its own sums.
   template <class Arch, class Acc>
   FOVEA_INLINE void pair(const Acc* y, isize y_stride, isize rows, isize r, Acc* out, isize stride) const {
     using P = simd::pack<Acc, Arch>;
-    const bool joint = form == hedgehog_form::joint;
-    const Acc scale = joint ? Acc(2) : Acc(1);
-    const P s(scale), zero(Acc(0));
-    Acc top[P::size], first[P::size], second[P::size];  // the largest of |y|; the sums
+    const bool joint = form == hedgehog_form::joint, near = form != hedgehog_form::paired && r % P::size == 0;
+    const Acc scale = joint ? Acc(2) : Acc(1), least = Acc(40) / scale;
+    const P rate(scale * static_cast<Acc>(1.4426950408889634074));
     P up[P::size], down[P::size];
-    P most[P::size];
-    for (isize t = 0; t < P::size; ++t) {
-      most[t] = up[t] = down[t] = zero;
-      for (isize c = 0; form != hedgehog_form::paired && t < rows && c < r; c += P::size)
-        most[t] = simd::most_magnitude(simd::load_n<P>(y + t * y_stride + c, r - c), most[t]);
+    if (near && rows == P::size && reach<Arch>(y, y_stride, rows, r) <= least) {
+      for (isize t = 0; t < P::size; ++t)
+        pair_row<Arch, Acc>(y + t * y_stride, r, rate, out + t * stride, up[t], down[t]);
+    } else {
+      for (isize t = 0; t < P::size; ++t) up[t] = down[t] = P(Acc(0));
+      for (isize t = 0; t < rows; ++t) {
+        const Acc* from = y + t * y_stride;
+        Acc* to = out + t * stride;
+        if (near && reach<Arch>(from, y_stride, 1, r) <= least)
+          pair_row<Arch, Acc>(from, r, rate, to, up[t], down[t]);
+        else
+          pair_far_row<Arch, Acc>(from, r, scale, to, up[t], down[t]);
+      }
     }
-    simd::max_each(most).store(top);
-    for (isize t = 0; t < rows; ++t) {
-      const Acc* from = y + t * y_stride;
-      Acc* to = out + t * stride;
-      if (form != hedgehog_form::paired && r % P::size == 0 && scale * top[t] <= Acc(40))
-        pair_row<Arch, Acc>(from, r, s, to, up[t], down[t]);
-      else
-        pair_far_row<Arch, Acc>(from, r, scale, to, up[t], down[t]);
-    }
-    if (form == hedgehog_form::paired) return;
+    if (form != hedgehog_form::paired) divide<Arch, Acc>(up, down, joint, rows, r, out, stride);
+  }
+  /// Rows over their sums.
+  template <class Arch, class Acc>
+  FOVEA_INLINE static void divide(const simd::pack<Acc, Arch> (&up)[simd::pack<Acc, Arch>::size],
+                                  const simd::pack<Acc, Arch> (&down)[simd::pack<Acc, Arch>::size], bool joint,
+                                  isize rows, isize r, Acc* out, isize stride) {
+    using P = simd::pack<Acc, Arch>;
+    Acc first[P::size], second[P::size];
     const P a = simd::sum_each(up), b = simd::sum_each(down);
     ((P(Acc(1)) / (joint ? a + b : a))).store(first), ((P(Acc(1)) / (joint ? a + b : b))).store(second);
+    const isize whole = r / P::size * P::size;
     for (isize t = 0; t < rows; ++t) {
-      feature::row_scale<Arch, Acc>(out + t * stride, r, first[t]);
-      feature::row_scale<Arch, Acc>(out + t * stride + r, r, second[t]);
+      const P f(first[t]), g(second[t]);
+      Acc *high = out + t * stride, *low = high + r;
+      for (isize c = 0; c < whole; c += P::size) {
+        (P::load(high + c) * f).store(high + c);
+        (P::load(low + c) * g).store(low + c);
+      }
+      if (whole == r) continue;
+      feature::row_scale<Arch, Acc>(high + whole, r - whole, first[t]);
+      feature::row_scale<Arch, Acc>(low + whole, r - whole, second[t]);
     }
   }
 };

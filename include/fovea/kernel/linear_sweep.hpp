@@ -257,8 +257,8 @@ template <class Arch, class Acc, bool Delta, bool Grouped, int NR>
 void sweep_columns_of(const sweep_block<Acc>& b, Acc* S, isize panel_stride, const sweep_columns<Acc>& to,
                       ahead_place& ahead) noexcept {
   using shape = sweep_shape<Arch, Delta, Grouped>;
-  constexpr int T = NR < shape::NR && !Delta ? 2 * shape::T : shape::T;  // half the columns, twice the tokens
-  constexpr int less = Delta ? 1 : shape::T;
+  constexpr bool narrow = NR < shape::NR && !Delta;  // half the columns: steps of 4; 6 have too many rows to point at
+  constexpr int T = narrow ? 4 : shape::T, less = Delta ? 1 : narrow ? 2 : shape::T;
   sweep_place<Arch, Acc, NR> at{b, S, panel_stride, to, {}, {}};
   const auto settles = [&](isize t) { return b.settles != nullptr && b.settles[t] != 0; };
   const auto together = [&](isize t, int tokens) {  // may tokens [t, t + tokens) make a step?

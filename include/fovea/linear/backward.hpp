@@ -13,6 +13,7 @@
 
 #include <fovea/linear/backward_scratch.hpp>
 #include <fovea/linear/check.hpp>
+#include <fovea/linear/scratch.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
@@ -209,10 +210,14 @@ class linear_backward_run {
     const double constant =
         m_.gamma.empty() ? 1.0 : m_.gamma[m_.gamma.size() == 1 ? 0 : static_cast<std::size_t>(at.head)];
     for (isize i = 0; s_.decays && i < t.rows; ++i) {
-      if (p_.gates.log_decay) load(p_.gates.log_decay, at, t.first + i, width, a + i * ld);
-      for (isize c = 0; c < width; ++c)
-        a[i * ld + c] = p_.gates.log_decay ? std::exp(a[i * ld + c]) : static_cast<Acc>(constant);
+      if (!p_.gates.log_decay) {
+        for (isize c = 0; c < width; ++c) a[i * ld + c] = static_cast<Acc>(constant);
+        continue;
+      }
+      load(p_.gates.log_decay, at, t.first + i, width, a + i * ld);
+      if (s_.channel) exponentials<native>(a + i * ld, width);
     }
+    if (s_.decays && p_.gates.log_decay && !s_.channel) exponentials<native>(a, t.rows);
   }
   /// Keys without what they share with the largest key so far, whose growth acts as a decay.
   void log_scales(site& at, const span& t, Acc& peak) const {

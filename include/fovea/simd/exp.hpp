@@ -68,6 +68,14 @@ FOVEA_INLINE pack<T, A> exp2_parts(pack<T, A> t, pack<T, A> r) {
   }
 }
 
+/// Is there an instruction for p * 2^floor(n)?
+template <class P>
+inline constexpr bool has_scalef = false;
+#if defined(FOVEA_HAS_AVX512)
+template <>
+inline constexpr bool has_scalef<pack<float, avx512>> = true;
+#endif
+
 /// up * 2^n and down * 2^-n (halved as above) from the same t.
 template <class T, class A>
 FOVEA_INLINE void scale_both(pack<T, A> t, pack<T, A> p, pack<T, A> q, pack<T, A>& up, pack<T, A>& down) {
@@ -105,16 +113,29 @@ FOVEA_INLINE pack<float, avx512> exp2_scalef(pack<float, avx512> x) {
   const __mmask16 large = _mm512_cmp_ps_mask(y, _mm512_set1_ps(exp2_constants<float>::least), _CMP_NLE_UQ);  // NaN is
   return pack<float, avx512>(pack<float, avx512>::batch(_mm512_maskz_scalef_ps(large, p, y)));
 }
-/// e^x the same way, the bits of the general form; lanes outside `where` keep `other`.
-FOVEA_INLINE pack<float, avx512> exp_scalef(pack<float, avx512> x, __mmask16 where, pack<float, avx512> other) {
+/// e^x the same way, with the bits of the general form.
+FOVEA_INLINE pack<float, avx512> exp_scalef(pack<float, avx512> x) {
   using K = exp2_constants<float>;
   const __m512 magic = _mm512_set1_ps(12582912.0F), log2e = _mm512_set1_ps(1.44269504F);
   const __m512 t = _mm512_fmadd_ps(x.v, log2e, magic), n = _mm512_sub_ps(t, magic), r = _mm512_fmsub_ps(x.v, log2e, n);
   __m512 p = _mm512_set1_ps(K::c[5]);
-  for (int i = 4; i > 0; --i) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(K::c[i]));
+  for (int i = 4; i >= 0; --i) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(K::c[i]));
   const __mmask16 large = _mm512_cmp_ps_mask(n, _mm512_set1_ps(K::least), _CMP_NLE_UQ);  // NaN is
-  p = _mm512_maskz_fmadd_ps(large, p, r, _mm512_set1_ps(K::c[0]));
-  return pack<float, avx512>(pack<float, avx512>::batch(_mm512_mask_scalef_ps(other.v, where, p, n)));
+  return pack<float, avx512>(pack<float, avx512>::batch(_mm512_maskz_scalef_ps(large, p, n)));
+}
+/// e^x in (-87, -0], where bits read as integers grow with |x|; 0 below, 1 + x above.
+FOVEA_INLINE pack<float, avx512> exp_floor_then_line(pack<float, avx512> x) {
+  __m512 a = x.v;
+#if defined(__GNUC__) || defined(__clang__)
+  __asm__("" : "+v"(a));  // three uses: one load that misses the first-level cache, not three
+#endif
+  const __m512 y = _mm512_mul_ps(a, _mm512_set1_ps(1.44269504F)), r = _mm512_reduce_ps(y, exp2_floor::floor);
+  __m512 p = _mm512_set1_ps(exp2_floor::c[5]);
+  for (int i = 4; i >= 0; --i) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(exp2_floor::c[i]));
+  const __m512i end = _mm512_castps_si512(_mm512_set1_ps(-87.0F));
+  const __m512 line = _mm512_max_ps(_mm512_setzero_ps(), _mm512_add_ps(a, _mm512_set1_ps(1.0F)));  // NaN survives
+  const __mmask16 falls = _mm512_cmplt_epi32_mask(_mm512_castps_si512(a), end);
+  return pack<float, avx512>(pack<float, avx512>::batch(_mm512_mask_scalef_ps(line, falls, p, y)));
 }
 #endif
 
@@ -190,7 +211,7 @@ FOVEA_INLINE pack<T, A> exp(pack<T, A> x) {
   using P = pack<T, A>;
   using K = detail::exp2_constants<T>;
 #if defined(FOVEA_HAS_AVX512)
-  if constexpr (std::is_same_v<P, pack<float, avx512>>) return detail::exp_scalef(x, 0xffff, x);
+  if constexpr (std::is_same_v<P, pack<float, avx512>>) return detail::exp_scalef(x);
 #endif
   const P log2e(static_cast<T>(1.4426950408889634074));
   x = max(P(static_cast<T>(K::least * 0.69314718055994530942)), x);
@@ -198,33 +219,40 @@ FOVEA_INLINE pack<T, A> exp(pack<T, A> x) {
   return detail::exp2_parts(t, fma(x, log2e, P(K::magic) - t));
 }
 
-/// e^x for x < 0, 1 + x from 0 on.
+/// e^x for x < 0, 1 + x from 0 on; relative error up to |x| 2^-24 below 0.
 template <class T, class A>
 FOVEA_INLINE pack<T, A> exp_then_line(pack<T, A> x) {
   using P = pack<T, A>;
-  const P zero(T(0)), one(T(1));
 #if defined(FOVEA_HAS_AVX512)
-  if constexpr (std::is_same_v<P, pack<float, avx512>>)
-    return detail::exp_scalef(x, _mm512_cmp_ps_mask(x.v, zero.v, _CMP_LT_OQ), x + one);  // NaN + 1 survives
+  if constexpr (std::is_same_v<P, pack<float, avx512>>) return detail::exp_floor_then_line(x);
 #endif
+  const P zero(T(0));
   return max(zero, x) + exp(min(zero, x));  // x second: NaN survives
 }
 
-/// e^x and e^-x for |x| <= 80: both from one reduction and the even and odd parts of one polynomial.
+/// 2^y and 2^-y for y = rate x, |y| <= 115: one reduction, and the even and odd parts of one polynomial. e^x: rate = log2 e.
 template <class T, class A>
-FOVEA_INLINE void exp_pair(pack<T, A> x, pack<T, A>& up, pack<T, A>& down) {
+FOVEA_INLINE void exp2_pair(pack<T, A> x, pack<T, A> rate, pack<T, A>& up, pack<T, A>& down) {
   using P = pack<T, A>;
   using K = detail::exp2_constants<T>;
+  constexpr bool scales = detail::has_scalef<P>;
   constexpr int degree = static_cast<int>(sizeof(K::c) / sizeof(T)) - 1;
   static_assert(degree % 2 == 1);
-  const P log2e(static_cast<T>(1.4426950408889634074));
-  const P t = fma(x, log2e, P(K::magic)), r = fma(x, log2e, P(K::magic) - t), square = r * r;
-  P odd(2 * K::c[degree]), even(2 * K::c[degree - 1]);
+  constexpr T times(scales ? 1 : 2), magic = scales ? T(12582912) : K::magic;
+  const P t = fma(x, rate, P(magic)), back = P(magic) - t, r = fma(x, rate, back), square = r * r;
+  P odd(times * K::c[degree]), even(times * K::c[degree - 1]);
   for (int i = degree - 2; i > 0; i -= 2) {
-    odd = fma(odd, square, P(2 * K::c[i]));
-    even = fma(even, square, P(2 * K::c[i - 1]));
+    odd = fma(odd, square, P(times * K::c[i]));
+    even = fma(even, square, P(times * K::c[i - 1]));
   }
-  detail::scale_both(t, fma(odd, r, even), fma(P(T(0)) - odd, r, even), up, down);
+  const P rises = fma(odd, r, even), falls = fnma(odd, r, even);
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (scales) {
+    up = P(typename P::batch(_mm512_scalef_ps(rises.v, (t - P(magic)).v)));
+    down = P(typename P::batch(_mm512_scalef_ps(falls.v, back.v)));
+  } else
+#endif
+    detail::scale_both(t, rises, falls, up, down);
 }
 
 }  // namespace simd

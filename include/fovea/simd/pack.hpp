@@ -165,6 +165,18 @@ FOVEA_INLINE pack<T, A> fma(pack<T, A> a, pack<T, A> b, pack<T, A> c) {
     return pack<T, A>(xsimd::fma(a.v, b.v, c.v));
 }
 
+/// c - a * b, rounded as fma is
+template <class T, class A>
+FOVEA_INLINE pack<T, A> fnma(pack<T, A> a, pack<T, A> b, pack<T, A> c) {
+  using P = pack<T, A>;
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<P, pack<float, avx512>>)
+    return P(typename P::batch(_mm512_fnmadd_ps(a.v, b.v, c.v)));
+  else
+#endif
+    return fma(P(T(0)) - a, b, c);
+}
+
 /// 1 / a within 1 unit in the last place, for a whose reciprocal is an ordinary number.
 template <class T, class A>
 FOVEA_INLINE pack<T, A> reciprocal(pack<T, A> a) {
