@@ -100,7 +100,25 @@ results run(const nystrom_attention& m, const inputs& x, exec_ref exec) {
   return r;
 }
 
+constexpr std::int32_t some_keys[] = {5, 0, 7}, some_queries[] = {6, 4, 2};
 const std::vector<float> skip_taps = {0.5F, -0.25F, 0.75F, 0.125F, 0.25F, -1.0F};
+
+/// Item b without its padding, by itself.
+inputs item(const inputs& x, isize b, isize queries, isize keys) {
+  inputs one({1, x.s.H, x.s.G, queries, keys, x.s.d, x.s.e, x.s.type}, 1);
+  for (auto [to, from] : {std::pair{&one.q, &x.q}, {&one.k, &x.k}, {&one.v, &x.v}, {&one.dout, &x.dout}})
+    for (isize h = 0; h < to->heads(); ++h)
+      for (isize i = 0; i < to->length(); ++i)
+        for (isize c = 0; c < to->width(); ++c) to->set(0, h, i, c, from->get(b, h, i, c));
+  return one;
+}
+/// The first rows of item b are those of `alone`, the others zero.
+void is_padded(const tensor& x, isize b, const tensor& alone) {
+  for (isize h = 0; h < x.heads(); ++h)
+    for (isize i = 0; i < x.length(); ++i)
+      for (isize c = 0; c < x.width(); ++c)
+        REQUIRE(x.get(b, h, i, c) == (i < alone.length() ? alone.get(0, h, i, c) : 0.0));
+}
 
 /// A form of linformer with its numbers: forms(2, 9, 4) reach 9 positions with 4 slots for 2 heads.
 struct form {
@@ -189,7 +207,9 @@ TEST_CASE("backward of nystrom: central differences of the forward twin") {
       {{.landmarks = 4, .iterations = 2, .scale = 0.8}, {1, 2, 2, 9, 5, 4, 3, dtype::f64}},
       {{.landmarks = 3, .skip = each}, {1, 2, 1, 7, 7, 3, 2, dtype::f64}},
       {{.landmarks = 16, .skip = one}, {1, 2, 1, 6, 6, 3, 2, dtype::f64}},  // exact attention
-      {{.landmarks = 1}, {1, 1, 1, 4, 3, 2, 2, dtype::f64}}};
+      {{.landmarks = 1}, {1, 1, 1, 4, 3, 2, 2, dtype::f64}},
+      {{.landmarks = 3, .lengths = some_keys, .query_lengths = some_queries}, {3, 2, 1, 6, 7, 3, 2, dtype::f64}},
+      {{.landmarks = 2, .skip = each, .lengths = some_keys}, {3, 2, 1, 7, 7, 2, 2, dtype::f64}}};
   std::uint64_t seed = 1;
   for (const auto& [m, s] : cases) {
     inputs x(s, seed++);
@@ -223,6 +243,43 @@ TEST_CASE("backward of nystrom: float and bf16 against double, any number of thr
     CHECK_SAYS(test::refusal([&] { fovea::backward(serial, m, x.q, x.k, x.v, x.dout, {}, x.dout, {.dE = room}); }),
                "other than dq, dk and dv");
   }
+}
+
+TEST_CASE(
+    "nystrom: an item of a padded batch is bitwise what it is alone, forward and backward, whatever the padding "
+    "holds") {
+  for (const dtype type : {dtype::f32, dtype::bf16})
+    for (const bool skips : {false, true}) {
+      const isize n = 40;
+      inputs x({4, 4, 2, n, n, 16, 24, type}, 12);
+      const std::int32_t keys[] = {40, 23, 5, 0}, apart[] = {31, 40, 3, 12};
+      const std::int32_t* queries = skips ? keys : apart;  // with a convolution n = m, alone as well
+      nystrom_attention alone{.landmarks = 8};
+      if (skips) alone.skip = bhnd<const float>(skip_taps.data(), 1, 1, 1, 5);
+      for (isize b = 0; b < 4; ++b) {
+        for (isize j = keys[b]; j < n; ++j) x.k.set(b, 0, j, 3, NAN), x.v.set(b, 1, j, 0, HUGE_VAL);
+        for (isize i = queries[b]; i < n; ++i) x.q.set(b, 2, i, 1, NAN), x.dout.set(b, 0, i, 0, NAN);
+      }
+      nystrom_attention m = alone;
+      m.lengths = keys, m.query_lengths = {queries, 4};
+      const auto forward = [](const nystrom_attention& with, const inputs& y) {
+        tensor out = test::unwritten(y.s.type, y.s.B, y.s.H, y.s.n, y.s.e);
+        prefill(threads(2), with, y.q, y.k, y.v, out);
+        return out;
+      };
+      const tensor out = forward(m, x);
+      const results back = run(m, x, threads(3));
+      for (isize b = 0; b < 4; ++b) {
+        CAPTURE(fovea::name_of(type), skips, b);
+        const inputs one = item(x, b, queries[b], keys[b]);
+        is_padded(out, b, forward(alone, one));
+        const results want = run(alone, one, serial);
+        is_padded(back.dq, b, want.dq), is_padded(back.dk, b, want.dk), is_padded(back.dv, b, want.dv);
+      }
+      tensor twin = test::unwritten(dtype::f64, 4, 4, n, 24);
+      reference::prefill(m, problem{x.q, x.k, x.v, twin, {}, {}});
+      CHECK_CLOSE(out.values(), twin.values(), {.c = 1024, .acc = dtype::f32, .stored = type});
+    }
 }
 
 TEST_CASE("backward of linformer: the twin of every form by central differences of the forward twin") {
@@ -282,7 +339,7 @@ TEST_CASE("backward of linformer: of equal maxima the first row has the gradient
 }
 
 TEST_CASE(
-    "backward of linformer: golden gradients of a linear projection; what is asked for in parts; what is refused") {
+    "backward of linformer: golden gradients of a linear projection, what is asked for in parts, what is refused") {
   isize cases = 0;
   for (const golden::test_case& c : golden::family("lowrank")) {
     if (!c.has("dE")) continue;

@@ -101,4 +101,10 @@ TEST_CASE("contract of nystrom") {
   refuses_value(N{.skip = bhnd<const float>(weights(), 1, 1, 2, 3)}, {"skip", "[1, 1, 2, 3]"});
   refuses_value(N{.skip = bhnd<const float>(weights(), 1, 5, 1, 3)}, {"skip has 5 heads"});
   refuses_value(N{.skip = bhnd<const float>(weights(), 1, 1, 1, 3)}, {"rows", "skip"});  // n = 3, m = 5
+  static const std::int32_t few[] = {3}, many[] = {3, 6}, negative[] = {-1, 3};
+  refuses_value(N{.lengths = few}, {"lengths", "2"});
+  refuses_value(N{.lengths = many}, {"lengths[1] is 6"});
+  refuses_value(N{.query_lengths = few}, {"query_lengths has 1", "2"});
+  refuses_value(N{.query_lengths = many}, {"query_lengths[1] is 6", "n = 3"});
+  refuses_value(N{.query_lengths = negative}, {"query_lengths[0] is -1"});
 }

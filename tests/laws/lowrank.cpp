@@ -136,9 +136,21 @@ struct nystrom_skip : nystrom_case {
   }
 };
 
+/// Every item has padding; the same lengths whatever the batch.
+struct nystrom_padded : nystrom_case {
+  static constexpr const char* name =
+      "nystrom, 7 landmarks, a third of the keys and a quarter of the queries are padding";
+  std::vector<std::int32_t> keys, queries;
+  nystrom_attention make(const shape& s) {
+    keys.assign(static_cast<std::size_t>(s.B), static_cast<std::int32_t>(s.m - s.m / 3));
+    queries.assign(static_cast<std::size_t>(s.B), static_cast<std::int32_t>(s.n - s.n / 4));
+    return {.landmarks = 7, .lengths = keys, .query_lengths = queries};
+  }
+};
+
 using law_cases = std::tuple<per_head, shared_key_value, mean_pool, convolution, block_causal, block_causal_mean,
                              efficient_full, efficient_causal, scaling_full, scaling_causal, kfree_efficient,
-                             kfree_channel, nystrom_case, nystrom_skip>;
+                             kfree_channel, nystrom_case, nystrom_skip, nystrom_padded>;
 
 }  // namespace
 

@@ -30,7 +30,7 @@ class linformer_backward_run {
     dk_ = memory.take<Acc>(heads * rows_ * s.d), dv_ = memory.take<Acc>(heads * rows_ * s.e);
     own_dk_ = memory.take<Acc>(own * s.d), own_dv_ = memory.take<Acc>(own * s.e);
     dq_ = memory.take<Acc>(queries), own_dq_ = memory.take<Acc>(queries);
-    fed_ = memory.take<isize>(m.lengths.empty() ? 0 : s.B);
+    fed_ = memory.take<std::int32_t>(m.lengths.empty() ? 0 : s.B);
     softmax_bytes_ = softmax(no_mask{}).workspace_size_backward(over(seen()), threads);
     if (m.causal) softmax_bytes_ = std::max(softmax_bytes_, softmax(no_mask{}).workspace_size_backward(s, threads));
     softmax_memory_ = memory.take<std::byte>(static_cast<isize>(softmax_bytes_));
@@ -68,10 +68,10 @@ class linformer_backward_run {
     if (padded) {  // slots that an item does not feed are not written
       std::fill_n(forward_.own.k, s_.B * s_.G * rows_ * s_.d, Acc(0));
       std::fill_n(forward_.own.v, s_.B * s_.G * rows_ * s_.e, Acc(0));
-      for (isize b = 0; b < s_.B; ++b) fed_[b] = m_.map(false, 0).used(m_.keys_of(b, s_.m));
+      for (isize b = 0; b < s_.B; ++b) fed_[b] = static_cast<std::int32_t>(m_.map(false, 0).used(m_.keys_of(b, s_.m)));
     }
     forward_.project(exec, p.k, p.v, 0, true, forward_.own);
-    softmax(padded ? mask(first_slots{fed_}) : mask(no_mask{})).backward(exec, of_slots(p), softmax_memory());
+    softmax(padded ? mask(key_lengths{fed_}) : mask(no_mask{})).backward(exec, of_slots(p), softmax_memory());
   }
 
   void by_blocks(exec_ref exec, const backward_problem& p) const {
@@ -104,8 +104,8 @@ class linformer_backward_run {
   isize rows_;  // slots a head has room for
   projection_backward<Acc> back_;
   Acc *dk_, *dv_, *own_dk_, *own_dv_, *dq_,
-      *own_dq_;  // of slots; causal: of the own block's keys; dq by slots, by own keys
-  isize* fed_;   // slots of each item, where items have lengths
+      *own_dq_;        // of slots; causal: of the own block's keys; dq by slots, by own keys
+  std::int32_t* fed_;  // slots of each item, where items have lengths
   std::byte* softmax_memory_;
   std::size_t softmax_bytes_;
 };

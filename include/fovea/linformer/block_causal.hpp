@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 #pragma once
-/// @file  The two masks of block-causal attention: the slots of whole past blocks, and the keys of a row's own block up to itself; the
-///        slots of items of different lengths.
+/// @file  The two masks of block-causal attention: the slots of whole past blocks, and the keys of a row's own block up to itself.
 ///
 ///   row i sits at position p = i + offset;   slot j belongs to block j / slots;   key j sits at position first + j
 ///
@@ -22,18 +21,6 @@ struct past_block_slots {
   FOVEA_HD range queries(const mask_site& at, isize j) const { return {(j / slots + 1) * block - offset, at.n}; }
   FOVEA_HD tile_kind tile(const mask_site&, isize i0, isize i1, isize j0, isize j1) const {
     return j0 >= limit(i1 - 1) ? tile_kind::empty : j1 <= limit(i0) ? tile_kind::full : tile_kind::partial;
-  }
-};
-
-/// The first counts[b] slots of item b.
-struct first_slots {
-  const isize* counts = nullptr;
-
-  FOVEA_HD bool visible(const mask_site& at, isize, isize j) const { return j < counts[at.b]; }
-  FOVEA_HD range keys(const mask_site& at, isize, isize) const { return {0, counts[at.b]}; }
-  FOVEA_HD range queries(const mask_site& at, isize j) const { return {0, j < counts[at.b] ? at.n : 0}; }
-  FOVEA_HD tile_kind tile(const mask_site& at, isize, isize, isize j0, isize j1) const {
-    return j0 >= counts[at.b] ? tile_kind::empty : j1 <= counts[at.b] ? tile_kind::full : tile_kind::partial;
   }
 };
 

@@ -215,6 +215,23 @@ class nystrom_backward_run : nystrom_run<Acc> {
   double* doubles_;
 };
 
+template <class Acc>
+void nystrom_backward(const nystrom_attention& m, exec_ref exec, const backward_problem& p, arena memory) {
+  const shape s = p.shape();
+  if (!m.padded()) return nystrom_backward_run<Acc>(memory, m, s, exec.concurrency()).run(exec, p);
+  for (isize b = 0; b < s.B; ++b) {
+    const shape one = m.item(s, b);
+    backward_problem item = p;
+    item.q = item_of(p.q, b, one.n), item.k = item_of(p.k, b, one.m), item.v = item_of(p.v, b, one.m);
+    item.out = item_of(p.out, b, one.n), item.dout = item_of(p.dout, b, one.n);
+    item.to = {.dq = item_of(p.to.dq, b, one.n), .dk = item_of(p.to.dk, b, one.m), .dv = item_of(p.to.dv, b, one.m)};
+    arena own = memory;
+    const bool any = one.n > 0;
+    if (any) nystrom_backward_run<Acc>(own, m, one, exec.concurrency()).run(exec, item);
+    clear_rows(p.to.dq, b, one.n), clear_rows(p.to.dk, b, any ? one.m : 0), clear_rows(p.to.dv, b, any ? one.m : 0);
+  }
+}
+
 }  // namespace detail
 
 inline void nystrom_attention::check(const backward_problem& p) const {
@@ -228,17 +245,18 @@ inline void nystrom_attention::check(const backward_problem& p) const {
 }
 
 inline std::size_t nystrom_attention::workspace_size_backward(const shape& s, int threads) const {
-  arena measure;
-  s.type == dtype::f64 ? (void)detail::nystrom_backward_run<double>(measure, *this, s, threads)
-                       : (void)detail::nystrom_backward_run<float>(measure, *this, s, threads);
-  return measure.bytes();
+  return detail::most_of_items(*this, s, [&](const shape& x) {
+    arena measure;
+    s.type == dtype::f64 ? (void)detail::nystrom_backward_run<double>(measure, *this, x, threads)
+                         : (void)detail::nystrom_backward_run<float>(measure, *this, x, threads);
+    return measure.bytes();
+  });
 }
 
 #if FOVEA_DEFINES_LOOPS
 FOVEA_DEFINITION void nystrom_attention::backward(exec_ref exec, const backward_problem& p, arena scratch) const {
-  const shape s = p.shape();
-  p.q.type == dtype::f64 ? detail::nystrom_backward_run<double>(scratch, *this, s, exec.concurrency()).run(exec, p)
-                         : detail::nystrom_backward_run<float>(scratch, *this, s, exec.concurrency()).run(exec, p);
+  p.q.type == dtype::f64 ? detail::nystrom_backward<double>(*this, exec, p, scratch)
+                         : detail::nystrom_backward<float>(*this, exec, p, scratch);
 }
 #endif
 

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 /// @file  nystrom_attention: landmarks, exact attention of the landmark queries, the pseudo-inverse, exact attention over landmark keys.
+///        Items with padding are calls of their own, one after the other.
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 
+#include <fovea/core/absorb.hpp>
 #include <fovea/kernel/project_sequence.hpp>
 #include <fovea/nystrom/mechanism.hpp>
 #include <fovea/softmax.hpp>
@@ -190,9 +193,40 @@ class nystrom_run {
   std::size_t piece_, softmax_bytes_;
 };
 
+/// Rows from `first` on of item b.
+inline void clear_rows(const tensor_mut& x, isize b, isize first) {
+  for (isize h = 0; x && h < x.heads; ++h)
+    for (isize i = first; i < x.length; ++i)
+      std::memset(x.row(b, h, i), 0, static_cast<std::size_t>(x.width) * size_of(x.type));
+}
+/// The first rows of item b.
+template <class View>
+View item_of(const View& x, isize b, isize rows) {
+  return x ? x.part(b, 0, x.heads).slice(0, rows) : x;
+}
+
 template <class Acc>
 void nystrom_prefill(const nystrom_attention& m, exec_ref exec, const problem& p, arena memory) {
-  nystrom_run<Acc>(memory, m, p.shape(), exec.concurrency()).run(exec, p);
+  const shape s = p.shape();
+  if (!m.padded()) return nystrom_run<Acc>(memory, m, s, exec.concurrency()).run(exec, p);
+  for (isize b = 0; b < s.B; ++b) {
+    const shape one = m.item(s, b);
+    problem item = p;
+    item.q = item_of(p.q, b, one.n), item.out = item_of(p.out, b, one.n);
+    item.k = item_of(p.k, b, one.m), item.v = item_of(p.v, b, one.m);
+    arena own = memory;
+    if (one.n > 0) nystrom_run<Acc>(own, m, one, exec.concurrency()).run(exec, item);
+    clear_rows(p.out, b, one.n);
+  }
+}
+
+/// `bytes(shape)`, or the most of any item.
+template <class Bytes>
+std::size_t most_of_items(const nystrom_attention& m, const shape& s, Bytes&& bytes) {
+  if (!m.padded()) return bytes(s);
+  std::size_t most = 0;
+  for (isize b = 0; b < s.B; ++b) most = std::max(most, bytes(m.item(s, b)));
+  return most;
 }
 
 }  // namespace detail
@@ -213,6 +247,12 @@ inline void nystrom_attention::check_settings() const {
 inline void nystrom_attention::check(const problem& p) const {
   detail::check_problem(p);
   check_settings();
+  detail::check_lengths(lengths, p.q.batch, p.k.length);
+  require(query_lengths.empty() || static_cast<isize>(query_lengths.size()) == p.q.batch, "query_lengths has ",
+          query_lengths.size(), " entries; wanted one for each of ", p.q.batch, " batch items");
+  for (std::size_t b = 0; b < query_lengths.size(); ++b)
+    require(query_lengths[b] >= 0 && query_lengths[b] <= p.q.length, "query_lengths[", b, "] is ", query_lengths[b],
+            "; wanted 0 to n = ", p.q.length);
   require(!p.lse, "lse was given; the weights of Nystrom attention may be negative and have no log-sum-exp");
   if (skip.data == nullptr) return;
   require(skip.heads == 1 || skip.heads == p.q.heads, "skip has ", skip.heads, " heads and q has ", p.q.heads,
@@ -222,10 +262,12 @@ inline void nystrom_attention::check(const problem& p) const {
 }
 
 inline std::size_t nystrom_attention::workspace_size(const shape& s, int threads) const {
-  arena measure;
-  s.type == dtype::f64 ? (void)detail::nystrom_run<double>(measure, *this, s, threads)
-                       : (void)detail::nystrom_run<float>(measure, *this, s, threads);
-  return measure.bytes();
+  return detail::most_of_items(*this, s, [&](const shape& x) {
+    arena measure;
+    s.type == dtype::f64 ? (void)detail::nystrom_run<double>(measure, *this, x, threads)
+                         : (void)detail::nystrom_run<float>(measure, *this, x, threads);
+    return measure.bytes();
+  });
 }
 
 #if FOVEA_DEFINES_LOOPS
@@ -236,6 +278,13 @@ FOVEA_DEFINITION void nystrom_attention::prefill(exec_ref exec, const problem& p
 #endif
 
 inline double nystrom_attention::macs(const shape& s) const {
+  if (padded()) {
+    nystrom_attention full = *this;
+    full.lengths = {}, full.query_lengths = {};
+    double sum = 0;
+    for (isize b = 0; b < s.B; ++b) sum += full.macs(item(s, b));
+    return sum;
+  }
   const double l = static_cast<double>(used(s)), heads = static_cast<double>(s.B * s.H), n = static_cast<double>(s.n),
                m = static_cast<double>(s.m), width = static_cast<double>(s.d + s.e);
   const double convolution = heads * n * static_cast<double>(skip.width * s.e);

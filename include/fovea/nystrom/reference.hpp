@@ -2,7 +2,7 @@
 #pragma once
 /// @file  Nystrom attention from its definition, in double: the three softmax matrices are written out, the pseudo-inverse by plain loops.
 ///
-/// Contract   no keys give zeros (and the convolution of what there is). Slow on purpose.
+/// Contract   no keys give zeros (and the convolution of what there is), rows of padding too. Slow on purpose.
 
 #include <algorithm>
 #include <cmath>
@@ -20,9 +20,10 @@ using matrix = std::vector<std::vector<double>>;
 inline matrix zeros(isize height, isize width) {
   return matrix(static_cast<std::size_t>(height), std::vector<double>(static_cast<std::size_t>(width), 0.0));
 }
-inline matrix matrix_of(const tensor_ref& x, isize b, isize h) {
-  matrix out = zeros(x.length, x.width);
-  for (isize i = 0; i < x.length; ++i)
+/// The first rows of a head.
+inline matrix matrix_of(const tensor_ref& x, isize b, isize h, isize count) {
+  matrix out = zeros(count, x.width);
+  for (isize i = 0; i < count; ++i)
     for (isize c = 0; c < x.width; ++c)
       out[static_cast<std::size_t>(i)][static_cast<std::size_t>(c)] = x.get(b, h, i, c);
   return out;
@@ -88,25 +89,29 @@ inline matrix pseudo_inverse(const matrix& A, isize iterations) {
 
 inline void prefill(const nystrom_attention& m, const problem& p) {
   using namespace detail;
-  const shape s = p.shape();
-  const double scale = m.scale_for(s);
-  const isize l = m.used(s), taps = m.skip.data == nullptr ? 0 : m.skip.width;
-  for (isize b = 0; b < s.B; ++b)
+  const shape all = p.shape();
+  const double scale = m.scale_for(all);
+  const isize taps = m.skip.data == nullptr ? 0 : m.skip.width;
+  for (isize b = 0; b < all.B; ++b) {
+    const shape s = m.item(all, b);  // rows and keys behind it are padding
+    const isize l = m.used(s);
     for (isize h = 0; h < s.H; ++h) {
-      const matrix q = matrix_of(p.q, b, h), k = matrix_of(p.k, b, h / s.group()), v = matrix_of(p.v, b, h / s.group());
-      matrix o = zeros(s.n, s.e);
+      const matrix q = matrix_of(p.q, b, h, s.n), k = matrix_of(p.k, b, h / s.group(), s.m),
+                   v = matrix_of(p.v, b, h / s.group(), s.m);
+      matrix o = zeros(all.n, s.e), seen;
       if (l == 0 && s.m > 0) {
-        o = product(softmax_weights(scale, q, k), v);
+        seen = product(softmax_weights(scale, q, k), v);
       } else if (l > 0) {
         const matrix few_q = segment_means(q, l), few_k = segment_means(k, l);
         const matrix values = product(softmax_weights(scale, few_q, k), v);
         const matrix inverse = pseudo_inverse(softmax_weights(scale, few_q, few_k), m.iterations);
-        o = product(softmax_weights(scale, q, few_k), product(inverse, values));
+        seen = product(softmax_weights(scale, q, few_k), product(inverse, values));
       }
-      for (isize i = 0; i < s.n; ++i)
+      std::copy(seen.begin(), seen.end(), o.begin());
+      for (isize i = 0; i < all.n; ++i)
         for (isize c = 0; c < s.e; ++c) {
           double y = o[static_cast<std::size_t>(i)][static_cast<std::size_t>(c)];
-          for (isize t = 0; t < taps; ++t) {
+          for (isize t = 0; i < s.n && t < taps; ++t) {
             const isize j = i + t - taps / 2;
             if (j >= 0 && j < s.m)
               y += static_cast<double>(m.skip(0, m.skip.heads == 1 ? 0 : h, 0, t)) *
@@ -115,6 +120,7 @@ inline void prefill(const nystrom_attention& m, const problem& p) {
           p.out.set(b, h, i, c, y);
         }
     }
+  }
 }
 
 }  // namespace reference
