@@ -39,7 +39,14 @@ def ablation():
             for text, more in (("1/8, dropped: select only", {"kept": 0, "compensate": "none"}), ("1/8, kept, dropped", {"compensate": "none"}),
                                ("1/8, pooled: + compress", {"kept": 0}), ("1/8, kept, pooled", {}))]
     rows += [recipe("int8, 1/8, kept, halves", parts=2), recipe("int8, 1/8, kept, quarters", parts=4),
-             recipe("int8, 1/8, kept, + variance: + compensate", compensate="cumulant")]
+             recipe("int8, 1/8, kept, + variance: + compensate", compensate="cumulant"),
+             recipe("int8, 1/8, kept, + variance, at most 1 nat", compensate="cumulant", variance_cap=1),
+             recipe("int8, 1/8, kept, + 1/4 of the variance", compensate="cumulant", variance_share=.25),
+             recipe("int8, 1/8, kept, + 1/4 of the variance, at most 1 nat", compensate="cumulant", variance_share=.25, variance_cap=1),
+             recipe("int8, 1/8, kept, one sampled key", compensate="sampled"),
+             recipe("int8, 1/8, kept, two sampled keys", compensate="sampled", parts=2),
+             recipe("int8, 1/8, kept, four sampled keys", compensate="sampled", parts=4),
+             recipe("int8, 1/8, kept, linear rest, untrained (elu + 1)", compensate="linear")]
     for name, select in (("int4", "int4"), ("mean key", "mean"), ("mean + variance / 4", "variance"), ("bound", "bound")):
         rows += [recipe(f"{name}, 1/8, pooled", select, kept=0), recipe(f"{name}, 1/8, kept, pooled", select)]
     for text, budget in (("1/4", 1 / 4), ("1/2", 1 / 2)):
@@ -47,6 +54,17 @@ def ablation():
                  (("exact mass", "exact"), ("int8", "int8"), ("int4", "int4"), ("mean key", "mean"))]
     rows += [recipe("int8, 1/4, kept, pooled, one selection a group", budget=1 / 4, share_group=True)]
     rows += [recipe(f"int8, top_p {p}, kept, pooled", top_p=p) for p in (.95, .98)]
+    return rows
+
+
+def rests(a):
+    rows = []
+    for item in json.loads((pathlib.Path(a.rest) / "settings.json").read_text()) if a.rest else []:
+        if item["attention"]["mechanism"] == "windowed" and "untrained" not in item["label"]:
+            more = {k: v for k, v in item["attention"].items() if k not in ("mechanism", "first", "window", "level", "scale")}
+            weights = pathlib.Path(a.rest) / pathlib.Path(item["weights"]).name
+            rows.append(dict(recipe(f'int8, 1/8, kept, linear rest, calibrated, {item["file"]}', compensate="linear", **more), file=item["file"],
+                             weights=str(weights.resolve())))
     return rows
 
 
@@ -138,8 +156,11 @@ def main():
     p.add_argument("--picture", metavar="SVG", help="draw the trade-off")
     p.add_argument("--json", metavar="FILE", help="keep the figures")
     p.add_argument("--from-json", metavar="FILE", help="figures of an earlier run")
+    p.add_argument("--recipes", metavar="WORD", help="only recipes whose label holds WORD")
+    p.add_argument("--rest", metavar="FOLDER", help="also a linear rest with the maps that `calibrate --window` wrote there for these files")
     a = p.parse_args()
-    found = json.loads(pathlib.Path(a.from_json).read_text()) if a.from_json else measure(a, curves() if a.picture else ablation())
+    recipes = [x for x in (curves() if a.picture else ablation() + rests(a)) if not a.recipes or a.recipes in x["label"]]
+    found = json.loads(pathlib.Path(a.from_json).read_text()) if a.from_json else measure(a, recipes)
     if a.json:
         pathlib.Path(a.json).write_text(json.dumps(found, indent=1) + "\n")
     if a.picture:

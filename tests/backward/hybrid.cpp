@@ -125,6 +125,10 @@ TEST_CASE("hybrid backward: what it refuses") {
   call x(r, {1, 2, 1, 20, 20, 4, 4, dtype::f32});
   hybrid_attention m{.is_causal = true, .compensate = compensation::cumulant};
   CHECK(test::refusal([&] { x.backward(serial, m); }).find("cumulant") != std::string::npos);
+  for (const auto rest : {compensation::sampled, compensation::linear}) {
+    m.compensate = rest;
+    CHECK(test::refusal([&] { x.backward(serial, m); }).find(name_of(rest)) != std::string::npos);
+  }
   m.compensate = compensation::zeroth, m.arithmetic = precision::int8;
   CHECK(test::refusal([&] { x.backward(serial, m); }).find("int8") != std::string::npos);
   m.arithmetic = precision::f32;

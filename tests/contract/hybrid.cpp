@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include <fovea/feature/cosformer.hpp>
 #include <fovea/hybrid.hpp>
 #include <fovea/hybrid/stores.hpp>
 
@@ -26,6 +27,10 @@ TEST_CASE("contract of hybrid: calls and states") {
   CHECK_SAYS(test::refusal(
                  [&] { (void)hybrid_attention{.is_causal = true, .target = {.relative = 0.1}}.make_state(p.shape()); }),
              "error target");
+  CHECK_SAYS(test::refusal([&] {
+               (void)hybrid_attention{.is_causal = true, .compensate = compensation::linear}.make_state(p.shape());
+             }),
+             "linear");
   CHECK(a.touched() == std::string());
 }
 
@@ -52,6 +57,19 @@ TEST_CASE("contract of hybrid: its own values") {
   refuses_value(H{.target = {.absolute = bad}}, {"target.absolute is nan"});
   refuses_value(H{.select = block_selector::int4, .target = {.relative = 0.1}}, {"target", "int4"});
   refuses_value(H{.compensate = compensation::cumulant, .target = {.relative = 0.1}}, {"target", "cumulant"});
+  refuses_value(H{.compensate = compensation::sampled, .target = {.relative = 0.1}}, {"target", "sampled"});
+  refuses_value(H{.compensate = compensation::zeroth, .variance_cap = 1}, {"variance_cap is 1", "cumulant"});
+  refuses_value(H{.compensate = compensation::cumulant, .variance_cap = -1}, {"variance_cap is -1"});
+  refuses_value(H{.compensate = compensation::cumulant, .variance_cap = bad}, {"variance_cap is nan"});
+  refuses_value(H{.compensate = compensation::cumulant, .variance_share = bad}, {"variance_share is nan"});
+  refuses_value(H{.compensate = compensation::sampled, .variance_share = 0.25}, {"variance_share is 0.25", "cumulant"});
+  refuses_value(H{.parts = 2, .compensate = compensation::linear}, {"parts is 2", "linear"});
+  refuses_value(H{.compensate = compensation::linear, .target = {.relative = 0.1}}, {"target", "linear"});
+  refuses_value(H{.compensate = compensation::linear, .arithmetic = precision::int8}, {"int8", "linear"});
+  refuses_value(H{.compensate = compensation::linear, .map = cosformer{64}}, {"feature map", "positions"});
+  static const float weights[3] = {};
+  refuses_value(H{.compensate = compensation::linear, .log_weight = bhnd(weights, 1, 3, 1, 1)}, {"log_weight has 3"});
+  refuses_value(H{.compensate = compensation::linear, .query_gate = bhnd(weights, 1, 1, 1, 3)}, {"query_gate", "3"});
   refuses_value(H{.arithmetic = precision::bf16}, {"arithmetic is bf16"});
   refuses_value(H{.compensate = compensation::cumulant, .arithmetic = precision::int8}, {"int8", "cumulant"});
   refuses_value(H{.select = block_selector::pattern,
@@ -76,6 +94,8 @@ TEST_CASE("contract of hybrid: int8 is of f32 and less, forwards, and without a 
   contract::arguments a;
   test::tensor bound(dtype::f32, 2, 4, 3, 1);
   CHECK_SAYS(test::refusal([&] { error_bound(serial, m, a.q, a.k, a.v, bound); }), "int8");
+  const hybrid_attention drawn{.is_causal = true, .compensate = compensation::sampled};
+  CHECK_SAYS(test::refusal([&] { error_bound(serial, drawn, a.q, a.k, a.v, bound); }), "sampled");
   CHECK_SAYS(test::refusal([&] { prefill_within(serial, m, a.q, a.k, a.v, a.out, bound, {.relative = 0.1}); }), "int8");
 }
 

@@ -9,6 +9,7 @@
 #include <sstream>
 
 #include <fovea/core/exec.hpp>
+#include <fovea/feature/learned.hpp>
 #include <fovea/hybrid.hpp>
 #include <fovea/hybrid/reference.hpp>
 #include <fovea/hybrid/stores.hpp>
@@ -82,6 +83,10 @@ draw make_draw(std::uint64_t seed) {
   m.is_causal = m.select == block_selector::pattern || r.coin(0.7);
   m.compensate = m.select == block_selector::pattern ? compensation::none : static_cast<compensation>(r.integer(0, 2));
   m.parts = m.compensate == compensation::zeroth ? r.integer(1, 3) : 1;
+  test::random rest(seed ^ 0x72657374ULL);
+  if (m.compensate == compensation::zeroth && rest.coin(0.4)) m.compensate = compensation::sampled, m.seed = seed;
+  if (m.compensate == compensation::cumulant && rest.coin())
+    m.variance_share = rest.uniform(), m.variance_cap = 2 * rest.uniform();
   m.block_q = r.coin(0.3) ? 1
               : r.coin()  ? r.coin(0.7) ? 16 : 32
                           : r.integer(2, 20),
@@ -97,6 +102,10 @@ draw make_draw(std::uint64_t seed) {
   // A state is promised the same answer where rows do not vote together.
   x.streams = m.is_causal && x.keys == x.n && r.coin(0.9) &&
               (m.select == block_selector::pattern || m.select == block_selector::given || m.block_q == 1);
+  if (!x.streams && m.select != block_selector::pattern && rest.coin(0.15)) {
+    m.compensate = compensation::linear, m.parts = 1, m.variance_share = 1, m.variance_cap = HUGE_VAL;
+    if (rest.coin()) m.map = hedgehog{};
+  }
   if (!x.streams && r.coin(0.15)) m.align = top_left;
   if (r.coin(0.2)) m.scale = r.uniform(0.1, 1);
   place(x, r);
@@ -112,7 +121,9 @@ draw make_step_draw(std::uint64_t seed) {
   m.select = r.coin() ? block_selector::int8 : block_selector::int4;
   m.is_causal = x.streams = true, m.block_q = 1, m.align = bottom_right, m.refresh = 1;
   m.compensate = r.coin(0.3) ? compensation::none : compensation::zeroth;
-  m.parts = m.compensate == compensation::zeroth && r.coin(0.4) ? 2 : 1;
+  m.parts = m.compensate == compensation::zeroth && r.coin(0.4) ? 2 : 1, m.map = elu1{};
+  m.variance_share = 1, m.variance_cap = HUGE_VAL;
+  if (m.compensate == compensation::zeroth && seed % 3 == 0) m.compensate = compensation::sampled, m.seed = seed;
   m.block_k = m.parts * r.integer(1, 9) * (r.coin(0.4) ? 8 : 1);
   x.B = 1, x.n = x.keys = r.integer(30, 100), x.H = x.G * r.integer(1, 5), x.d = r.coin(0.3) ? 64 : r.integer(1, 40);
   place(x, r);
@@ -123,7 +134,7 @@ draw make_step_draw(std::uint64_t seed) {
 test::tolerance allowed(const draw& x) {
   const bool codes = x.m.select == block_selector::int8 || x.m.select == block_selector::int4;
   const dtype kept = x.keys_in == home::state ? x.type : x.stored;
-  const bool narrow = x.streams && codes && x.m.compensate == compensation::zeroth;
+  const bool narrow = x.streams && codes && x.m.compensate != compensation::none;
   const double c = narrow && kept == dtype::bf16 ? 16384 : narrow && kept == dtype::f16 ? 2048 : 160;
   return {.c = c, .acc = x.type == dtype::f64 ? dtype::f64 : dtype::f32, .stored = x.type};
 }
@@ -305,7 +316,7 @@ TEST_CASE("hybrid draws: every selector meets every type, compensation, and opti
     const draw x = make_step_draw(seed);
     ++met["steps, home " + std::to_string(static_cast<int>(x.keys_in)) + (x.m.refresh > 1 ? ", refreshes" : "")];
   }
-  CHECK(met.size() == 2 * 6 + 8 * 4 + 1 + 7 * 3 + 8 + 6 + 6 + 6 + 3 + 6);
+  CHECK(met.size() == 2 * 6 + 8 * 4 + 1 + 7 * 5 + 8 + 6 + 6 + 6 + 3 + 6);
   for (const auto& [what, count] : met) {
     CAPTURE(what);
     CHECK(count >= 8);

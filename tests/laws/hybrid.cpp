@@ -102,6 +102,15 @@ struct variance_each : each_query<block_selector::variance, compensation::cumula
 struct bound_each : each_query<block_selector::bound, compensation::none> {
   static constexpr const char* name = "hybrid, bound selection for each query";
 };
+struct sampled_each : hybrid_base {
+  static constexpr const char* name = "hybrid, int8 selection for each query, two sampled keys a block";
+  static constexpr laws::promise promises = causal_stream;
+  hybrid_attention make(const shape&) {
+    hybrid_attention m = selected(block_selector::int8, 1, compensation::sampled);
+    m.parts = 2, m.seed = 9;
+    return m;
+  }
+};
 template <block_selector Select, compensation Rest>
 struct shared : hybrid_base {
   static constexpr laws::promise promises = causal_only;
@@ -109,6 +118,9 @@ struct shared : hybrid_base {
 };
 struct exact_shared : shared<block_selector::exact, compensation::zeroth> {
   static constexpr const char* name = "hybrid, exact selection shared by 7 rows, zeroth";
+};
+struct linear_shared : shared<block_selector::mean, compensation::linear> {
+  static constexpr const char* name = "hybrid, mean selection shared by 7 rows, linear rest";
 };
 struct int4_shared : shared<block_selector::int4, compensation::none> {
   static constexpr const char* name = "hybrid, int4 selection shared by 7 rows";
@@ -128,9 +140,9 @@ struct defaults : hybrid_base {
   hybrid_attention make(const shape&) { return {.is_causal = true, .at_least = 32, .window = 20}; }
 };
 
-using law_cases =
-    std::tuple<local_case, strided_case, sparse_case, fixed_case, given_causal, given_full, given_drop, moba_case,
-               int8_each, variance_each, bound_each, exact_shared, int4_shared, two_way, defaults>;
+using law_cases = std::tuple<local_case, strided_case, sparse_case, fixed_case, given_causal, given_full, given_drop,
+                             moba_case, int8_each, variance_each, bound_each, sampled_each, exact_shared, linear_shared,
+                             int4_shared, two_way, defaults>;
 
 }  // namespace
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// @file  hybrid_attention beyond golden data and laws: identities of pooling, edges, contract, recall, cost, states, configuration.
 
+#include <fovea/feature/learned.hpp>
 #include <fovea/hybrid.hpp>
 #include <fovea/hybrid/configure.hpp>
 #include <fovea/hybrid/reference_int8.hpp>
@@ -82,6 +83,113 @@ TEST_CASE("hybrid: equal keys within a block make pooling exact, and constant va
     m.compensate = rest;
     for (const double x : c.run(m).values().data) CHECK(x == Approx(3.0).epsilon(1e-6));
   }
+}
+
+TEST_CASE("hybrid: a sampled key for each key is dense attention, and samples are unbiased over the seeds") {
+  const auto nothing = std::vector<std::uint8_t>(25, 0);
+  call c(2, 1, 80, 75, 16, 8);
+  auto m = hybrid_attention::over(as_blocks(nothing, 5, 5), 16, 16, false);
+  m.compensate = compensation::sampled;
+  for (const isize parts : {16, 8}) {
+    m.parts = parts;
+    if (parts == 16) {  // a part is a key
+      const auto want = c.dense(false), sums = c.lse.values();
+      CHECK_CLOSE(c.run(m).values(), want, {.c = 16});
+      CHECK_CLOSE(c.lse.values(), sums, {.c = 16});
+      continue;
+    }
+    // Denominator and numerator of a row, averaged over seeds, against their exact values: 4 deviations of the mean.
+    call one(1, 1, 1, 64, 8, 1, 6);
+    const auto value = one.dense(false);
+    const double mass = std::exp(one.lse.get(0, 0, 0, 0)), weighed = mass * value.data[0];
+    auto few = hybrid_attention::over(as_blocks(nothing, 1, 4), 1, 16, false);
+    few.compensate = compensation::sampled;
+    double sum = 0, squares = 0, other = 0, other_squares = 0;
+    const int seeds = 2000;
+    for (int seed = 0; seed < seeds; ++seed) {
+      few.seed = static_cast<std::uint64_t>(seed) << 20;
+      one.run(few);
+      const double x = std::exp(one.lse.get(0, 0, 0, 0)), y = x * one.out.get(0, 0, 0, 0);
+      sum += x, squares += x * x, other += y, other_squares += y * y;
+    }
+    const auto deviations = [&](double all, double all_squares, double want) {
+      const double mean = all / seeds, variance = all_squares / seeds - mean * mean;
+      return std::fabs(mean - want) / std::sqrt(variance / seeds);
+    };
+    CHECK(squares / seeds > sum / seeds * sum / seeds * 1.001);  // they do differ
+    CHECK(deviations(sum, squares, mass) < 4);
+    CHECK(deviations(other, other_squares, weighed) < 4);
+  }
+}
+
+TEST_CASE("hybrid: a linear rest over prefixes and over the skipped keys themselves, with a gate, against the twin") {
+  test::random r(21);
+  for (int round = 0; round < 40; ++round) {
+    const isize G = r.integer(1, 2), H = G * r.integer(1, 3), n = r.integer(1, 70), m = r.integer(300, 700),
+                d = r.integer(1, 24), e = r.integer(1, 24);
+    call c(H, G, n, m, d, e, 300 + static_cast<std::uint64_t>(round), round % 4 == 0 ? dtype::f64 : dtype::f32);
+    std::vector<float> level(static_cast<std::size_t>(H)), gate(static_cast<std::size_t>(H * d));
+    for (float& x : level) x = static_cast<float>(r.normal());
+    for (float& x : gate) x = static_cast<float>(0.3 * r.normal());
+    hybrid_attention h{.select = round % 2 == 0 ? block_selector::mean : block_selector::int8};
+    h.compensate = compensation::linear, h.budget = r.coin() ? 0.1 : 0.6, h.at_least = 0;
+    h.block_q = r.coin(0.3) ? 1 : r.integer(4, 70), h.block_k = r.integer(1, 40), h.is_causal = r.coin();
+    h.keep_small = r.coin() ? 0 : 0.05, h.share_group = r.coin(0.3);
+    if (r.coin()) h.map = hedgehog{};
+    if (r.coin()) h.log_weight = bhnd<const float>(level.data(), 1, H, 1, 1);
+    if (r.coin()) h.query_gate = bhnd<const float>(gate.data(), 1, H, 1, d);
+    tensor want = test::unwritten(dtype::f64, 1, H, n, e), sums = test::unwritten(dtype::f64, 1, H, n, 1);
+    reference::prefill(h, {c.q, c.k, c.v, want, sums, {}});
+    c.run(h);
+    CAPTURE(round, H, G, n, m, d, e, static_cast<int>(h.select), h.block_q, h.block_k, h.is_causal, h.budget);
+    CHECK_CLOSE(c.out.values(), want.values(), {.c = 256, .acc = c.q.type()});
+    CHECK_CLOSE(c.lse.values(), sums.values(), {.c = 256, .acc = c.q.type(), .scale = 4});
+    if (round > 0) continue;
+    threads two(2);
+    tensor own = test::unwritten(dtype::f64, 1, H, n, e);
+    prefill(two, h, c.q, c.k, c.v, own);
+    CHECK(own.values().data == c.out.values().data);
+  }
+}
+
+TEST_CASE("hybrid: a capped variance lies between pooling and the whole term") {
+  call c(2, 1, 80, 75, 16, 8);
+  const auto mask = diagonal(5, 5);
+  auto m = hybrid_attention::over(as_blocks(mask, 5, 5), 16, 16, false);
+  m.compensate = compensation::zeroth;
+  const auto pooled = c.run(m).values(), least = c.lse.values();
+  m.compensate = compensation::cumulant;
+  c.run(m);
+  const auto most = c.lse.values();
+  m.variance_cap = 0;
+  CHECK_CLOSE(c.run(m).values(), pooled, {.c = 16});
+  m.variance_cap = 1e-2;
+  c.run(m);
+  const auto between = c.lse.values();
+  for (std::size_t x = 0; x < between.data.size(); ++x) {
+    CHECK(between.data[x] > least.data[x]);
+    CHECK(between.data[x] < most.data[x]);
+    CHECK(between.data[x] <= least.data[x] + 1.01e-2);
+  }
+}
+
+TEST_CASE("hybrid: a mean of huge keys or values is finite, and rows that compute its block are as without pooling") {
+  call c(1, 1, 32, 64, 8, 8, 9);
+  for (isize j = 16; j < 32; ++j)
+    for (isize x = 0; x < 8; ++x) c.v.set(0, 0, j, x, j % 2 == 0 ? 3e38 : -3e38), c.k.set(0, 0, j, x, x == 0 ? -90 : 0);
+  for (isize i = 0; i < 32; ++i) c.q.set(0, 0, i, 0, 4.0);  // weights of e^-127 and less
+  std::vector<std::uint8_t> mask(2 * 4, 0);
+  mask[0] = mask[1] = mask[4] = 1;  // rows 0 to 15 compute the block, the others pool it
+  auto m = hybrid_attention::over(as_blocks(mask, 2, 4), 16, 16, false);
+  for (const auto rest : {compensation::zeroth, compensation::sampled})
+    for (const isize parts : {1, 4}) {
+      m.compensate = rest, m.parts = parts;
+      tensor want = test::unwritten(dtype::f64, 1, 1, 32, 8), sums = test::unwritten(dtype::f64, 1, 1, 32, 1);
+      reference::prefill(m, {c.q, c.k, c.v, want, sums, {}});
+      c.run(m);
+      for (const double x : c.out.values().data) CHECK(std::isfinite(x));
+      CHECK_CLOSE(c.lse.values(), sums.values(), {.c = 128, .scale = 4});
+    }
 }
 
 TEST_CASE("hybrid: pooling takes the true size of the last block") {
@@ -223,16 +331,18 @@ TEST_CASE("hybrid: ragged, rectangular and shared blocks against the twin") {
                 d = r.integer(1, 40), e = r.integer(1, 40);
     call c(H, G, n, m, d, e, 100 + static_cast<std::uint64_t>(round), round % 3 == 0 ? dtype::f64 : dtype::f32);
     hybrid_attention h;
-    h.select = static_cast<block_selector>(r.integer(2, 7)), h.compensate = static_cast<compensation>(r.integer(0, 2));
+    h.select = static_cast<block_selector>(r.integer(2, 7)), h.compensate = static_cast<compensation>(r.integer(0, 3));
     h.block_q = r.integer(1, 40), h.block_k = r.integer(1, 40), h.is_causal = r.coin(), h.budget = r.uniform(),
     h.at_least = r.integer(0, 20);
     h.top = r.coin(0.3) ? r.integer(1, 5) : 0, h.first = r.integer(0, 9), h.window = r.integer(0, 20);
     if (r.coin(0.2)) h.align = top_left;
     if (r.coin(0.4)) h.keep_small = r.uniform(0.02, 0.4);
     if (r.coin(0.3) && h.compensate != compensation::cumulant) h.share_group = true;
-    if (r.coin(0.3) && h.compensate == compensation::zeroth)
+    if (r.coin(0.3) && (h.compensate == compensation::zeroth || h.compensate == compensation::sampled))
       h.parts = h.block_k % 3 == 0 ? 3 : h.block_k % 2 == 0 ? 2 : 1;
     if (r.coin(0.3) && h.select >= block_selector::int8) h.top_p = r.uniform();
+    if (h.compensate == compensation::cumulant && r.coin()) h.variance_cap = r.uniform(), h.variance_share = 0.25;
+    h.seed = static_cast<std::uint64_t>(round);
     tensor want = test::unwritten(dtype::f64, 1, H, n, e), sums = test::unwritten(dtype::f64, 1, H, n, 1);
     reference::prefill(h, {c.q, c.k, c.v, want, sums, {}});
     c.run(h);
@@ -364,6 +474,19 @@ TEST_CASE("hybrid: from a configuration") {
   const auto refused = [&](const configuration& c, const char* word, const arrays& tensors = {}) {
     CHECK(test::refusal([&] { make(c, tensors); }).find(word) != std::string::npos);
   };
+  const auto drawn = make({"hybrid", {{"compensate", std::string("sampled")}, {"seed", 7.0}, {"parts", 2.0}}});
+  m = drawn.as<hybrid_attention>();
+  CHECK((m->compensate == compensation::sampled && m->seed == 7 && m->parts == 2));
+  const auto capped =
+      make({"hybrid", {{"compensate", std::string("cumulant")}, {"variance_cap", 1.0}, {"variance_share", 0.25}}});
+  m = capped.as<hybrid_attention>();
+  CHECK((m->compensate == compensation::cumulant && m->variance_cap == 1 && m->variance_share == 0.25));
+  const arrays gate{{"query_gate", array({2, 3}, std::vector<float>{1, 2, 3, 4, 5, 6})}};
+  const auto gated = make({"hybrid", {{"compensate", std::string("linear")}, {"map", std::string("hedgehog")}}}, gate);
+  m = gated.as<hybrid_attention>();
+  CHECK((m->compensate == compensation::linear && m->map.features(8) == 16 && *m->query_gate.row(0, 1, 0) == 4));
+  refused({"hybrid", {{"map", std::string("elu1")}}}, "map");
+  refused({"hybrid", {{"seed", -1.0}}}, "seed");
   refused({"hybrid", {{"error", 0.01}}}, "error");
   refused({"hybrid", {{"keep_small_values", 0.1}}}, "keep_small_values");
   refused({"hybrid", {{"select", std::string("given")}}}, "blocks is missing");

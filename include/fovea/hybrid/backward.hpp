@@ -8,7 +8,7 @@
 /// The selection is not differentiated: it is made again, and is the one of the prefill. Computed keys, pooled tokens and kept keys are each the
 /// backward pass of softmax_attention under the joint lse and out.
 ///
-/// Contract   out and lse as prefill (without a state) wrote them. Not for compensation::cumulant. The same bits for any number of threads.
+/// Contract   out and lse as prefill (without a state) wrote them. With compensation none and zeroth. The same bits for any number of threads.
 /// Cost       10 d flops for each computed pair, and one prefill for the plan.   Memory  linear in n and m, and the plan: a byte for each
 ///            query block, key block and head.
 
@@ -260,8 +260,9 @@ inline void hybrid_attention::check(const backward_problem& p) const {
   check(p.forward());
   require(arithmetic == precision::f32, "arithmetic is ", name_of(arithmetic),
           "; gradients are those of f32: set precision::f32");
-  require(compensate != compensation::cumulant,
-          "backward with compensation::cumulant; the variance term is for study and has no gradient");
+  require(compensate == compensation::none || compensate == compensation::zeroth,
+          "backward with compensation::", name_of(compensate),
+          "; it is for study and has no gradient: wanted none or zeroth");
   require(!target.on(), "backward of a mechanism with an error target; what it computed is not known any more");
   require(p.to.dbias == nullptr && p.to.dsinks == nullptr,
           "dbias or dsinks was asked for; hybrid_attention has neither a score table nor sinks");

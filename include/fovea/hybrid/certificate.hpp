@@ -186,8 +186,9 @@ double prefill_to_target(exec_ref exec, const hybrid_attention& m, const problem
 inline void check_certificate(const hybrid_attention& m, const problem& p, const tensor_mut& bound) {
   require(m.select != block_selector::pattern,
           "a certificate of a pattern was asked for; it skips single tokens, and the certificate is of blocks");
-  require(m.compensate != compensation::cumulant,
-          "a certificate with compensation::cumulant was asked for; there is none for the variance term");
+  require(m.compensate == compensation::none || m.compensate == compensation::zeroth,
+          "a certificate with compensation::", name_of(m.compensate),
+          " was asked for; there is none for it: wanted none or zeroth");
   require(m.arithmetic == precision::f32, "a certificate with arithmetic ", name_of(m.arithmetic),
           " was asked for; bounds are those of f32: set precision::f32");
   m.check(p);

@@ -45,10 +45,28 @@ inline void check_hybrid_extras(const hybrid_attention& m) {
           "; it is a share of the keys, 0 or from 1e-6 to 0.5");
   require(m.parts >= 1 && m.block_k % m.parts == 0, "parts is ", m.parts, " and block_k ", m.block_k,
           "; the pooled tokens of a block cut it into equal parts");
+  const bool spread = m.compensate == compensation::cumulant;
+  require(std::isfinite(m.variance_share) && m.variance_share >= 0 && (spread || m.variance_share == 1),
+          "variance_share is ", m.variance_share,
+          "; it is a share of the variance term of compensation::cumulant, and must be finite and not negative");
+  require(m.variance_cap >= 0 && (spread || std::isinf(m.variance_cap)), "variance_cap is ", m.variance_cap,
+          "; it is the most nats that the variance term of compensation::cumulant adds, and must not be negative");
   require(!m.share_group || m.compensate != compensation::cumulant,
           "share_group with compensation::cumulant; the variance term is laid out head by head");
   require(m.parts == 1 || m.compensate != compensation::cumulant, "parts is ", m.parts,
           " with compensation::cumulant; the variance is that of whole blocks");
+}
+
+inline void check_hybrid_linear(const hybrid_attention& m) {
+  if (m.compensate != compensation::linear) return;
+  require(m.parts == 1, "parts is ", m.parts, " with compensation::linear; it has no pooled tokens to cut");
+  require(m.arithmetic == precision::f32, "arithmetic is ", name_of(m.arithmetic),
+          " with compensation::linear; features are multiplied in f32 only");
+  require(m.refresh == 1, "refresh is ", m.refresh, " with compensation::linear; that has no state");
+  require(!m.map.positional() && !m.map.surveys() && !m.map.log_scaled(),
+          "the feature map of compensation::linear depends on positions or on all keys, or has a scale of its own; the "
+          "rest is a difference of "
+          "plain sums: wanted a map of single rows, such as elu1, T2R's or Hedgehog's");
 }
 
 inline void check_hybrid_refresh(const hybrid_attention& m) {
@@ -82,7 +100,7 @@ inline void check_hybrid_options(const hybrid_attention& m) {
     require(*m.scale > 0, "scale is ", *m.scale, "; it must be positive");
   }
   require_finite("budget", m.budget);
-  check_hybrid_extras(m);
+  check_hybrid_extras(m), check_hybrid_linear(m);
   check_hybrid_precision(m), check_hybrid_refresh(m), check_error_target(m);
   require(m.budget >= 0 && m.budget <= 1, "budget is ", m.budget,
           "; it is a share of the candidate blocks, from 0 to 1");

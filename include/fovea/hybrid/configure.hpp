@@ -9,12 +9,16 @@
 ///            (share of the keys, those of smallest |v|, kept exact), share_group (flag: one selection for a query group),
 ///            refresh (steps of a selection),
 ///            target (relative error of a row; prefill without a state), target_absolute, target_estimated (flag: an estimate, not the bound),
-///            compensate ("none" | "zeroth" | "cumulant"), parts (pooled tokens a block), precision ("f32" | "int8").
-/// Tensors    blocks (u8 or bool, [.., query blocks, key blocks], broadcast to [B, H or G, ..], 1 = computed): makes select "given".
+///            compensate ("none" | "zeroth" | "cumulant" | "sampled" | "linear"), parts (pooled tokens a block), variance_share and variance_cap
+///            (nats; of the cumulant), seed (of the sampled keys), map and its keys (feature/configure.hpp; of the linear rest, default elu1),
+///            precision ("f32" | "int8").
+/// Tensors    of the linear rest: the map's weights; log_weight [H], query_gate [H, d], as windowed_attention has them.
+///            blocks (u8 or bool, [.., query blocks, key blocks], broadcast to [B, H or G, ..], 1 = computed): makes select "given".
 /// Defaults   select int8, block_q = block_k = 16, budget 1/4, at_least 256, first 16, window 64, keep_small 1/64, compensate zeroth,
 ///            parts 1. With `top`, MoBA's form: select mean, block_q 1, no floor, no first keys, no window, no kept keys. Compensation of a pattern, a given mask and of `top`: none.
 
 #include <fovea/core/any.hpp>
+#include <fovea/feature/configure.hpp>
 #include <fovea/hybrid.hpp>
 #include <fovea/softmax/configure.hpp>
 
@@ -74,6 +78,40 @@ inline void configure_hybrid_blocks(configuration_reader& c, hybrid_attention& m
   m.blocks = bhnd(blocks.as<std::uint8_t>(), blocks.dim(-4), blocks.dim(-3), blocks.dim(-2), blocks.dim(-1));
 }
 
+/// What a configured mechanism points to.
+struct hybrid_weights {
+  std::vector<float> log_weight, query_gate;
+  std::shared_ptr<const void> map, blocks;
+};
+
+inline void configure_linear_rest(configuration_reader& c, hybrid_attention& m, hybrid_weights& keep) {
+  if (const auto map = configure_map(c, keep.map)) m.map = *map;
+  if (const array* w = c.tensor("log_weight"); w != nullptr) {
+    keep.log_weight = w->floats();
+    m.log_weight = bhnd<const float>(keep.log_weight.data(), 1, w->size(), 1, 1);
+  }
+  if (const array* w = c.tensor("query_gate"); w != nullptr) {
+    require(w->rank() >= 2, "tensor query_gate is ", w->describe(), "; wanted [H, d]");
+    keep.query_gate = w->floats();
+    m.query_gate = bhnd<const float>(keep.query_gate.data(), 1, w->size() / w->dim(-1), 1, w->dim(-1));
+  }
+}
+
+inline void configure_hybrid_rest(configuration_reader& c, hybrid_attention& m, hybrid_weights& keep) {
+  using enum compensation;
+  m.compensate =
+      c.choice("compensate",
+               {{"none", none}, {"zeroth", zeroth}, {"cumulant", cumulant}, {"sampled", sampled}, {"linear", linear}},
+               m.compensate);
+  if (m.compensate == linear) configure_linear_rest(c, m, keep);
+  m.parts = c.integer("parts", m.parts);
+  m.variance_share = c.number("variance_share", m.variance_share);
+  m.variance_cap = c.number("variance_cap", m.variance_cap);
+  const isize seed = c.integer("seed", static_cast<isize>(m.seed));
+  require(seed >= 0, "configuration of hybrid: seed is ", seed, "; it must not be negative");
+  m.seed = static_cast<std::uint64_t>(seed);
+}
+
 }  // namespace detail
 
 inline any_attention configure_hybrid(configuration_reader& c) {
@@ -95,17 +133,15 @@ inline any_attention configure_hybrid(configuration_reader& c) {
   }
   m.block_q = c.integer("block_q", m.block_q);
   m.block_k = c.integer("block_k", m.block_k);
-  m.compensate =
-      c.choice("compensate",
-               {{"none", compensation::none}, {"zeroth", compensation::zeroth}, {"cumulant", compensation::cumulant}},
-               m.compensate);
-  m.parts = c.integer("parts", m.parts);
+  auto keep = std::make_shared<detail::hybrid_weights>();
+  detail::configure_hybrid_rest(c, m, *keep);
   m.target.relative = c.number("target", 0);
   m.target.absolute = c.number("target_absolute", 0);
   m.target.estimated = c.flag("target_estimated", false);
   m.arithmetic = c.choice("precision", {{"f32", precision::f32}, {"int8", precision::int8}}, m.arithmetic);
   detail::check_hybrid_options(m);
-  return any_attention::hold(m, blocks != nullptr ? blocks->owner() : nullptr);
+  if (blocks != nullptr) keep->blocks = blocks->owner();
+  return any_attention::hold(m, keep);
 }
 
 }  // namespace FOVEA_ABI

@@ -12,6 +12,11 @@ namespace detail {
 inline double hybrid_row_macs(const hybrid_attention& m, const shape& s, double keys, double pools) {
   const double both = static_cast<double>(s.d + s.e),
                extra = m.compensate == compensation::cumulant ? static_cast<double>(s.d) : 0.0;
+  if (m.compensate == compensation::linear) {
+    const double r = static_cast<double>(m.map.features(s.d)), e = static_cast<double>(s.e) + 1;
+    return keys * both + m.map.macs(s.d) +
+           std::min(pools * static_cast<double>(m.block_k) * (r + e), keys * (r + e) + r * e);
+  }
   return keys * both + pools * (both + extra);
 }
 
@@ -94,7 +99,11 @@ inline double hybrid_macs(const hybrid_attention& m, const shape& s) {
     const auto count = hybrid_selected(m, rule, block, i);
     sum += hybrid_row_macs(m, s, count.keys, count.pools) + hybrid_selection_macs(m, s, rule.reach_of(block).past);
   }
-  return sum * static_cast<double>(s.B * s.H);
+  sum *= static_cast<double>(s.B * s.H);
+  if (m.compensate == compensation::linear)  // features and states
+    sum +=
+        static_cast<double>(s.B * s.G * s.m) * (m.map.macs(s.d) + static_cast<double>(m.map.features(s.d) * (s.e + 1)));
+  return sum;
 }
 
 }  // namespace detail

@@ -3,7 +3,10 @@
 /// @file  Hybrid sparse attention: exact over the keys that matter, one pooled token for each block that is skipped, one denominator.
 ///
 ///   o_i = ( sum_{j computed} e^(s_ij) v_j + sum_{J pooled} e^(z_iJ) mean(v_J) ) / ( sum e^(s_ij) + sum e^(z_iJ) )
-///   s_ij = scale q_i . k_j      z_iJ = scale q_i . mean(k_J) + log n_J  [+ scale^2 / 2 sum_c q_ic^2 var_c(k_J)]
+///   s_ij = scale q_i . k_j      z_iJ = scale q_i . mean(k_J) + log n_J  [+ min(variance_cap, scale^2 / 2 sum_c q_ic^2 var_c(k_J))]
+///
+/// or in place of the means one member of J, drawn by `seed` (compensation::sampled); or in place of all pooled tokens a rest of linear attention
+/// over the skipped keys, e^(log_weight_h + query_gate_h . q_i) phi(q_i) . phi(k_j) for each (compensation::linear; hybrid/linear_rest.hpp).
 ///
 /// What is computed is said by a fixed pattern (mask/patterns.hpp), by the caller's block mask, or by a selection for each query
 /// block: own blocks, blocks that hold the `first` keys or the `window` keys before the query block, and the best of the rest
@@ -24,10 +27,12 @@
 /// Reference  hybrid/reference.hpp.       Source  Quest 2406.10774, MoBA 2502.13189, MST 2408.11746, MRA 2207.10284.
 
 #include <cmath>
+#include <limits>
 #include <optional>
 
 #include <fovea/core/backward.hpp>
 #include <fovea/core/mechanism.hpp>
+#include <fovea/feature/basic.hpp>
 #include <fovea/mask/patterns.hpp>
 
 namespace fovea {
@@ -44,8 +49,21 @@ enum class block_selector : unsigned char {
   int4,      ///< the same with 4 bits
   exact,     ///< the true mass: for study, as dear as the scores of exact attention
 };
-/// Skipped blocks: dropped, pooled, pooled with the variance term.
-enum class compensation : unsigned char { none, zeroth, cumulant };
+/// What stands for a skipped block J of n_J keys (docs/mechanisms/hybrid.md says what each is worth).
+enum class compensation : unsigned char {
+  none,      ///< nothing: dropped
+  zeroth,    ///< mean key and mean value, weighed n_J times
+  cumulant,  ///< the same, and the variance term of the logits
+  sampled,  ///< one of its keys with its value, weighed n_J times: numerator and denominator are unbiased over the seeds
+  linear,  ///< its keys, weighed by linear attention with `map`, `log_weight` and `query_gate`; a prefill without a state
+};
+constexpr const char* name_of(compensation x) {
+  return x == compensation::none       ? "none"
+         : x == compensation::zeroth   ? "zeroth"
+         : x == compensation::cumulant ? "cumulant"
+         : x == compensation::sampled  ? "sampled"
+                                       : "linear";
+}
 
 /// A row is done when its error is at most `absolute`, or `relative` times the length of its output: the bound that is proven of it, or, where
 /// `estimated` is set, an estimate, which most rows keep (docs/mechanisms/hybrid.md). 0 and 0: no target.
@@ -78,6 +96,12 @@ struct hybrid_attention {
   bool share_group = false;  ///< one selection for all query heads of a KV head: their rows vote together
   isize parts = 1;  ///< pooled tokens of a skipped block, of block_k / parts keys each; 2 and 4 are halves and quarters
   compensation compensate = compensation::zeroth;
+  /// Of the cumulant: the share of the variance term that is added, and the most nats.
+  double variance_share = 1, variance_cap = std::numeric_limits<double>::infinity();
+  std::uint64_t seed = 1;             ///< of the sampled keys: the same positions for every batch item and head
+  feature_map map = elu1{};           ///< of compensation::linear; not negative
+  view<const float> log_weight = {};  ///< [1, H, 1, 1]; null: 0
+  view<const float> query_gate = {};  ///< [1, H, 1, d]; null: 0
   /// From the selection on, more blocks are computed, best first, until every row is under the target (hybrid/target.hpp). Prefill without a state.
   /// The rows of a query block share a list: row i may depend on keys up to the last row of its query block, through what is computed for both.
   error_target target = {};
@@ -107,13 +131,14 @@ struct hybrid_attention {
   std::size_t workspace_size(const shape& s, int threads) const;
   void prefill(exec_ref exec, const problem& p, arena scratch) const;
 
-  /// dq, dk, dv; the selection is not differentiated. Not for cumulant.
+  /// dq, dk, dv; the selection is not differentiated. With compensation none and zeroth.
   void check(const backward_problem& p) const;
   std::size_t workspace_size_backward(const shape& s, int threads) const;
   void backward(exec_ref exec, const backward_problem& p, arena scratch) const;
 
   /// A KV cache of shape.m tokens in the storage type, and the block summaries that the selection and the pooling need.
-  bool streaming() const { return is_causal && !target.on(); }
+  bool streaming() const { return is_causal && !target.on() && compensate != compensation::linear; }
+  bool trained() const { return compensate != compensation::linear || map.trained(); }
   state make_state(const shape& s) const;
   std::size_t state_workspace_size(const shape& s, int threads) const;
   std::uint64_t tag() const;
@@ -138,7 +163,7 @@ void computed_density(exec_ref exec, const hybrid_attention& m, tensor_ref q, te
 /// The certificate: bound [B, H, n, 1] (f32, f64 when q is f64) receives, for each row, an upper bound of |o - o*|, o the output of
 /// `m` in f32 (f64), written to `out` as well if it is given, and o* exact attention over all keys that causality allows. It holds
 /// always: no sampling, no assumption on the data; the rounding of o and of the bound's own arithmetic is in it. Infinity where nothing can be said:
-/// the row, or a key or value that it may see, is not finite, or is too large to be rounded. For every selector but `pattern`; not for cumulant.
+/// the row, or a key or value that it may see, is not finite, or is too large to be rounded. For every selector but `pattern`; with compensation none and zeroth.
 void error_bound(exec_ref exec, const hybrid_attention& m, tensor_ref q, tensor_ref k, tensor_ref v, tensor_mut bound,
                  tensor_mut out = {});
 

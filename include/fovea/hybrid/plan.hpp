@@ -25,6 +25,7 @@ inline kernel::summary_needs hybrid_needs(const hybrid_attention& m) {
   needs.spread = m.compensate == compensation::cumulant || m.select == block_selector::variance;
   needs.range = m.select == block_selector::bound;
   needs.parts = pools ? m.parts : 1;
+  needs.sampled = m.compensate == compensation::sampled, needs.seed = m.seed;
   if (m.kept_share() > 0) needs.keep(m.keep_small, m.block_k);
   needs.levels = m.select == block_selector::int8 || m.target.on() ? 127 : m.select == block_selector::int4 ? 7 : 0;
   needs.bounds = m.target.on();
@@ -247,11 +248,12 @@ struct hybrid_plan {
     return {at.term, most_units * unit_rows, g * s.group(), row_of(at.first), nullptr};
   }
 
-  /// term[J][r - r0] = scale^2 / 2 sum_c q_rc^2 var_c(k_J), nats.
+  /// term[J][r - r0] = min(cap, share scale^2 / 2 sum_c q_rc^2 var_c(k_J)), nats.
   void variances(planner& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b, isize g) const {
     const isize blocks = rule.blocks(), ld = most_units * unit_rows, r0 = row_of(at.first);
     const isize r1 = row_of(at.first + at.count - 1) + unit_at(at.first + at.count - 1).count;
-    const Acc half = static_cast<Acc>(rule.scale * rule.scale / 2);
+    const Acc half = static_cast<Acc>(m.variance_share * rule.scale * rule.scale / 2),
+              cap = static_cast<Acc>(m.variance_cap);
     for (isize x = r0; x < r1; x += 64) {
       const isize count = std::min<isize>(64, r1 - x);
       for (isize y = 0; y < count; ++y) {
@@ -263,7 +265,7 @@ struct hybrid_plan {
       tile::gemm<simd::native, Acc>(blocks, count, s.d, summary.spread, s.d, 1, at.squares, 64, term, ld, false);
       for (isize J = 0; J < blocks; ++J) {
         const Acc inverse = Acc(1) / static_cast<Acc>(std::max<std::int32_t>(summary.members[J], 1));
-        for (isize y = 0; y < count; ++y) term[J * ld + y] *= inverse;
+        for (isize y = 0; y < count; ++y) term[J * ld + y] = std::min(term[J * ld + y] * inverse, cap);
       }
     }
   }

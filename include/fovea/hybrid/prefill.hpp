@@ -7,6 +7,7 @@
 #include <fovea/hybrid/check.hpp>
 #include <fovea/hybrid/decode.hpp>
 #include <fovea/hybrid/int8.hpp>
+#include <fovea/hybrid/linear_rest.hpp>
 #include <fovea/hybrid/memory.hpp>
 #include <fovea/hybrid/pattern.hpp>
 #include <fovea/hybrid/target.hpp>
@@ -28,8 +29,13 @@ struct hybrid_run : hybrid_plan<Acc> {
              const kv_sequence* sequence = nullptr)
       : base(mechanism, sizes, tokens_before, stored, sequence) {}
 
+  linear_rest<Acc> rest;  ///< with compensation::linear
+  bool rests() const { return m.compensate == compensation::linear; }
+  using rest_slot = std::optional<typename linear_rest<Acc>::slot>;
+
   struct tile_slot : planner {
     tiles run;
+    rest_slot rest;
     kernel::tile_rows* rows;
     isize* unit_of;
     kernel::block_list *lists, *panels;
@@ -38,14 +44,17 @@ struct hybrid_run : hybrid_plan<Acc> {
       rows = memory.take<kernel::tile_rows>(x.most_tiles);
       unit_of = memory.take<isize>(x.most_tiles);
       lists = memory.take<kernel::block_list>(x.most_tiles), panels = memory.take<kernel::block_list>(x.most_tiles);
+      if (x.rests()) rest.emplace(memory, x.rest);
     }
   };
   struct row_slot : planner {
     kernel::decode_rows<simd::native, Acc> run;
     Acc *o, *part, *weights;
+    rest_slot rest;
     row_slot(arena& memory, const hybrid_run& x)
         : planner(memory, x), run(memory, x.s.d, x.s.e), o(memory.take<Acc>(x.s.e)), part(memory.take<Acc>(x.s.e)) {
       weights = memory.take<Acc>(x.rule.pool ? x.rule.blocks() * x.parts : 0);
+      if (x.rests()) rest.emplace(memory, x.rest);
     }
   };
   std::size_t slot_bytes() const {
@@ -115,11 +124,16 @@ struct hybrid_run : hybrid_plan<Acc> {
     at.run.absorb_dense(pool, at.panels), at.run.absorb(pool, at.lists, {});
   }
 
+  static typename linear_rest<Acc>::fates fates_of(const planner& at, isize u) {
+    return {at.computed[u], at.pooled[u], at.kept[u]};
+  }
+
   /// The planned units, in batches of tiles.
   void each_tile(tile_slot& at, const problem& p, const kernel::block_summary<Acc>& summary, isize b, isize g) const {
     const kernel::key_set<Acc> keys = this->keys_of(p, b, g);
     kernel::key_set<Acc> pool;
     const score term = this->term_of(at, g);
+    if (rests()) at.pools = false;
     if (at.pools) {
       pool = this->pool_of(at, p, summary, b, g);
       if (this->cumulant()) pool.modify = &term;
@@ -133,6 +147,9 @@ struct hybrid_run : hybrid_plan<Acc> {
       if (at.pools) absorb_pool(at, pool, count);
       for (isize t = 0; t < count; ++t) at.lists[t] = at.kept[at.unit_of[t]];
       if (at.keeps) at.run.absorb(keys, at.lists, {});
+      for (isize t = 0; rests() && t < count; ++t)
+        rest.each_row(*at.rest, p, b, at.rows[t].head, at.rows[t].first, at.rows[t].count, fates_of(at, at.unit_of[t]),
+                      [&](isize row, Acc sum, const Acc* o) { at.run.join(t, row, sum, o); });
       at.run.finish(p.out, p.lse);
       count = 0;
     };
@@ -152,6 +169,7 @@ struct hybrid_run : hybrid_plan<Acc> {
     const kernel::key_set<Acc> keys = this->keys_of(p, b, g);
     variance_term<Acc> variance = this->term_of(at, g);
     kernel::key_set<Acc> pool;
+    if (rests()) at.pools = false;
     if (at.pools) pool = this->pool_of(at, p, summary, b, g);
     for (isize u = 0; u < at.count; ++u) {
       const unit x = this->unit_at(at.first + u);
@@ -163,13 +181,18 @@ struct hybrid_run : hybrid_plan<Acc> {
         const isize end = rule.causal ? std::min(i + rule.offset + 1, s.m) : s.m;
         join(at, paged(keys, at.computed[u], rule.block_k, end), all);
         join(at, paged(keys, at.kept[u], 1, end), all);
-        kernel::key_set<Acc> tokens = paged(pool, at.pooled[u], 1, pool.count);
+        kernel::key_set<Acc> tokens = paged(pool, at.pools ? at.pooled[u] : kernel::block_list{}, 1, pool.count);
         variance.list = at.pooled[u].at;
         const score term = variance;
         if (this->cumulant()) tokens.modify = &term;
         for (isize y = 0; y < tokens.count; ++y) at.weights[y] = at.bias[at.pooled[u].at[y]];
         tokens.bias = at.weights;
         join(at, tokens, all);
+        if (rests())
+          rest.each_row(*at.rest, p, b, h, i, 1, fates_of(at, u), [&](isize, Acc sum, const Acc* o) {
+            std::copy_n(o, s.e, at.part);
+            merge(all, partial<Acc>{sum, Acc(1), at.part}, s.e);
+          });
         const Acc lse = normalise(all, s.e);
         simd::store_row<simd::native, Acc>(p.out.type, at.o, s.e, p.out.row(b, h, i));
         if (p.lse) *static_cast<Acc*>(p.lse.row(b, h, i)) = lse;
@@ -203,10 +226,12 @@ struct hybrid_run : hybrid_plan<Acc> {
     Acc* fold;
     kernel::code_keys* codes = nullptr;
     hybrid_int8 ints;
+    linear_rest<Acc> rest;
     shared(arena& memory, const hybrid_run& x, int threads) : all(hybrid_needs(x.m), x.m.block_k, x.s, x.s.m) {
       all.base = memory.take<std::byte>(all.any() ? static_cast<isize>(all.bytes(x.s.B * x.s.G)) : 0);
       fold = memory.take<Acc>(std::max(x.s.d, x.s.e) * threads);
       if constexpr (std::is_same_v<Acc, float>) ints = hybrid_int8(memory, x, threads);
+      if (x.rests()) rest = linear_rest<Acc>(memory, x.m, x.s, threads);
       if (!passes(x)) return;
       codes = memory.take<kernel::code_keys>(x.s.B * x.s.G);
       for (isize head = 0; head < x.s.B * x.s.G; ++head) {
@@ -236,9 +261,9 @@ struct hybrid_run : hybrid_plan<Acc> {
         at.ints);
   }
   static std::size_t workspace_size(const hybrid_attention& m, const shape& s, int threads) {
-    const hybrid_run run(m, s, 0);
+    hybrid_run run(m, s, 0);
     arena measure;
-    shared(measure, run, threads);
+    run.rest = shared(measure, run, threads).rest;
     measure.take<std::byte>(run.slots_bytes(threads));
     return measure.bytes();
   }
@@ -247,6 +272,8 @@ struct hybrid_run : hybrid_plan<Acc> {
     hybrid_run run(m, p.shape(), 0);
     run.record = record, run.bound = bound;
     const shared at(scratch, run, exec.concurrency());
+    run.rest = at.rest;
+    if (run.rests()) run.rest.prepare(exec, p);
     at.all.append(exec, p.k, p.v, 0, at.fold);
     run.attend(exec, p, scratch, at, at.all);
   }
@@ -327,13 +354,14 @@ inline void hybrid_attention::check(const problem& p) const {
   detail::check_hybrid_options(*this);
   detail::check_hybrid_storage(*this, p.q.type);
   if (select == block_selector::given) detail::check_given_blocks(*this, p.shape(), p.q.length, p.k.length, true);
+  detail::check_linear_rest(*this, p.shape());
 }
 
 /// Enough for calls with a state as well.
 inline std::size_t hybrid_attention::workspace_size(const shape& s, int threads) const {
   const std::size_t own = s.type == dtype::f64 ? detail::hybrid_run<double>::workspace_size(*this, s, threads)
                                                : detail::hybrid_run<float>::workspace_size(*this, s, threads);
-  return std::max(own, is_causal ? state_workspace_size(s, threads) : 0);
+  return std::max(own, streaming() ? state_workspace_size(s, threads) : 0);
 }
 
 #if FOVEA_DEFINES_LOOPS

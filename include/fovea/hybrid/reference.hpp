@@ -79,6 +79,27 @@ inline std::vector<block_of_keys> blocks_of(isize size, const problem& p, isize 
   return all;
 }
 
+/// What stands for skipped blocks, or parts of them: means, or with compensation::sampled a member, drawn by the rule that defines it.
+inline std::vector<block_of_keys> pools_of(const hybrid_attention& m, const problem& p, isize b, isize g,
+                                           const std::vector<bool>& kept) {
+  std::vector<block_of_keys> all = blocks_of(m.block_k / m.parts, p, b, g, kept);
+  if (m.compensate != compensation::sampled) return all;
+  for (std::size_t x = 0; x < all.size(); ++x) {
+    std::vector<isize> members;
+    for (isize j = all[x].first; j < all[x].last; ++j)
+      if (!kept[static_cast<std::size_t>(j)]) members.push_back(j);
+    if (members.empty()) continue;
+    std::uint64_t z = m.seed + 0x9e3779b97f4a7c15ULL * (x + 1);  // splitmix64
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebULL;
+    z ^= z >> 31;
+    const isize j = members[((z >> 32) * members.size()) >> 32];
+    for (isize c = 0; c < p.k.width; ++c) all[x].mean_k[static_cast<std::size_t>(c)] = p.k.get(b, g, j, c);
+    for (isize c = 0; c < p.v.width; ++c) all[x].mean_v[static_cast<std::size_t>(c)] = p.v.get(b, g, j, c);
+  }
+  return all;
+}
+
 /// A row rounded to `levels` on either side of zero, in units of its largest element. Which integer is nearest is asked in the
 /// precision of the vector path, so that both round alike.
 template <class T>
@@ -261,6 +282,19 @@ struct candidate {
   const block_of_keys* block;
 };
 
+/// The logarithm of what the linear rest gives to key j.
+inline double linear_logit(const hybrid_attention& m, const problem& p, isize b, isize h, isize i, isize j) {
+  const isize group = p.shape().group(), g = h / group;
+  const std::vector<double> q = row_of(p.q, b, h, i);
+  std::vector<double> phi_q(static_cast<std::size_t>(m.map.features(p.q.width))), phi_k = phi_q;
+  m.map.define({h, g, 0, false, 0.0}, q.data(), p.q.width, phi_q.data());
+  m.map.define({g * group, g, 0, true, 0.0}, row_of(p.k, b, g, j).data(), p.q.width, phi_k.data());
+  double level = m.log_weight.data != nullptr ? static_cast<double>(*m.log_weight.row(0, h, 0)) : 0.0;
+  for (isize c = 0; c < p.q.width && m.query_gate.data != nullptr; ++c)
+    level += static_cast<double>(m.query_gate.row(0, h, 0)[c]) * q[static_cast<std::size_t>(c)];
+  return level + std::log(dot(phi_q, phi_k));
+}
+
 inline std::vector<candidate> row_candidates(const hybrid_attention& m, const problem& p,
                                              const std::vector<std::vector<int>>& fates,
                                              const std::vector<block_of_keys>& pools, const std::vector<bool>& kept,
@@ -289,10 +323,16 @@ inline std::vector<candidate> row_candidates(const hybrid_attention& m, const pr
   for (const block_of_keys& x : pools) {
     if (m.select == block_selector::pattern || x.count == 0) continue;
     if (fates[static_cast<std::size_t>(i / m.block_q)][static_cast<std::size_t>(x.first / m.block_k)] != 2) continue;
-    double logit = scale * dot(q, x.mean_k) + std::log(static_cast<double>(x.count));
+    if (m.compensate == compensation::linear) {
+      for (isize j = x.first; j < x.last; ++j)
+        if (!kept[static_cast<std::size_t>(j)]) all.push_back({linear_logit(m, p, b, h, i, j), j, nullptr});
+      continue;
+    }
+    const double logit = scale * dot(q, x.mean_k) + std::log(static_cast<double>(x.count));
+    double variance = 0;
     for (std::size_t c = 0; c < q.size() && m.compensate == compensation::cumulant; ++c)
-      logit += scale * scale / 2 * q[c] * q[c] * x.var[c];
-    all.push_back({logit, -1, &x});
+      variance += m.variance_share * scale * scale / 2 * q[c] * q[c] * x.var[c];
+    all.push_back({logit + std::min(variance, m.variance_cap), -1, &x});
   }
   return all;
 }
@@ -319,7 +359,7 @@ inline void prefill(const hybrid_attention& m, const problem& p, bool in_steps =
   for (isize b = 0; b < s.B; ++b)
     for (isize h = 0; h < s.H; ++h) {
       const auto kept = hybrid_detail::kept_keys_of(m, p, b, h / s.group());
-      const auto pools = hybrid_detail::blocks_of(m.block_k / m.parts, p, b, h / s.group(), kept);
+      const auto pools = hybrid_detail::pools_of(m, p, b, h / s.group(), kept);
       auto fates = m.select == block_selector::pattern ? std::vector<std::vector<int>>{} : block_fates(m, p, b, h);
       if (in_steps && m.refresh > 1) keep_selections(m, fates);
       for (isize i = 0; i < s.n; ++i) {

@@ -4,7 +4,7 @@
 ///
 ///   dS_ix = p_ix (do_i . v_x - sum_x p_ix do_i . v_x) for the candidates x of row i: keys, and means of keys, k_x = (1 / n_x) sum_j k_j
 ///
-/// Contract   slow on purpose; makes its own probabilities. Not for compensation::cumulant.
+/// Contract   slow on purpose; makes its own probabilities. With compensation none and zeroth.
 
 #include <fovea/hybrid/reference.hpp>
 

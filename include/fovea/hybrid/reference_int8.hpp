@@ -56,7 +56,7 @@ class hybrid_int8_twin {
       for (isize h = 0; h < s_.H; ++h) {
         const isize g = h / s_.group();
         const auto kept = hybrid_detail::kept_keys_of(m_, p_, b, g);
-        const auto pools = hybrid_detail::blocks_of(m_.block_k / m_.parts, p_, b, g, kept);
+        const auto pools = hybrid_detail::pools_of(m_, p_, b, g, kept);
         const auto fates = block_fates(m_, p_, b, h);
         round(b, g, pools);
         for (isize i = 0; i < s_.n; ++i)

@@ -17,6 +17,10 @@ inline std::uint64_t hybrid_attention::tag() const {
         static_cast<isize>(pattern), stride, parts, static_cast<isize>(share_group)})
     f.number(static_cast<double>(x));
   if (refresh > 1) f.number(static_cast<double>(refresh));
+  if (compensate == compensation::cumulant && (variance_share != 1 || std::isfinite(variance_cap)))
+    f.number(variance_share).number(std::isfinite(variance_cap) ? variance_cap : -1.0);
+  if (compensate == compensation::sampled)
+    f.number(static_cast<double>(seed >> 32)).number(static_cast<double>(seed & 0xffffffffU));
   return f.number(budget).number(top_p).number(kept_share()).number(scale ? *scale : 0.0).value;
 }
 
@@ -32,6 +36,8 @@ inline state hybrid_attention::make_state(const shape& s) const {
       is_causal,
       "a hybrid_attention with a state must be causal (is_causal = true); a row cannot see keys that have not come");
   require(!target.on(), "a hybrid_attention with an error target has no state; the target is of a prefill");
+  require(compensate != compensation::linear,
+          "a hybrid_attention with compensation::linear has no state; the linear rest is of a prefill");
   require(s.B >= 0 && s.G >= 1 && s.m >= 0 && s.d >= 1 && s.e >= 1, "make_state: B, G, m, d, e are ", s.B, ", ", s.G,
           ", ", s.m, ", ", s.d, ", ", s.e, "; wanted sizes of a problem, m tokens of room");
   return {tag(), s, detail::hybrid_state_bytes(*this, s)};
@@ -44,6 +50,8 @@ inline void hybrid_attention::check(const problem& p, const state& s) const {
   s.check(tag(), p.shape(), name);
   require(is_causal && align.how == alignment_of_rows::kind::bottom_right,
           "a hybrid_attention with a state must be causal (is_causal = true) and bottom-right");
+  require(compensate != compensation::linear,
+          "a hybrid_attention with compensation::linear has no state; the linear rest is of a prefill");
   kv_cache::check_room(p, s);
   require(s.bytes() == detail::hybrid_state_bytes(*this, s.sizes()), "the state holds ", s.bytes(),
           " bytes; this hybrid wants ", detail::hybrid_state_bytes(*this, s.sizes()), " (use make_state)");

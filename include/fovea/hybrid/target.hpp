@@ -34,8 +34,9 @@ inline void check_error_target(const hybrid_attention& m) {
           "an error target with a pattern; it skips single tokens, and the target computes whole blocks");
   require(m.select != block_selector::int4,
           "an error target with select int4; the bounds need keys of 8 bits: wanted int8, or a score of blocks");
-  require(m.compensate != compensation::cumulant,
-          "an error target with compensation::cumulant; there is no bound for the variance term");
+  require(m.compensate == compensation::none || m.compensate == compensation::zeroth,
+          "an error target with compensation::", name_of(m.compensate),
+          "; there is no bound for it: wanted none or zeroth");
   require(m.arithmetic == precision::f32, "an error target with arithmetic int8; the bounds are those of f32");
 }
 

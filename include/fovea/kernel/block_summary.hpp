@@ -6,12 +6,14 @@
 ///   code_j = round(k_j / step_j),     step_j = max_c |k_jc| / levels,        k'_j = step_j code_j
 ///   residual_j >= |k_j - k'_j|        size_j >= |k'_j|                       norm_v_j >= |v_j|           (token by token)
 ///   small: of each stretch of `stretch` keys the `kept` ones with the smallest |v_j|, ties to the earlier
+///   sample: in place of the mean of a part one of its members, every one with the same probability (sampled_member)
 ///
 /// Contract   tokens are folded in one after the other in their order, so the result does not depend on how a sequence is cut
 ///            into calls. Equal rows give exactly that row as mean and a spread of 0. The last block may be incomplete.
 ///            residual, size and norm_v are upper bounds of the norms of the stored numbers in exact arithmetic (kernel::norm_above);
 ///            NaN where a row is not finite. When a stretch ends, its kept keys leave the means, the spread and the counts.
 ///            Parts: each block as `parts` equal stretches with a mean key and value of their own; parts divides block_k.
+///            The mean of finite rows is finite. A sample depends on seed, part and the number of members, on nothing else.
 /// Cost       O(d + e) a token.      Source  Welford's recurrence (1962).
 
 #include <cmath>
@@ -30,6 +32,8 @@ struct summary_needs {
   int levels = 0;               ///< of the rounded copy: 127, 7, or 0 for none
   bool bounds = false;          ///< residual, size (with levels > 0) and norm_v
   isize parts = 1;              ///< pooled tokens a block
+  bool sampled = false;         ///< a pooled token is a member of its part, in place of the mean
+  std::uint64_t seed = 0;       ///< of the samples
   isize stretch = 0, kept = 0;  ///< keys of a stretch, a multiple of block_k, and how many of them are kept; 0: none
 
   /// `share` of the keys kept: one of 1 / share keys, in stretches of whole blocks.
@@ -41,18 +45,28 @@ struct summary_needs {
   }
 };
 
+/// The rank, among `count` members, of the one that stands for part x: splitmix64's hash, as a multiple of count / 2^32.
+inline isize sampled_member(std::uint64_t seed, isize x, isize count) noexcept {
+  std::uint64_t z = seed + 0x9e3779b97f4a7c15ULL * (static_cast<std::uint64_t>(x) + 1);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebULL;
+  return static_cast<isize>(((z ^ (z >> 31)) >> 32) * static_cast<std::uint64_t>(count) >> 32);
+}
+
 /// The summaries of one KV head; a pointer is null where it is not needed.
 template <class Acc>
 struct block_summary {
   isize block_k = 1, d = 0, e = 0;
   int levels = 0;
   isize parts = 1, stretch = 0, kept = 0;
-  Acc *mean_k = nullptr, *mean_v = nullptr;                     ///< [blocks x d], [blocks x e]
-  Acc *spread = nullptr, *low = nullptr, *high = nullptr;       ///< [blocks x d]
-  Acc *part_k = nullptr, *part_v = nullptr;                     ///< [blocks * parts x d], [.. x e]; null for one part
-  std::int32_t* members = nullptr;                              ///< [blocks * parts]: tokens in the mean of a part
-  std::int8_t* code = nullptr;                                  ///< [tokens x d], 4 bytes to spare
-  Acc* step = nullptr;                                          ///< [tokens]
+  bool sampled = false;
+  std::uint64_t seed = 0;
+  Acc *mean_k = nullptr, *mean_v = nullptr;                ///< [blocks x d], [blocks x e]
+  Acc *spread = nullptr, *low = nullptr, *high = nullptr;  ///< [blocks x d]
+  Acc *part_k = nullptr, *part_v = nullptr;  ///< [blocks * parts x d], [.. x e]; null for one part of means
+  std::int32_t* members = nullptr;           ///< [blocks * parts]: tokens in the mean of a part
+  std::int8_t* code = nullptr;               ///< [tokens x d], 4 bytes to spare
+  Acc* step = nullptr;                       ///< [tokens]
   Acc *residual = nullptr, *size = nullptr, *norm_v = nullptr;  ///< [tokens]
   std::int32_t* small = nullptr;                                ///< [stretches x kept]: tokens, the smallest |v| first
 
@@ -64,13 +78,15 @@ struct block_summary {
         levels(needs.levels),
         parts(needs.parts),
         stretch(needs.stretch),
-        kept(needs.kept) {
+        kept(needs.kept),
+        sampled(needs.sampled),
+        seed(needs.seed) {
     const isize blocks = ceil_div(tokens, block);
     if (needs.means) {
       mean_k = memory.take<Acc>(blocks * d), mean_v = memory.take<Acc>(blocks * e);
       members = memory.take<std::int32_t>(blocks * parts);
     }
-    if (needs.means && parts > 1)
+    if (needs.means && (parts > 1 || sampled))
       part_k = memory.take<Acc>(blocks * parts * d), part_v = memory.take<Acc>(blocks * parts * e);
     if (needs.spread) spread = memory.take<Acc>(blocks * d);
     if (needs.range) low = memory.take<Acc>(blocks * d), high = memory.take<Acc>(blocks * d);
@@ -91,17 +107,18 @@ struct block_summary {
 
 namespace detail {
 
-/// mean += (x - mean) / count, and the sum of squared deviations along with it.
+/// mean += (x - mean) / count, and the sum of squared deviations along with it. The difference is taken by halves, which is exact: that of
+/// two large numbers would overflow.
 template <class Arch, class Acc>
 FOVEA_INLINE void fold_mean(const Acc* x, isize width, Acc inverse, Acc* mean, Acc* spread) noexcept {
   using P = simd::pack<Acc, Arch>;
   for (isize c = 0; c < width; c += P::size) {
     const isize left = width - c;
-    const P value = simd::load_n<P>(x + c, left), old = simd::load_n<P>(mean + c, left), delta = value - old;
-    const P next = simd::fma(delta, P(inverse), old);
+    const P value = simd::load_n<P>(x + c, left), old = simd::load_n<P>(mean + c, left);
+    const P half = value * P(Acc(0.5)) - old * P(Acc(0.5)), next = simd::fma(half, P(2 * inverse), old);
     simd::store_n(mean + c, next, left);
     if (spread != nullptr)
-      simd::store_n(spread + c, simd::fma(delta, value - next, simd::load_n<P>(spread + c, left)), left);
+      simd::store_n(spread + c, simd::fma(value - old, value - next, simd::load_n<P>(spread + c, left)), left);
   }
 }
 
@@ -237,11 +254,35 @@ void leave_out(const block_summary<Acc>& s, isize J, const tensor_ref& k, const 
     if (kept) continue;
     const Acc* key = simd::row_as<Arch, Acc>(k.type, k.row(b, g, t), s.d, row);
     fold_token<Arch>(key, s.d, seen, s.mean_k + J * s.d, s.spread == nullptr ? nullptr : s.spread + J * s.d);
-    if (s.part_k != nullptr) fold_token<Arch>(key, s.d, inside, s.part_k + at * s.d, static_cast<Acc*>(nullptr));
+    const bool parts = s.part_k != nullptr && !s.sampled;
+    if (parts) fold_token<Arch>(key, s.d, inside, s.part_k + at * s.d, static_cast<Acc*>(nullptr));
     const Acc* value = simd::row_as<Arch, Acc>(v.type, v.row(b, g, t), s.e, row);
     fold_token<Arch>(value, s.e, seen, s.mean_v + J * s.e, static_cast<Acc*>(nullptr));
-    if (s.part_v != nullptr) fold_token<Arch>(value, s.e, inside, s.part_v + at * s.e, static_cast<Acc*>(nullptr));
+    if (parts) fold_token<Arch>(value, s.e, inside, s.part_v + at * s.e, static_cast<Acc*>(nullptr));
     ++seen, s.members[at] = static_cast<std::int32_t>(++inside);
+  }
+}
+
+/// The samples of the parts that tokens [first, end) touch, kept keys included: what their stretch keeps is no member.
+template <class Arch, class Acc>
+void draw_samples(const block_summary<Acc>& s, isize first, isize end, const tensor_ref& k, const tensor_ref& v,
+                  isize b, isize g) noexcept {
+  const isize part = s.block_k / s.parts, from = s.kept > 0 ? first / s.stretch * s.stretch : first;
+  for (isize x = from / part; x * part < end; ++x) {
+    Acc *key = s.part_k + x * s.d, *value = s.part_v + x * s.e;
+    for (isize c = 0; c < s.d; ++c) key[c] = Acc(0);
+    for (isize c = 0; c < s.e; ++c) value[c] = Acc(0);
+    if (s.members[x] == 0) continue;
+    const isize stretch = s.kept > 0 ? x * part / s.stretch : 0;
+    const bool over = s.kept > 0 && (stretch + 1) * s.stretch <= end;
+    isize t = x * part;
+    for (isize rank = sampled_member(s.seed, x, s.members[x]);; ++t) {
+      bool kept = false;
+      for (isize y = 0; over && y < s.kept; ++y) kept = kept || s.small[stretch * s.kept + y] == t;
+      if (!kept && rank-- == 0) break;
+    }
+    simd::load_row<Arch, Acc>(k.type, k.row(b, g, t), s.d, key);
+    simd::load_row<Arch, Acc>(v.type, v.row(b, g, t), s.e, value);
   }
 }
 
@@ -269,7 +310,7 @@ void summarise(const block_summary<Acc>& s, isize first, isize count, const tens
     if (s.mean_k != nullptr) {
       Acc* spread = s.spread == nullptr ? nullptr : s.spread + block * s.d;
       detail::fold_token<Arch>(key, s.d, seen, s.mean_k + block * s.d, spread);
-      if (s.part_k != nullptr)
+      if (s.part_k != nullptr && !s.sampled)
         detail::fold_token<Arch>(key, s.d, t % part, s.part_k + t / part * s.d, static_cast<Acc*>(nullptr));
     }
     if (s.mean_v == nullptr && s.norm_v == nullptr) continue;
@@ -277,7 +318,7 @@ void summarise(const block_summary<Acc>& s, isize first, isize count, const tens
     if (s.norm_v != nullptr) s.norm_v[t] = norm_above<Arch, Acc>(value, s.e);
     if (s.mean_v != nullptr) {
       detail::fold_token<Arch>(value, s.e, seen, s.mean_v + block * s.e, static_cast<Acc*>(nullptr));
-      if (s.part_v != nullptr)
+      if (s.part_v != nullptr && !s.sampled)
         detail::fold_token<Arch>(value, s.e, t % part, s.part_v + t / part * s.e, static_cast<Acc*>(nullptr));
       s.members[t / part] = static_cast<std::int32_t>(t % part + 1);
     }
@@ -287,6 +328,7 @@ void summarise(const block_summary<Acc>& s, isize first, isize count, const tens
       for (isize x = 0; x < s.kept; ++x)
         detail::leave_out<Arch>(s, s.small[t / s.stretch * s.kept + x] / s.block_k, k, v, b, g, row);
   }
+  if (s.sampled) detail::draw_samples<Arch>(s, first, first + count, k, v, b, g);
 }
 
 }  // namespace kernel

@@ -78,7 +78,7 @@ struct kv_summary {
   }
   /// One array of mean keys serves the scores and the pooling.
   bool shared_means() const {
-    return needs.gate && needs.pools && needs.parts == 1 && needs.pool_type == dtype_of<Acc>;
+    return needs.gate && needs.pools && needs.parts == 1 && !needs.sampled && needs.pool_type == dtype_of<Acc>;
   }
   bool odd() const { return *odd_values != 0; }
   row_source pooled(const std::byte* rows, isize width) const { return dense(rows, needs.pool_type, width); }
@@ -170,6 +170,10 @@ struct kv_settling {
     const auto size = static_cast<isize>(size_of(s.needs.pool_type));
     for (isize x = 0, at = J * s.needs.parts; x < s.needs.parts; ++x, ++at) {
       const isize a = j0 + x * part;
+      if (s.needs.sampled) {
+        s.members[at] = static_cast<std::int32_t>(sample(at, a, a + part, left));
+        continue;
+      }
       if (!s.shared_means()) {
         mean_of(k, s.d, a, a + part, left, nullptr);
         simd::store_row<Arch, Acc>(s.needs.pool_type, mean, s.d, s.pool_k + at * s.d * size);
@@ -177,6 +181,22 @@ struct kv_settling {
       s.members[at] = static_cast<std::int32_t>(mean_of(v, s.e, a, a + part, left, nullptr));
       simd::store_row<Arch, Acc>(s.needs.pool_type, mean, s.e, s.pool_v + at * s.e * size);
     }
+  }
+  /// Pooled token `at`: one of the rows [a, b) that are left, zeros where none is; returns how many are left.
+  template <class F>
+  isize sample(isize at, isize a, isize b, F&& left) const noexcept {
+    isize count = 0;
+    for (isize t = a; t < b; ++t) count += left(t) ? 1 : 0;
+    for (isize t = a, rank = count > 0 ? sampled_member(s.needs.seed, at, count) : b - a; t < b && rank >= 0; ++t)
+      if (left(t) && rank-- == 0) a = t;
+    const auto put = [&](const row_source& from, isize width, std::byte* rows) {
+      const Acc* row_of = load_any_row<Arch, Acc>(from, a, width, row);
+      for (isize c = 0; c < width; ++c) mean[c] = count > 0 ? row_of[c] : Acc(0);
+      simd::store_row<Arch, Acc>(s.needs.pool_type, mean, width,
+                                 rows + at * width * static_cast<isize>(size_of(s.needs.pool_type)));
+    };
+    put(k, s.d, s.pool_k), put(v, s.e, s.pool_v);
+    return count;
   }
   /// mean = that of rows [a, b) that are left, or of all where none is; returns how many are left.
   template <class F>
@@ -248,7 +268,7 @@ FOVEA_NOINLINE block_summary<Acc> unfolded(const kv_summary<Acc>& s, isize token
     for (isize c = pools * s.d; c < all * s.d; ++c) k[c] = Acc(0);
     for (isize c = pools * s.e; c < all * s.e; ++c) v[c] = Acc(0);
   }
-  if (s.needs.parts > 1)
+  if (s.needs.parts > 1 || s.needs.sampled)
     x.part_k = k, x.part_v = v;
   else
     x.mean_k = k, x.mean_v = v;

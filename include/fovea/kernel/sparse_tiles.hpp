@@ -167,6 +167,17 @@ class sparse_tiles {
     }
   }
 
+  /// Row `row` of tile t takes in what others have summed: a denominator of e^m, an output of o [e].
+  void join(isize t, isize row, Acc m, const Acc* o) noexcept {
+    const isize x = t * R_ + row;
+    const Acc z = m * log2e, top = m_[x] > z ? m_[x] : z;
+    if (top == -std::numeric_limits<Acc>::infinity()) return;
+    const Acc own = std::exp2(m_[x] - top), other = std::exp2(z - top);
+    Acc* const to = ot_ + t * e_ * R_ + row;
+    for (isize c = 0; c < e_; ++c) to[c * R_] = to[c * R_] * own + o[c] * other;
+    l_[x] = l_[x] * own + other, m_[x] = top;
+  }
+
   /// Writes out (and lse, where it is not null) of the rows that `begin` named.
   void finish(const tensor_mut& out, const tensor_mut& lse) noexcept {
     const bool direct = out.type == dtype_of<Acc>;
