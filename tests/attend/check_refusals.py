@@ -82,7 +82,7 @@ CASES = {
     "more tokens than pages": (PAGED | {"lengths": np.array([13], np.int32)}, CAUSAL, [], ["lengths[0] is 13", "room for 12"]),
     "pages for linear": (PAGED, {"mechanism": "linear"}, [], ["offered by softmax"]),
     "precision": (GOOD, CAUSAL | {"precision": "int4"}, [], ["config.json", "precision", '"int4"']),
-    "skip": (GOOD, CAUSAL | {"skip": 0.01}, [], ["in.safetensors", "skip is 0.01", "only int8 skips"]),
+    "skip": (GOOD, CAUSAL | {"skip": 1.5}, [], ["in.safetensors", "skip is 1.5", "below 1"]),
     "tensor that nobody knows": (GOOD | {"weights": V}, CAUSAL, [], ["in.safetensors", '"weights"', "not supported"]),
     "a linear map's weight for softmax": (GOOD | {"W": V}, CAUSAL, [], ['"W"', "not supported"]),
     # the configuration

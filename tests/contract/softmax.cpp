@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// @file  What softmax_attention refuses.
 
+#include <cmath>
 #include <limits>
 
 #include <fovea/softmax.hpp>
@@ -24,6 +25,7 @@ TEST_CASE("contract of softmax: its own values") {
   for (const double scale : {bad, infinite, -infinite}) refuses_value(S{.scale = scale}, {"scale is", "finite"});
   refuses_value(S{.scale = -0.5}, {"scale is -0.5", "positive"});
   refuses_value(S{.scale = 0.0}, {"scale is 0", "positive"});
+  for (const float skip : {-0.1F, 1.0F, std::nanf("")}) refuses_value(S{.skip = skip}, {"skip is", "below 1"});
   refuses_value(S{.mask = window{.width = -4}}, {"window width is -4", "at least 1"});
   refuses_value(S{.mask = window{.width = 4, .first = -1}}, {"window first is -1"});
   refuses_value(S{.mask = two_sided{-2, 1}}, {"two_sided left, right are -2, 1"});

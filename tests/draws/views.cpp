@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// @file  Draws of plain calls, and their backward pass.
 
+#include <array>
 #include <fovea/softmax/reference_backward.hpp>
 
 #include "draws/problem.hpp"
@@ -22,6 +23,45 @@ double largest(const std::vector<double>& x) {
   double top = 0;
   for (double y : x) top = std::max(top, std::fabs(y));
   return top;
+}
+
+/// Another call that skips: as far from the first one as it says, and no farther; its log-sum-exp is that of all keys.
+void run_skipping(const draw& d, softmax_attention a, const test::tensor& q, const test::tensor& k,
+                  const test::tensor& v, const outputs& plain, const std::vector<std::int32_t>& positions) {
+  const isize n = q.length();
+  a.skip = std::array{1e-4F, 1e-3F, 1e-2F}[d.seed / 3 % 3];
+  outputs y(d, d.B, n);
+  test::tensor skipped = test::unwritten(dtype::f32, d.B, d.H, n, 1, d.layout);
+  prefill(threads_of(d.threads), a, q, k, v, y.out,
+          {.lse = y.lse_of(d), .gates = {}, .positions = positions, .skipped = skipped});
+  const double eps = d.type == dtype::f64 && d.out == dtype::f64 ? 1e-12 : 1e-4,
+               stored = d.out == dtype::bf16  ? 1.0 / 128
+                        : d.out == dtype::f16 ? 1.0 / 1024
+                                              : 0;
+  for (isize b = 0; b < d.B; ++b)
+    for (isize h = 0; h < d.H; ++h) {
+      double most = 0;
+      for (isize j = 0; j < v.length(); ++j) {
+        double size = 0;
+        for (isize c = 0; c < d.e; ++c) size += std::pow(v.get(b, h / (d.H / d.G), j, c), 2);
+        if (std::isfinite(size)) most = std::max(most, std::sqrt(size));
+      }
+      for (isize i = 0; i < n; ++i) {
+        const double mass = skipped.get(b, h, i, 0);
+        double apart = 0, size = 0;
+        for (isize c = 0; c < d.e; ++c)
+          apart += std::pow(y.out.get(b, h, i, c) - plain.out.get(b, h, i, c), 2),
+              size += std::pow(plain.out.get(b, h, i, c), 2);
+        if (!std::isfinite(size)) continue;
+        demand(mass >= 0 && mass <= 1, "row ", i, " of head ", h, " says that ", mass, " of it was skipped");
+        demand(std::sqrt(apart) <= 2 * mass * most + (eps + stored) * (most + std::sqrt(size)), "row ", i, " of head ",
+               h, " is off by ", std::sqrt(apart), " where ", mass, " was skipped of values up to ", most);
+        demand(n * (d.H / d.G) > 8 || mass == 0, "few rows skip nothing");
+        const double x = plain.lse.get(b, h, i, 0), z = y.lse.get(b, h, i, 0);
+        demand(!d.lse || x == z || std::fabs(x - z) <= eps * (1 + std::fabs(x)), "row ", i, " of head ", h, " has lse ",
+               z, " with and ", x, " without skipping");
+      }
+    }
 }
 
 }  // namespace
@@ -64,6 +104,7 @@ void run_views(problem_of_draw& p) {
     p.judge(0, b, y.out_of(b), y.lse_of(d, b), keys, values, [](isize, isize) { return true; });
   }
   if (d.backward) run_backward(p, a, q, k, v, y);
+  if (p.wanted == sabotage::none && d.seed % 3 == 0) run_skipping(d, a, q, k, v, y, positions);
 }
 
 void run_backward(problem_of_draw& p, const softmax_attention& m, const test::tensor& q, const test::tensor& k,

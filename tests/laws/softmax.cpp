@@ -3,7 +3,7 @@
 
 #include <fovea/position/rope_table.hpp>
 #include <fovea/softmax.hpp>
-#include <fovea/softmax/reference.hpp>
+#include <fovea/softmax/reference_skip.hpp>
 
 #include "laws/laws.hpp"
 
@@ -58,6 +58,21 @@ struct tables : softmax_base {
     for (auto& x : seen) x = r.coin(0.4);
     for (auto& x : bias) x = static_cast<float>(r.normal());
     return {.mask = boolean_mask{seen.data(), 0, 0, s.m}, .score = additive_bias{bias.data(), 0, 0, s.m}};
+  }
+};
+
+/// What is left out of a tile of rows is theirs together: a later key may decide about an earlier row, within the bound that it reports.
+struct skipping : softmax_base {
+  static constexpr const char* name = "softmax, causal, skip 0.004";
+  static constexpr laws::promise promises{.lse = true};
+  softmax_attention make(const shape&) { return {.mask = causal{}, .skip = 0.004F}; }
+  template <class Acc>
+  static void twin(const softmax_attention& m, const problem& p) {
+    using loop = kernel::online_softmax<simd::native, Acc>;
+    fovea::reference::skip_twin(m, p, loop::tile_rows, loop::block_keys).prefill();
+  }
+  static void reference(const softmax_attention& m, const problem& p) {
+    p.q.type == dtype::f64 ? twin<double>(m, p) : twin<float>(m, p);
   }
 };
 
@@ -131,7 +146,7 @@ struct turned : softmax_base {
 };
 
 using law_cases = std::tuple<streaming, int8_rows, int8_groups, bf16_state, turned<false>, turned<true>, full,
-                             causal_case, windowed, modified, two_sided_case, tables>;
+                             causal_case, windowed, modified, two_sided_case, tables, skipping>;
 
 }  // namespace
 

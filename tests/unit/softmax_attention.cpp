@@ -2,10 +2,12 @@
 /// @file  softmax_attention beyond the laws' sizes: random problems against the twin, long splits, many blocks, poison behind masks.
 
 #include <algorithm>
+#include <cmath>
 
 #include <fovea/mask/tree.hpp>
 #include <fovea/softmax.hpp>
 #include <fovea/softmax/reference.hpp>
+#include <fovea/softmax/reference_skip.hpp>
 
 #include "support/catch.hpp"
 #include "support/tensors.hpp"
@@ -223,6 +225,116 @@ TEST_CASE("softmax: pieces of a decode step are cut by the keys alone: any numbe
     CHECK_SAME_BITS(one.out, many.out);
     CHECK_SAME_BITS(one.lse, many.lse);
   }
+}
+
+namespace {
+
+/// Sharp scores: a first key that many look for, and neighbours that look for each other.
+void sharpen(tensor& q, tensor& k) {
+  const auto wave = [](isize i, isize c) { return std::sin(static_cast<double>(i) / 40 + static_cast<double>(c)); };
+  for (isize h = 0; h < q.heads(); ++h)
+    for (isize i = 0; i < q.length(); ++i)
+      for (isize c = 0; c < q.width(); ++c) q.set(0, h, i, c, 2.5 * q.get(0, h, i, c) + (c == 0 ? 6 : 3 * wave(i, c)));
+  for (isize g = 0; g < k.heads(); ++g)
+    for (isize j = 0; j < k.length(); ++j)
+      for (isize c = 0; c < k.width(); ++c)
+        k.set(0, g, j, c, k.get(0, g, j, c) + (c == 0 ? (j == 0 ? 4 : -1) : 2 * wave(j, c)));
+}
+
+struct skipping {
+  tensor out, lse, skipped;
+  explicit skipping(const shape& s)
+      : out(test::unwritten(s.type, s.B, s.H, s.n, s.e)),
+        lse(test::unwritten(s.type == dtype::f64 ? dtype::f64 : dtype::f32, s.B, s.H, s.n, 1)),
+        skipped(test::unwritten(dtype::f32, s.B, s.H, s.n, 1)) {}
+};
+
+struct skip_case {
+  const char* name;
+  softmax_attention m;
+  shape s;
+};
+
+/// Against its twin, against the plain call, and the share that it names as a bound. Returns the mean share.
+double skips(const skip_case& x, float skip) {
+  const shape& s = x.s;
+  test::random r(77);
+  tensor q = test::normal(r, s.type, s.B, s.H, s.n, s.d), k = test::normal(r, s.type, s.B, s.G, s.m, s.d);
+  const tensor v = test::normal(r, s.type, s.B, s.G, s.m, s.e);
+  sharpen(q, k);
+  softmax_attention m = x.m;
+  skipping plain(s), got(s), again(s), want({s.B, s.H, s.G, s.n, s.m, s.d, s.e, dtype::f64});
+  prefill(serial, m, q, k, v, plain.out, {.lse = plain.lse});
+  m.skip = skip;
+  prefill(serial, m, q, k, v, got.out, {.lse = got.lse, .skipped = got.skipped});
+  prefill(threads(2), m, q, k, v, again.out, {.lse = again.lse, .skipped = again.skipped});
+  CHECK((test::same_bits(got.out, again.out) && test::same_bits(got.lse, again.lse) &&
+         test::same_bits(got.skipped, again.skipped)));
+  const bool wide = s.type == dtype::f64;
+  problem p{q, k, v, want.out, want.lse, {}, nullptr, want.skipped};
+  if (wide)
+    reference::skip_twin(m, p, kernel::online_softmax<simd::native, double>::tile_rows,
+                         kernel::online_softmax<simd::native, double>::block_keys)
+        .prefill();
+  else
+    reference::skip_twin(m, p, kernel::online_softmax<simd::native, float>::tile_rows,
+                         kernel::online_softmax<simd::native, float>::block_keys)
+        .prefill();
+  double most = 0, mean = 0, same = 0;
+  for (isize g = 0; g < s.G; ++g)
+    for (isize j = 0; j < s.m; ++j) {
+      double size = 0;
+      for (isize c = 0; c < s.e; ++c) size += std::pow(v.get(0, g, j, c), 2);
+      most = std::max(most, std::sqrt(size));
+    }
+  const double eps = wide ? 1e-11 : s.type == dtype::f32 ? 2e-5 : 2e-2;
+  for (isize h = 0; h < s.H; ++h)
+    for (isize i = 0; i < s.n; ++i) {
+      double off = 0, apart = 0;
+      for (isize c = 0; c < s.e; ++c)
+        off += std::pow(got.out.get(0, h, i, c) - want.out.get(0, h, i, c), 2),
+            apart += std::pow(got.out.get(0, h, i, c) - plain.out.get(0, h, i, c), 2);
+      const double mass = got.skipped.get(0, h, i, 0), twin = want.skipped.get(0, h, i, 0),
+                   lse = want.lse.get(0, h, i, 0), flips = 4 * static_cast<double>(skip);
+      INFO(x.name << ", skip " << skip << ", head " << h << " row " << i << ": " << mass << ", twin " << twin);
+      REQUIRE(std::sqrt(off) <= (2 * flips + eps) * most);
+      REQUIRE(std::fabs(mass - twin) <= flips + eps);
+      REQUIRE(std::sqrt(apart) <= (2 * mass + eps) * most);
+      const double all = got.lse.get(0, h, i, 0);
+      REQUIRE((all == lse || std::fabs(all - lse) <= std::max(eps, 1e-11) * (1 + std::fabs(lse))));
+      mean += mass / static_cast<double>(s.H * s.n);
+      same += std::sqrt(off) <= eps * most && std::fabs(mass - twin) <= 2e-5 ? 1 : 0;
+    }
+  INFO(x.name << ", skip " << skip);
+  CHECK(same >= 0.97 * static_cast<double>(s.H * s.n));  // a share may fall on the other side of `skip` by rounding
+  return mean;
+}
+
+}  // namespace
+
+TEST_CASE("softmax: skipping leaves out what its twin does, says how much, and is no farther off") {
+  std::vector<std::uint8_t> table(400 * 400);
+  test::random r(5);
+  for (auto& x : table) x = r.coin(0.6);
+  const float sinks[] = {3.0F, -1.0F}, slopes[] = {0.05F, 0.01F};
+  const std::int32_t cu[] = {0, 130, 400};
+  const shape s{1, 2, 1, 400, 400, 32, 24, dtype::f32}, two{1, 2, 2, 150, 400, 32, 24, dtype::f32};
+  const auto as = [](shape x, dtype type) { return x.type = type, x; };
+  for (const skip_case& x : std::vector<skip_case>{{"full", {}, two},
+                                                   {"causal", {.mask = causal{}}, s},
+                                                   {"causal, f64", {.mask = causal{}}, as(two, dtype::f64)},
+                                                   {"causal, bf16", {.mask = causal{}}, as(two, dtype::bf16)},
+                                                   {"window", {.mask = window{150, 4}}, s},
+                                                   {"table", {.mask = boolean_mask{table.data(), 0, 0, 400}}, two},
+                                                   {"packed", {.mask = packed{cu, cu, 2, true}}, s},
+                                                   {"sinks", {.mask = causal{}, .sinks = sinks}, two},
+                                                   {"alibi", {.mask = causal{}, .score = alibi{slopes}}, s},
+                                                   {"20 rows", {.mask = causal{}}, {1, 2, 1, 10, 400, 32, 24}}}) {
+    const double little = skips(x, 1e-4F), much = skips(x, 4e-3F);
+    INFO(x.name << ": " << little << ", " << much);
+    CHECK((little > 0 && little < much));
+  }
+  CHECK(skips({"few rows", {.mask = causal{}}, {1, 2, 1, 4, 400, 32, 24}}, 0.004F) == 0);
 }
 
 TEST_CASE("softmax: scratch does not grow with the sequence") {

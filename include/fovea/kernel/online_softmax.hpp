@@ -9,109 +9,48 @@
 ///
 /// Contract   begin, any number of absorbs (their order changes rounding only), finish. Rows that see nothing give zeros and -inf. A NaN
 ///            or infinity in a key or value reaches only the rows that see that key: partly visible panels take a masked product.
+///            `skip`: a key whose share of a row's denominator so far is at most that in every row of a tile is left out of O; blocks then
+///            come first, last, last but one, ...; what is left out is counted, and the log-sum-exp is that of all keys.
 /// Cost       2 (d + e) flops for each visible (row, key); scratch independent of n and m; no allocation, no threads.
 /// Reference  softmax/reference.hpp.       Source  Milakov & Gimelshein, online normalizer calculation for softmax (2018).
 
 #include <bit>
-#include <cmath>
 #include <limits>
 
-#include <fovea/core/workspace.hpp>
-#include <fovea/kernel/key_set.hpp>
-#include <fovea/kernel/softmax_panels.hpp>
-#include <fovea/simd/transpose.hpp>
+#include <fovea/kernel/softmax_rows.hpp>
+#include <fovea/kernel/threshold_skip.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
 namespace kernel {
 
 template <class Arch, class Acc>
-class online_softmax {
+class online_softmax : detail::softmax_rows<Arch, Acc> {
+  using base = detail::softmax_rows<Arch, Acc>;
+  using base::d_, base::e_, base::used_, base::rows_, base::qt_, base::ot_, base::m_, base::l_, base::lost_,
+      base::fresh_;
   using T = detail::softmax_tile<Arch, Acc>;
   using P = simd::pack<Acc, Arch>;
-  static constexpr Acc log2e = static_cast<Acc>(1.4426950408889634074), ln2 = static_cast<Acc>(0.69314718055994530942);
+  static constexpr Acc log2e = static_cast<Acc>(1.4426950408889634074);
 
  public:
-  /// Rows of a superblock: K and V are read (and converted) once for each. 512 for long inputs, while Q and O fit half of L2.
-  static isize superblock(isize rows, isize d, isize e) {
-    isize most = rows > 512 ? 512 : 256;
-    while (most > T::rows && most * (d + e) * static_cast<isize>(sizeof(Acc)) > (512 << 10)) most /= 2;
-    return most < T::rows ? T::rows : most;
-  }
+  static constexpr isize tile_rows = T::rows, block_keys = T::keys;  ///< what `skip` decides by: reference_skip.hpp
+  using base::superblock, base::resume, base::finish;
 
   /// Scratch of one superblock.
-  online_softmax(arena& memory, isize rows, isize d, isize e)
-      : d_(d), e_(e), tiles_(ceil_div(superblock(rows, d, e), T::rows)) {
-    qt_ = memory.take<Acc>(tiles_ * d * T::rows);
-    ot_ = memory.take<Acc>(tiles_ * e * T::rows);
-    m_ = memory.take<Acc>(tiles_ * T::rows);
-    l_ = memory.take<Acc>(tiles_ * T::rows);
+  online_softmax(arena& memory, isize rows, isize d, isize e) : base(memory, rows, d, e) {
     s_ = memory.take<Acc>(T::keys * T::rows);
     k_ = memory.take<Acc>(T::keys * d);
     v_ = memory.take<Acc>(T::keys * e);
-    wide_ = d > e ? d : e;
-    rows_of_ = memory.take<Acc>(T::W * wide_);
-    zeros_ = memory.take<Acc>(d);
     lanes_ = memory.take<std::uint64_t>(T::keys);
-    fresh_ = memory.take<std::uint8_t>(tiles_);
   }
 
   /// `sinks` [H], nats: a logit a head that joins the denominator with no value; null: none. `out`, where given, is what `finish`
-  /// will write: its lines are asked for ahead.
-  void begin(const query_rows& rows, double scale, const float* sinks, const tensor_mut& out = {}) noexcept {
-    rows_ = rows, out_ = out, next_ = {}, k_ahead_ = v_ahead_ = {};
-    used_ = ceil_div(rows.last - rows.first, T::rows);
-    for (isize c = 0; c < d_; ++c) zeros_[c] = Acc(0);
-    const Acc factor = static_cast<Acc>(scale * 1.4426950408889634074);
-    const isize n = rows.q.length;
-    isize r = rows.first, h = rows.first_head + r / n, i = r % n;
-    for (isize t = 0; t < used_; ++t) {
-      fresh_[t] = true;
-      for (isize lane = 0; lane < T::rows; lane += T::W) {
-        const Acc* from[T::W];
-        if (r + T::W < rows.last && i + 2 * T::W <= n)  // the next rows, while these are turned
-          for (isize l = 0; l < T::W; ++l) simd::prefetch(rows.q.row(rows.b, h, i + T::W + l), d_ * bytes_of_query());
-        for (isize l = 0; l < T::W; ++l, ++r) {
-          const isize at = t * T::rows + lane + l;
-          m_[at] = -std::numeric_limits<Acc>::infinity(), l_[at] = Acc(0);
-          from[l] = zeros_;  // lanes without a row
-          if (r >= rows.last) continue;
-          from[l] = load_query<Arch, Acc>(rows, h, i, d_, rows_of_ + l * wide_);
-          if (sinks != nullptr) {
-            const Acc sink = static_cast<Acc>(sinks[h]) * log2e;
-            m_[at] = std::ceil(sink), l_[at] = std::exp2(sink - m_[at]);
-          }
-          if (++i == n) ++h, i = 0;
-        }
-        simd::rows_to_columns<Acc, Arch>(from, d_, factor, qt_ + t * d_ * T::rows + lane, T::rows);
-      }
-    }
-  }
-
-  /// After begin: the rows have taken keys in before. o, lse of them, in Acc, as `finish` wrote them; it may write to the same place.
-  void resume(const tensor_ref& o, const tensor_ref& lse) noexcept {
-    const isize n = rows_.q.length;
-    isize r = rows_.first, h = rows_.first_head + r / n, i = r % n;
-    for (isize t = 0; t < used_; ++t) {
-      fresh_[t] = false;
-      for (isize lane = 0; lane < T::rows && r < rows_.last; lane += T::W) {
-        const Acc* from[T::W];
-        for (isize x = 0; x < T::W; ++x) {
-          from[x] = rows_of_;
-          if (r >= rows_.last) continue;
-          from[x] = static_cast<const Acc*>(o.row(rows_.b, h, i));
-          const Acc all = *static_cast<const Acc*>(lse.row(rows_.b, h, i)) * log2e, above = std::ceil(all);
-          m_[t * T::rows + lane + x] = above;
-          l_[t * T::rows + lane + x] = all == -std::numeric_limits<Acc>::infinity() ? Acc(0) : std::exp2(all - above);
-          ++r;
-          if (++i == n) ++h, i = 0;
-        }
-        Acc* to = ot_ + t * e_ * T::rows + lane;
-        simd::rows_to_columns<Acc, Arch>(from, e_, Acc(1), to, T::rows);
-        const P weight = P::load(l_ + t * T::rows + lane);
-        for (isize c = 0; c < e_; ++c) (P::load(to + c * T::rows) * weight).store(to + c * T::rows);
-      }
-    }
+  /// will write: its lines are asked for ahead. `skip`: see the head of this file; 0: every key counts.
+  void begin(const query_rows& rows, double scale, const float* sinks, const tensor_mut& out = {},
+             float skip = 0) noexcept {
+    out_ = out, skip_ = static_cast<Acc>(skip), next_ = {}, k_ahead_ = v_ahead_ = {};
+    base::load(rows, scale, sinks);
   }
 
   void absorb(const key_set<Acc>& set) noexcept {
@@ -121,6 +60,7 @@ class online_softmax {
       if (r.empty()) continue;
       hull = {r.first < hull.first ? r.first : hull.first, r.last > hull.last ? r.last : hull.last};
     }
+    if (skip_ > Acc(0)) return absorb_outwards(set, hull);
     for (isize j0 = hull.first / T::keys * T::keys; j0 < hull.last; j0 += T::keys) {
       const isize j1 = j0 + T::keys < hull.last ? j0 + T::keys : hull.last;
       block rows{j0, j1, nullptr, nullptr, 0, 0};
@@ -134,36 +74,20 @@ class online_softmax {
     }
   }
 
-  /// Writes out (and lse, where it is not null) of the rows that `begin` named.
-  void finish(const tensor_mut& out, const tensor_mut& lse) noexcept {
-    const bool direct = out.type == dtype_of<Acc>;
-    const isize n = rows_.q.length;
-    isize r = rows_.first, h = rows_.first_head + r / n, i = r % n;
-    for (isize t = 0; t < used_; ++t) {
-      for (isize x = 0; fresh_[t] && x < e_ * T::rows; ++x) ot_[t * e_ * T::rows + x] = Acc(0);
-      for (isize lane = 0; lane < T::rows && r < rows_.last; lane += T::W) {
-        const Acc *l = l_ + t * T::rows + lane, *m = m_ + t * T::rows + lane;
-        Acc inverse[T::W];
-        Acc* to[T::W];
-        void* rows[T::W];
-        const isize count = rows_.last - r < T::W ? rows_.last - r : T::W;
-        r += count;
-        for (isize x = 0; x < T::W; ++x) {
-          inverse[x] = l[x] > Acc(0) ? Acc(1) / l[x] : l[x] * Acc(0);  // keeps NaN, gives 0 for a row that sees nothing
-          to[x] = rows_of_ + x * wide_;
-          if (x >= count) continue;
-          rows[x] = out.row(rows_.b, h, i);
-          if (direct) to[x] = static_cast<Acc*>(rows[x]);
-          if (lse) *static_cast<Acc*>(lse.row(rows_.b, h, i)) = m[x] * ln2 + std::log(l[x]);
-          if (++i == n) ++h, i = 0;
-        }
-        simd::columns_to_rows<Acc, Arch>(ot_ + t * e_ * T::rows + lane, T::rows, e_, inverse, to);
-        for (isize x = 0; !direct && x < count; ++x) simd::store_row<Arch, Acc>(out.type, to[x], e_, rows[x]);
-      }
-    }
+ private:
+  /// Block 0, where it is seen, then from the last one back.
+  void absorb_outwards(const key_set<Acc>& set, range hull) noexcept {
+    if (hull.empty()) return;
+    const isize low = hull.first / T::keys * T::keys, high = (hull.last - 1) / T::keys * T::keys;
+    const auto one = [&](isize j0, isize next) {
+      block rows{j0, j0 + T::keys < hull.last ? j0 + T::keys : hull.last, nullptr, nullptr, 0, 0};
+      next_block(set, next, hull.last);
+      for (isize t = 0; t < used_; ++t) absorb_tile(set, t, rows);
+    };
+    if (low == 0) one(0, high);
+    for (isize j0 = high; j0 > 0 && j0 >= low; j0 -= T::keys) one(j0, j0 - T::keys);
   }
 
- private:
   /// With few rows of queries the block's values, then the next block's keys, are asked for before they are needed.
   void look_ahead(const key_set<Acc>& set, isize j0, isize j1) noexcept {
     v_ahead_ = k_ahead_ = {};
@@ -196,7 +120,9 @@ class online_softmax {
   /// A quarter of tile t's rows of the output is asked for with each of its last four blocks; `keys`: all of the tile.
   void next_outputs(isize t, range keys, const block& x) noexcept {
     next_.out = {};
-    const isize behind = keys.last > x.j1 ? ceil_div(keys.last - x.j1, T::keys) : 0, quarter = T::rows / 4;
+    isize behind = keys.last > x.j1 ? ceil_div(keys.last - x.j1, T::keys) : 0;
+    if (skip_ > Acc(0) && x.j0 > 0) behind = (x.j0 - 1 - (keys.first < T::keys ? T::keys - 1 : keys.first)) / T::keys;
+    constexpr isize quarter = T::rows / 4;
     if (out_.data == nullptr || behind >= 4) return;
     const isize skipped = keys.first >= x.j0 ? 0 : (3 - behind) * quarter;
     const isize n = rows_.q.length, r = rows_.first + t * T::rows + skipped, i = r % n;
@@ -311,17 +237,52 @@ class online_softmax {
   template <int NV>
   void join(const detail::panel* list, isize panels, isize t, const block& x, const Acc* top, Acc* alpha) noexcept {
     detail::exponentials<Arch, Acc, NV>(list, panels, s_, top, m_ + t * T::rows, l_ + t * T::rows, alpha);
+    if (skip_ > Acc(0)) return join_chosen<NV>(list, panels, t, x, alpha);
+    for_columns([&](auto m, isize c, isize g) {
+      detail::value_panels<Arch, Acc, m, NV>(list, panels, x.v + c, x.v_stride, s_, lanes_, fresh_[t] ? nullptr : alpha,
+                                             ot_ + (t * e_ + c) * T::rows, g, k_ahead_);
+    });
+    fresh_[t] = false;
+  }
+
+  /// f(constant<M>, first column, group) for groups of up to MR columns.
+  template <class F>
+  void for_columns(F&& f) const noexcept {
     const tile::balanced columns(e_, T::MR);
     isize c = 0;
     for (isize g = 0; g < columns.groups; ++g) {
       const isize count = columns.size(g);
-      tile::with_constant<T::MR>(count, [&](auto m) {
-        detail::value_panels<Arch, Acc, m, NV>(list, panels, x.v + c, x.v_stride, s_, lanes_,
-                                               fresh_[t] ? nullptr : alpha, ot_ + (t * e_ + c) * T::rows, g, k_ahead_);
-      });
+      tile::with_constant<T::MR>(count, [&](auto m) { f(m, c, g); });
       c += count;
     }
-    fresh_[t] = false;
+  }
+
+  /// The values of the keys that some row of tile t would miss.
+  template <int NV>
+  void join_chosen(const detail::panel* list, isize panels, isize t, const block& x, Acc* alpha) noexcept {
+    detail::chosen_keys<Arch, Acc> left;
+    detail::choose_keys<Arch, Acc, NV>(list, panels, s_, l_ + t * T::rows, alpha, live_lanes(t), skip_,
+                                       lost_ + t * T::rows, left);
+    if (!left.all) list = left.runs, panels = left.panels;
+    const isize count = left.all ? 0 : left.count;
+    bool moved = false;
+    for (isize r = 0; r < NV * T::W; ++r) moved = moved || alpha[r] != Acc(1);
+    if (panels > 0 || (count == 0 && moved && !fresh_[t])) {
+      for_columns([&](auto m, isize c, isize) {
+        detail::value_panels<Arch, Acc, m, NV>(list, panels, x.v + c, x.v_stride, s_, lanes_,
+                                               fresh_[t] ? nullptr : alpha, ot_ + (t * e_ + c) * T::rows);
+      });
+      for (isize r = 0; r < NV * T::W; ++r) alpha[r] = Acc(1);
+      fresh_[t] = false;
+    }
+    if constexpr (NV == T::NR) {
+      if (count == 0) return;
+      for_columns([&](auto m, isize c, isize) {
+        detail::chosen_values<Arch, Acc, m, NV>(left.keys, count, x.v + c, x.v_stride, s_, fresh_[t] ? nullptr : alpha,
+                                                ot_ + (t * e_ + c) * T::rows);
+      });
+      fresh_[t] = false;
+    }
   }
 
   /// What no row sees is left out, what is modified or partly seen is masked. Returns the runs of keys in `list`.
@@ -417,7 +378,6 @@ class online_softmax {
       });
   }
 
-  isize bytes_of_query() const noexcept { return static_cast<isize>(size_of(rows_.q.type)); }
   static constexpr std::uint64_t whole = ~std::uint64_t{0} >> (64 - T::W);  // all lanes of a vector
   static constexpr int few = T::NR > 2 ? 2 : T::NR;
 
@@ -431,16 +391,12 @@ class online_softmax {
     return ~std::uint64_t{0} >> (64 - (count < T::rows ? count : T::rows));
   }
 
-  isize d_, e_, tiles_, used_ = 0;
   detail::rows_ahead<Acc> k_ahead_, v_ahead_;
-  query_rows rows_;
   tensor_mut out_;
   detail::later next_;
-  isize wide_;
-  Acc *qt_, *ot_, *m_, *l_, *s_, *k_, *v_;
-  Acc *rows_of_, *zeros_;  // W rows in Acc, on their way in or out; a row of zeros
+  Acc skip_ = 0;
+  Acc *s_, *k_, *v_;
   std::uint64_t* lanes_;
-  std::uint8_t* fresh_;  // [tiles] nothing was absorbed: O holds nothing
 };
 
 }  // namespace kernel

@@ -178,7 +178,19 @@ FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, 
         edge_values<Arch, Acc, M, NV, edge, 0, edge>(first, count, v, v_stride, p, lanes, acc);
     });
     if (full && list[n].kind != seen::ragged) continue;
-    for (isize k = first; k < first + count; ++k) {
+    for (isize k = first; full && k < first + count; ++k) {  // ragged: a masked product is as fast as a plain one
+      const Acc *value = v + k * v_stride, *weight = p + k * ld;
+      P w[NV];
+      tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA { w[x] = P::load(weight + x * P::size); });
+      tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
+        const P y(value[i]);
+        tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
+          const auto live = static_cast<simd::lane_bits>(lanes[k] >> (x * P::size));
+          acc[i][x] = simd::fma_where(live, w[x], y, acc[i][x]);
+        });
+      });
+    }
+    for (isize k = first; !full && k < first + count; ++k) {
       const Acc* value = v + k * v_stride;
       tile::unroll<NV>([&](auto x) FOVEA_INLINE_LAMBDA {
         const std::uint64_t live = (lanes[k] >> (x * P::size)) & whole;

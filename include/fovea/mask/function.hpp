@@ -73,6 +73,10 @@ class mask_blocks {
             "mask_blocks was made for ", items_, " items, ", heads_, " heads, ", n_, " x ", m_,
             " pairs; this call has ", at.B, ", ", at.H, ", ", at.n, " x ", at.m);
   }
+  isize rows_of_block() const { return block_q_; }
+  isize keys_of_block() const { return block_k_; }
+  /// Of the block that holds row i and key j.
+  tile_kind kind(const mask_site& at, isize i, isize j) const { return row(at, i / block_q_)[j / block_k_]; }
   range keys(const mask_site& at, isize i0, isize i1) const {
     isize low = columns_, high = 0;
     for (isize r = i0 / block_q_; r <= (i1 - 1) / block_q_; ++r) {
@@ -144,7 +148,22 @@ struct mask_blocks_of {
     return known->tile(at, i0, i1, j0, j1);
   }
   void lanes(const mask_site& at, isize i0, isize count, isize j0, isize j1, std::uint64_t* out) const {
-    detail::mask_lanes(inner, at, i0, count, j0, j1, out);
+    constexpr isize most = 64;
+    std::uint64_t bits[most];
+    for (isize j = j0; j < j1; ++j) out[j - j0] = 0;
+    const isize block_q = known->rows_of_block(), block_k = known->keys_of_block(), end = i0 + count;
+    for (isize i = i0, below; i < end; i = below) {  // block by block: rows [i, below), keys [j, last)
+      below = (i / block_q + 1) * block_q < end ? (i / block_q + 1) * block_q : end;
+      for (isize j = j0, last; j < j1; j = last) {
+        last = (j / block_k + 1) * block_k < j1 ? (j / block_k + 1) * block_k : j1;
+        if (last - j > most) last = j + most;
+        const tile_kind kind = known->kind(at, i, j);
+        if (kind == tile_kind::empty) continue;
+        if (kind == tile_kind::partial) detail::mask_lanes(inner, at, i, below - i, j, last, bits);
+        for (isize x = j; x < last; ++x)
+          out[x - j0] |= (kind == tile_kind::full ? detail::bits_between(0, below - i) : bits[x - j]) << (i - i0);
+      }
+    }
   }
 };
 template <class Inner>

@@ -89,6 +89,11 @@ concept mask_policy = std::is_trivially_copyable_v<P> && requires(const P& p, co
 };
 
 namespace detail {
+/// Bits [first, last) of 64; those outside of [0, 64) do not count.
+FOVEA_HD constexpr std::uint64_t bits_between(isize first, isize last) {
+  const isize a = first > 0 ? first : 0, b = last < 64 ? last : 64;
+  return a >= b ? 0 : (~std::uint64_t{0} >> (64 - (b - a))) << a;
+}
 /// Bit l of out[j - j0]: row i0 + l sees key j, for l < count <= 64.
 template <mask_policy P>
 void mask_lanes(const P& p, const mask_site& at, isize i0, isize count, isize j0, isize j1, std::uint64_t* out) {

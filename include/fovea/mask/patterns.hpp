@@ -171,6 +171,9 @@ struct global_tokens {
   FOVEA_HD range keys(const mask_site& at, isize i0, isize) const {
     return {0, align.position(at, i0) < count ? at.m : count};
   }
+  FOVEA_HD range queries(const mask_site& at, isize j) const {
+    return {0, j < count ? at.n : count - align.position(at, 0)};
+  }
   FOVEA_HD tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
     if (j1 <= count || align.position(at, i1 - 1) < count) return tile_kind::full;
     return j0 >= count && align.position(at, i0) >= count ? tile_kind::empty : tile_kind::partial;
@@ -201,13 +204,27 @@ struct bigbird {
   FOVEA_HD tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
     const isize p0 = align.position(at, i0), p1 = align.position(at, i1 - 1);
     if (p1 < 0 || (is_causal && j0 > p1)) return tile_kind::empty;
+    const isize c0 = j0 / block, c1 = (j1 - 1) / block;
     bool all = p0 >= 0 && (!is_causal || j1 - 1 <= p0), any = false;
-    for (isize r = (p0 < 0 ? 0 : p0) / block; r <= p1 / block; ++r)
-      for (isize c = j0 / block; c <= (j1 - 1) / block; ++c) {
-        const bool on = sees(at, r, c);
-        all = all && on, any = any || on;
-      }
+    for (isize r = (p0 < 0 ? 0 : p0) / block; r <= p1 / block && (all || !any); ++r) {
+      for (isize c = c0; c <= c1 && all; ++c) all = sees(at, r, c);
+      any = any || sees_some(at, r, c0, c1);
+    }
     return all ? tile_kind::full : any ? tile_kind::partial : tile_kind::empty;
+  }
+  void lanes(const mask_site& at, isize i0, isize count, isize j0, isize j1, std::uint64_t* out) const {
+    const isize p0 = align.position(at, i0), p1 = p0 + count - 1;
+    for (isize j = j0; j < j1; ++j) out[j - j0] = 0;
+    for (isize r = (p0 < 0 ? 0 : p0) / block; p1 >= 0 && r <= p1 / block; ++r) {
+      const isize end = (r + 1) * block - p0;
+      const std::uint64_t rows = detail::bits_between(r * block - p0, end < count ? end : count);
+      for (isize c = j0 / block; c <= (j1 - 1) / block; ++c) {
+        if (!sees(at, r, c)) continue;
+        const range keys = meet({c * block, (c + 1) * block}, {j0, j1});
+        for (isize j = keys.first; j < keys.last; ++j)
+          out[j - j0] |= is_causal ? rows & detail::bits_between(j - p0, 64) : rows;
+      }
+    }
   }
 
  private:
@@ -217,14 +234,16 @@ struct bigbird {
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
     return x ^ (x >> 31);
   }
-  FOVEA_HD bool sees(const mask_site& at, isize r, isize c) const {
-    if (r < global || c < global || (r - c <= window / 2 && c - r <= window / 2)) return true;
+  FOVEA_HD bool sees(const mask_site& at, isize r, isize c) const { return sees_some(at, r, c, c); }
+  /// Does block row r see one of the blocks [c0, c1]?
+  FOVEA_HD bool sees_some(const mask_site& at, isize r, isize c0, isize c1) const {
+    if (r < global || c0 < global || (r - c1 <= window / 2 && c0 - r <= window / 2)) return true;
     const isize columns = is_causal ? r + 1 : (at.m + block - 1) / block;
-    if (c >= columns) return false;
-    for (isize t = 0; t < random; ++t) {
+    for (isize t = 0; t < random && c0 < columns; ++t) {
       const std::uint64_t key =
           mix(mix(seed + static_cast<std::uint64_t>(at.h)) + static_cast<std::uint64_t>(r * random + t));
-      if (static_cast<isize>(key % static_cast<std::uint64_t>(columns)) == c) return true;
+      const auto c = static_cast<isize>(key % static_cast<std::uint64_t>(columns));
+      if (c >= c0 && c <= c1) return true;
     }
     return false;
   }

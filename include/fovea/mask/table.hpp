@@ -85,6 +85,19 @@ struct block_mask {
       }
     return all ? tile_kind::full : any ? tile_kind::partial : tile_kind::empty;
   }
+  void lanes(const mask_site& at, isize i0, isize count, isize j0, isize j1, std::uint64_t* out) const {
+    for (isize j = j0; j < j1; ++j) out[j - j0] = 0;
+    for (isize r = i0 / block_q; r <= (i0 + count - 1) / block_q; ++r) {
+      const std::uint8_t* t = row(at, r);
+      const isize end = (r + 1) * block_q - i0;
+      const std::uint64_t rows = detail::bits_between(r * block_q - i0, end < count ? end : count);
+      for (isize c = j0 / block_k; c <= (j1 - 1) / block_k; ++c) {
+        if ((t[c] != 0) == inverted) continue;
+        const range keys = meet({c * block_k, (c + 1) * block_k}, {j0, j1});
+        for (isize j = keys.first; j < keys.last; ++j) out[j - j0] |= rows;
+      }
+    }
+  }
 
  private:
   FOVEA_HD static isize ceil_blocks(isize x, isize block) { return (x + block - 1) / block; }

@@ -271,6 +271,26 @@ FOVEA_INLINE pack<T, A> select_greater(pack<T, A> a, pack<T, A> b, pack<T, A> x,
     return pack<T, A>(xsimd::select(a.v > b.v, x.v, y.v));
 }
 
+/// Bit l: lane l of a is above that of b, or one of them is NaN.
+template <class T, class A>
+FOVEA_INLINE lane_bits lanes_above(pack<T, A> a, pack<T, A> b) {
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<pack<T, A>, pack<float, avx512>>) return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ);
+  if constexpr (std::is_same_v<pack<T, A>, pack<double, avx512>>) return _mm512_cmp_pd_mask(a.v, b.v, _CMP_NLE_UQ);
+#endif
+#if defined(FOVEA_HAS_AVX512) || defined(FOVEA_HAS_AVX2)
+  if constexpr (std::is_same_v<pack<T, A>, pack<float, avx2>>)
+    return static_cast<lane_bits>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ)));
+  if constexpr (std::is_same_v<pack<T, A>, pack<double, avx2>>)
+    return static_cast<lane_bits>(_mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_NLE_UQ)));
+#endif
+  T x[pack<T, A>::size], y[pack<T, A>::size];
+  a.store(x), b.store(y);
+  lane_bits bits = 0;
+  for (isize l = 0; l < pack<T, A>::size; ++l) bits |= static_cast<lane_bits>(!(x[l] <= y[l])) << l;
+  return bits;
+}
+
 /// The first `count` lanes, the rest 0; memory behind them is not touched.
 template <class P>
 FOVEA_INLINE P load_n(const typename P::value_type* p, isize count) {

@@ -232,6 +232,7 @@ inline void softmax_attention::check(const backward_problem& p) const {
   check_values(p.shape());
   require(arithmetic == precision::f32, "arithmetic is ", name_of(arithmetic),
           "; gradients are those of the exact function: set precision::f32");
+  require(skip == 0, "skip is ", skip, "; gradients are those of the exact function: set skip to 0");
   require(turn == nullptr, "turn is set; backward takes q and k as they come turned, and gives the gradients of those");
   require(
       score.has_slope(),

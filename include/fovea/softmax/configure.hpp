@@ -4,7 +4,7 @@
 ///
 /// Keys       scale, causal, align, offset, window (own key included), left / right, first, chunk, prefix, softcap, max_distance,
 ///            bidirectional, relative_left, rope_theta and rope_*, store, store_type, store_scale, store_layout,
-///            store_rotated, store_chunk, precision ("f32" or "int8"), skip (with int8).
+///            store_rotated, store_chunk, precision ("f32" or "int8"), skip.
 /// Tensors    mask (u8 or bool, broadcast to [B, H, n, m], 1 = may see), bias (float, likewise), slopes [H], sinks [H],
 ///            t5 [buckets, H], relative [H or 1, distances], cu or cu_q and cu_k (cumulative lengths of packed sequences), offsets [B],
 ///            prefixes [B], lengths [B], parents [n] or [B, n], rope_factors [width / 2]; with each call: positions [B, n] or [n].

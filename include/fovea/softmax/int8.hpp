@@ -24,7 +24,7 @@ bool in_int8(const softmax_attention& m, const softmax_cut<Acc>& c) {
 template <class Acc>
 softmax_cut<Acc> cut_of(const softmax_attention& m, const sequence_problem& p) {
   softmax_cut<Acc> c(p);
-  if (m.skip > 0 && in_int8(m, c)) c.pieces = 1, c.keys = PTRDIFF_MAX;
+  if (m.skip > 0 && !c.few) c.pieces = 1, c.keys = PTRDIFF_MAX;
   return c;
 }
 

@@ -19,8 +19,6 @@ inline void softmax_attention::check_items(const shape& s, isize first, isize la
   require(arithmetic == precision::f32 || s.type != dtype::f64, "arithmetic is ", name_of(arithmetic),
           " and q is f64; int8 takes f32, f16 and bf16 (precision::f32 computes f64 in double)");
   require(skip >= 0 && skip < 1, "skip is ", skip, "; it must be at least 0 and below 1");
-  require(skip == 0 || arithmetic == precision::int8, "skip is ", skip, " and arithmetic ", name_of(arithmetic),
-          "; only int8 skips");
   const mask_site at = site(s, first);
   require(sinks == nullptr || sink_count == 0 || sink_count == at.H, "sinks holds ", sink_count,
           " logits; wanted one for each of ", at.H, " heads");

@@ -42,8 +42,9 @@ struct softmax_attention {
   const rope* turn = nullptr;
   /// int8: q, k, p and v are rounded to 8 bits and multiplied as integers (docs/mechanisms/int8.md); opt-in, f32 storage and less.
   precision arithmetic = precision::f32;
-  /// int8 only: 16 x 16 tiles of (query, key) whose share of the running denominator is below it in every row are left out.
-  /// What is left out of a row is written to call_options::skipped, where that is given. 0: nothing is.
+  /// Keys whose share of the running denominator is at most that in every row of a tile of queries take no part in the product with V
+  /// (f32: one key by the rows of a register tile; int8: 16 keys by 16 rows). What is left out of a row is written to
+  /// call_options::skipped, where that is given, and bounds the error: |o - o'| <= 2 skipped max |v|. 0: nothing is. Up to 8 rows a KV head skip nothing.
   float skip = 0;
 
   double scale_for(const shape& s) const { return scale ? *scale : 1.0 / std::sqrt(static_cast<double>(s.d)); }

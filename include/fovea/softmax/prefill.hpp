@@ -149,9 +149,9 @@ class softmax_run {
         if (own.integers->attend.in_floats(keys.set, *head, own.integers->left)) left = own.integers->left;
       }
     if (head == nullptr || left != nullptr) {
-      own.blocks->begin(rows, scale, joined, to.out);
+      own.blocks->begin(rows, scale, joined, to.out, head == nullptr ? m.skip : 0.0F);
       if (keys.set.count > keys.set.first) own.blocks->absorb(keys.set);
-      own.blocks->finish(to.out, to.lse);
+      own.blocks->finish(to.out, to.lse, head == nullptr ? p.skipped : tensor_mut{});
     }
     if constexpr (std::is_same_v<Acc, float>)
       if (head != nullptr) {

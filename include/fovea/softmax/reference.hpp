@@ -28,9 +28,26 @@ std::vector<double> rows_of_head(const tensor_ref& t, isize b, isize h, const ro
   return rows;
 }
 
+/// The scores of row i, -inf where it sees nothing; returns the largest of them and of its sink.
+inline double scores_of_row(const softmax_attention& m, const shape& s, const mask_site& at, isize i, const double* q,
+                            const std::vector<double>& k, double* score) {
+  const double scale = m.scale_for(s), none = -std::numeric_limits<double>::infinity();
+  double top = m.sinks != nullptr ? static_cast<double>(m.sinks[at.h]) : none;
+  for (isize j = 0; j < s.m; ++j) {
+    double& x = score[j];
+    x = none;
+    if (!m.mask.visible(at, i, j)) continue;
+    double dot = 0;
+    for (isize c = 0; c < s.d; ++c) dot += q[c] * k[static_cast<std::size_t>(j * s.d + c)];
+    x = m.score(at, i, j, scale * dot);
+    if (!(x <= top)) top = x;
+  }
+  return top;
+}
+
 inline void prefill(const softmax_attention& m, const problem& p) {
   const shape s = p.shape();
-  const double scale = m.scale_for(s), none = -std::numeric_limits<double>::infinity();
+  const double none = -std::numeric_limits<double>::infinity();
   std::vector<double> score(static_cast<std::size_t>(s.m));
   const auto position = [&](isize b, isize j) {
     return p.positions != nullptr && j >= s.m - s.n ? p.positions[b * s.n + j - (s.m - s.n)] : j;
@@ -43,17 +60,7 @@ inline void prefill(const softmax_attention& m, const problem& p) {
       for (isize i = 0; i < s.n; ++i) {
         mask_site at = m.site(s, b);
         at.h = h;
-        double top = m.sinks != nullptr ? static_cast<double>(m.sinks[h]) : none;
-        for (isize j = 0; j < s.m; ++j) {
-          double& x = score[static_cast<std::size_t>(j)];
-          x = none;
-          if (!m.mask.visible(at, i, j)) continue;
-          double dot = 0;
-          const double *x_q = q.data() + i * s.d, *x_k = k.data() + j * s.d;
-          for (isize c = 0; c < s.d; ++c) dot += x_q[c] * x_k[c];
-          x = m.score(at, i, j, scale * dot);
-          if (!(x <= top)) top = x;
-        }
+        const double top = scores_of_row(m, s, at, i, q.data() + i * s.d, k, score.data());
         const double shift = top == none ? 0 : top;
         double sum = m.sinks != nullptr ? std::exp(static_cast<double>(m.sinks[h]) - shift) : 0;
         std::vector<double> o(static_cast<std::size_t>(s.e), 0.0);
