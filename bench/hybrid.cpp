@@ -116,6 +116,18 @@ void select(benchmark::State& b, fovea::block_selector how, fovea::compensation 
                 true, of_exact);
 }
 
+/// Exact attention that leaves keys out of the product with V; `skipped`: the mean share of the mass that they had.
+void skip(benchmark::State& b, float epsilon, isize n, isize d) {
+  const real_like t({1, 1, 1, n, n, d, d});
+  const fovea::softmax_attention m{.mask = fovea::causal{}, .skip = epsilon};
+  against_exact(b, t, m, true);
+  std::vector<float> mass(static_cast<std::size_t>(n));
+  fovea::prefill(fovea::serial, m, t.Q(), t.K(), t.V(), t.O(), {.skipped = fovea::bhnd(mass.data(), 1, 1, n, 1)});
+  double sum = 0;
+  for (const float x : mass) sum += static_cast<double>(x);
+  b.counters["skipped"] = sum / static_cast<double>(n);
+}
+
 void pass(benchmark::State& b, isize n, isize d) {
   using arch = fovea::simd::native;
   if constexpr (fovea::kernel::has_code_pass<arch>) {
@@ -234,6 +246,9 @@ void register_hybrid() {
   masked("global16_window256",
          fovea::both{fovea::causal{}, fovea::either{fovea::global_tokens{16}, fovea::window{256}}}, true);
   masked("dilated64x2", fovea::dilated{}, true);
+  for (const float epsilon : {1e-4F, 1e-3F})
+    add(std::string("skip/") + (epsilon < 5e-4F ? "1e-4" : "1e-3") + "/D64/N8192",
+        [=](benchmark::State& b) { skip(b, epsilon, 8192, 64); });
   for (const isize d : {64, 128})
     add("pass/D" + std::to_string(d) + "/N16384", [=](benchmark::State& b) { pass(b, n, d); });
   using enum fovea::block_selector;

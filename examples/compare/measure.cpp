@@ -114,7 +114,7 @@ double median_error(const input& in, const std::vector<float>& out) {
   return median(errors);
 }
 
-/// The parts of an int8 setting. `out`: of a prefill over views; where the setting stores int8 it is replaced by one over its store.
+/// The parts of an int8 setting, or of one that skips. `out`: of a prefill over views; where the setting stores int8 it is replaced by one over its store.
 void int8_parts(const input& in, const fovea::any_attention& a, fovea::exec_ref exec, std::vector<float>& out,
                 figures& f) {
   const auto* own = a.as<fovea::softmax_attention>();
@@ -262,7 +262,7 @@ figures measure(const input& in, const fovea::any_attention& exact, const settin
   std::vector<float> out(static_cast<std::size_t>(in.H * in.n * in.e), std::numeric_limits<float>::quiet_NaN());
   time_prefill(in, exact, a, exec, t, out, f);
   time_step(in, exact, a, exec, t, f);
-  if (s.family == "int8") int8_parts(in, a, exec, out, f);
+  if (s.family == "int8" || a.takes_skipped()) int8_parts(in, a, exec, out, f);
   compare_rows(in, out, f);
   f.macs = a.macs(in.shape());
   if (in.causal && a.streaming()) {

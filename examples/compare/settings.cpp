@@ -191,6 +191,10 @@ void add_hybrid(std::vector<setting>& all) {
                  select("mean", 0.25, "zeroth")});
   all.push_back({0, "Quest bound 1/8 + mean token", "hybrid", "", "blocks chosen by the upper bound of their scores",
                  select("bound", 0.125, "zeroth")});
+  all.push_back(
+      {0, "exact, skip 1e-4", "hybrid", "",
+       "all scores; keys below a ten-thousandth of every row's mass in a tile are left out of the product with V",
+       plain("softmax", {{"skip", 1e-4}}, true)});
   all.push_back({0, "true-mass select 1/8 + mean token", "hybrid", "", oracle, select("exact", 0.125, "zeroth")});
 }
 

@@ -26,19 +26,19 @@ namespace kernel {
 
 template <class Arch, class Acc>
 class online_softmax : detail::softmax_rows<Arch, Acc> {
-  using base = detail::softmax_rows<Arch, Acc>;
-  using base::d_, base::e_, base::used_, base::rows_, base::qt_, base::ot_, base::m_, base::l_, base::lost_,
-      base::fresh_;
+  using held = detail::softmax_rows<Arch, Acc>;
+  using held::d_, held::e_, held::used_, held::rows_, held::qt_, held::ot_, held::m_, held::l_, held::lost_,
+      held::fresh_;
   using T = detail::softmax_tile<Arch, Acc>;
   using P = simd::pack<Acc, Arch>;
   static constexpr Acc log2e = static_cast<Acc>(1.4426950408889634074);
 
  public:
   static constexpr isize tile_rows = T::rows, block_keys = T::keys;  ///< what `skip` decides by: reference_skip.hpp
-  using base::superblock, base::resume, base::finish;
+  using held::superblock, held::resume, held::finish;
 
   /// Scratch of one superblock.
-  online_softmax(arena& memory, isize rows, isize d, isize e) : base(memory, rows, d, e) {
+  online_softmax(arena& memory, isize rows, isize d, isize e) : held(memory, rows, d, e) {
     s_ = memory.take<Acc>(T::keys * T::rows);
     k_ = memory.take<Acc>(T::keys * d);
     v_ = memory.take<Acc>(T::keys * e);
@@ -50,7 +50,7 @@ class online_softmax : detail::softmax_rows<Arch, Acc> {
   void begin(const query_rows& rows, double scale, const float* sinks, const tensor_mut& out = {},
              float skip = 0) noexcept {
     out_ = out, skip_ = static_cast<Acc>(skip), next_ = {}, k_ahead_ = v_ahead_ = {};
-    base::load(rows, scale, sinks);
+    held::load(rows, scale, sinks);
   }
 
   void absorb(const key_set<Acc>& set) noexcept {
