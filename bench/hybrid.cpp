@@ -214,11 +214,11 @@ void step(benchmark::State& b, const step_case& x) {
 const char* name_of(fovea::block_selector x) {
   return x == fovea::block_selector::int8 ? "int8" : x == fovea::block_selector::int4 ? "int4" : "mean";
 }
-const char* name_of(fovea::compensation x) { return x == fovea::compensation::none ? "dropped" : "pooled"; }
+const char* rest_of(fovea::compensation x) { return x == fovea::compensation::none ? "dropped" : "pooled"; }
 
 std::string step_case::name() const {
   const auto text = [](isize x) { return std::to_string(x); };
-  return std::string("step/") + name_of(how) + "/" + name_of(rest) + (share_group ? "/shared" : "") + "/f16/D" +
+  return std::string("step/") + name_of(how) + "/" + rest_of(rest) + (share_group ? "/shared" : "") + "/f16/D" +
          text(d) + "/N" + text(m) + "/H" + text(H) + "/G" + text(G);
 }
 
@@ -258,7 +258,7 @@ void register_hybrid() {
     });
   for (const fovea::block_selector how : {int8, mean})
     for (const fovea::compensation rest : {fovea::compensation::none, fovea::compensation::zeroth}) {
-      const std::string name = std::string(name_of(how)) + "/" + name_of(rest);
+      const std::string name = std::string(name_of(how)) + "/" + rest_of(rest);
       for (const isize d : {64, 128}) {
         const std::string size = "/D" + std::to_string(d) + "/N16384";
         add("select/" + name + size, [=](benchmark::State& b) { select(b, how, rest, n, d); });
