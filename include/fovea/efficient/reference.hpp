@@ -30,29 +30,39 @@ inline std::vector<double> numbers(const tensor_ref& x, isize b, isize g) {
   return out;
 }
 
-/// context [d x e] over keys [0, count) of k [m x d] and v [m x e].
-inline std::vector<double> channel_context(bool exponential, const std::vector<double>& k, const std::vector<double>& v,
-                                           isize d, isize e, isize count) {
-  const double none = -std::numeric_limits<double>::infinity();
-  std::vector<double> context(static_cast<std::size_t>(d * e), 0.0);
-  for (isize c = 0; c < d; ++c) {
-    double top = none, sum = 0;
-    for (isize j = 0; j < count; ++j) top = std::fmax(top, k[static_cast<std::size_t>(j * d + c)]);
-    for (isize j = 0; j < count; ++j) {
-      const double key = k[static_cast<std::size_t>(j * d + c)];
-      const double w = !exponential ? key : key == none ? 0.0 : std::exp(key - top);
-      sum += w;
-      for (isize x = 0; x < e; ++x)
-        context[static_cast<std::size_t>(c * e + x)] += w * v[static_cast<std::size_t>(j * e + x)];
-    }
-    if (!exponential) sum = static_cast<double>(count);
-    for (isize x = 0; x < e; ++x) {
-      double& y = context[static_cast<std::size_t>(c * e + x)];
-      y = sum == 0 ? 0.0 : y / sum;
-    }
+/// What each key weighs in each channel, for the first `count` keys of k [m x d]: e^(k_jc - top_c), or k_jc; and the sum of each channel.
+struct channel_weights {
+  bool exponential;
+  const std::vector<double>& k;
+  isize d, count = 0;
+  std::vector<std::vector<double>> of = std::vector<std::vector<double>>(static_cast<std::size_t>(d));
+  std::vector<double> top = std::vector<double>(of.size(), -std::numeric_limits<double>::infinity());
+
+  double weight(std::size_t j, std::size_t c) const {
+    const double key = k[j * of.size() + c];
+    return !exponential ? key : key == -std::numeric_limits<double>::infinity() ? 0.0 : std::exp(key - top[c]);
   }
-  return context;
-}
+  void take(isize keys) {
+    for (; count < keys; ++count)
+      for (std::size_t c = 0; c < of.size(); ++c) {
+        const auto last = static_cast<std::size_t>(count);
+        const bool higher = k[last * of.size() + c] > top[c];  // then the others are made anew
+        top[c] = std::fmax(top[c], k[last * of.size() + c]);
+        of[c].push_back(0);
+        for (std::size_t j = exponential && higher ? 0 : last; j <= last; ++j) of[c][j] = weight(j, c);
+      }
+  }
+  /// sum_c row_c w_jc / sum_c
+  std::vector<double> seen_by(const std::vector<double>& row) const {
+    std::vector<double> out(static_cast<std::size_t>(count), 0.0);
+    for (std::size_t c = 0; c < of.size(); ++c) {
+      double sum = exponential ? 0.0 : static_cast<double>(count);
+      for (const double w : of[c]) sum += exponential ? w : 0.0;
+      for (std::size_t j = 0; j < out.size() && sum != 0; ++j) out[j] += row[c] / sum * of[c][j];
+    }
+    return out;
+  }
+};
 
 }  // namespace detail
 
@@ -62,19 +72,18 @@ inline void prefill(const efficient_attention& m, const problem& p) {
     for (isize h = 0; h < s.H; ++h) {
       const bool exponential = m.normalisation == efficient_normalisation::softmax;
       const auto k = detail::numbers(p.k, b, h / s.group()), v = detail::numbers(p.v, b, h / s.group());
-      std::vector<double> context;
+      detail::channel_weights keys{exponential, k, s.d};
       for (isize i = 0; i < s.n; ++i) {
-        const isize seen = m.causal ? i + s.m - s.n + 1 : m.keys_of(b, s.m);
-        if (m.causal || i == 0) context = detail::channel_context(exponential, k, v, s.d, s.e, seen);
-        std::vector<double> weight(static_cast<std::size_t>(s.d));
-        for (isize c = 0; c < s.d; ++c) weight[static_cast<std::size_t>(c)] = m.scale_for() * p.q.get(b, h, i, c);
-        if (exponential) detail::softmax(weight);
-        for (isize x = 0; x < s.e; ++x) {
-          double o = 0;
-          for (isize c = 0; c < s.d; ++c)
-            o += weight[static_cast<std::size_t>(c)] * context[static_cast<std::size_t>(c * s.e + x)];
-          p.out.set(b, h, i, x, o);
-        }
+        keys.take(m.causal ? i + s.m - s.n + 1 : m.keys_of(b, s.m));
+        std::vector<double> row(static_cast<std::size_t>(s.d)), o(static_cast<std::size_t>(s.e), 0.0);
+        for (isize c = 0; c < s.d; ++c) row[static_cast<std::size_t>(c)] = m.scale_for() * p.q.get(b, h, i, c);
+        if (exponential) detail::softmax(row);
+        const std::vector<double> weight = keys.seen_by(row);
+        for (isize j = 0; j < keys.count; ++j)  // o = sum_c row_c (sum_j w_jc v_j), j first
+          for (isize x = 0; x < s.e; ++x)
+            o[static_cast<std::size_t>(x)] +=
+                weight[static_cast<std::size_t>(j)] * v[static_cast<std::size_t>(j * s.e + x)];
+        for (isize x = 0; x < s.e; ++x) p.out.set(b, h, i, x, o[static_cast<std::size_t>(x)]);
       }
     }
 }
