@@ -12,6 +12,7 @@
 #include <fovea/feature/learned.hpp>
 #include <fovea/hybrid.hpp>
 #include <fovea/hybrid/reference.hpp>
+#include <fovea/hybrid/reference_int8.hpp>
 #include <fovea/hybrid/stores.hpp>
 
 #include "support/catch.hpp"
@@ -127,6 +128,23 @@ draw make_step_draw(std::uint64_t seed) {
   m.block_k = m.parts * r.integer(1, 9) * (r.coin(0.4) ? 8 : 1);
   x.B = 1, x.n = x.keys = r.integer(30, 100), x.H = x.G * r.integer(1, 5), x.d = r.coin(0.3) ? 64 : r.integer(1, 40);
   place(x, r);
+  return x;
+}
+
+/// The same, in one prefill with integers: hybrid/int8.hpp.
+draw make_int8_draw(std::uint64_t seed) {
+  draw x = make_draw(seed);
+  test::random r(seed ^ 0x696e7438ULL);
+  hybrid_attention& m = x.m;
+  if (x.type == dtype::f64) x.type = dtype::f32;
+  x.streams = false, x.keys_in = home::state, m.refresh = 1, m.arithmetic = precision::int8;
+  if (m.select == block_selector::pattern) m.select = block_selector::int8;
+  if (m.compensate == compensation::cumulant || m.compensate == compensation::linear)
+    m.compensate = compensation::zeroth;
+  m.map = elu1{}, m.variance_share = 1, m.variance_cap = HUGE_VAL;
+  if (m.compensate == compensation::none) m.parts = 1;
+  m.block_q = r.coin() ? 16 : r.integer(4, 40);
+  x.n = r.integer(4, 40), x.keys = r.coin() ? x.n : r.integer(1, 100), x.d = r.coin(0.05) ? 64 : x.d;
   return x;
 }
 
@@ -268,6 +286,70 @@ std::string run(const draw& x, fault f = fault::none) {
   return lse.ok ? "" : "lse: " + lse.text;
 }
 
+/// What the rows of some draws were apart from the twin with the same integers, and from f32, in deviations that the recipe predicts: every
+/// code, score and probability is rounded once, independently, to a step that the scales give (hybrid/reference_int8.hpp).
+struct int8_rows {
+  double worst = 0, sum = 0, twin = 0, twin_sum = 0, lse = 0;
+  isize rows = 0, tied = 0;
+};
+
+/// "" or what is wrong. Rows where f32 itself is not the reference are ties of the selection, which the twin took another way.
+std::string run_int8(const draw& x, int8_rows& all, fault f = fault::none) {
+  hybrid_attention m = x.m, used = x.m;
+  numbers y(x, m);
+  used.blocks = m.blocks;
+  if (f == fault::kept_dropped) used.keep_small = 0;
+  const problem exact{y.q, y.k, y.v, y.want, y.sums, {}, {}};
+  reference::prefill(m, exact, false);
+  tensor floats = test::unwritten(x.type, x.B, x.H, x.n, x.e), twin = test::unwritten(dtype::f64, x.B, x.H, x.n, x.e),
+         twin_lse = test::unwritten(dtype::f64, x.B, x.H, x.n, 1);
+  hybrid_attention in_floats = m;
+  in_floats.arithmetic = precision::f32;
+  std::vector<double> predicted;
+  try {
+    fovea::prefill(serial, in_floats, y.q, y.k, y.v, floats);
+    const fovea::threads pool(x.threads);
+    fovea::prefill(pool, used, y.q, y.k, y.v, y.out, {.lse = y.lse});
+    const problem p{y.q, y.k, y.v, twin, twin_lse, {}, {}};
+    predicted = reference::hybrid_int8_twin(m, p).prefill(true);
+  } catch (const std::exception& error) {
+    return std::string("refused: ") + error.what();
+  }
+  if (f == fault::one_element) y.out.set(0, 0, 0, 0, y.out.get(0, 0, 0, 0) + 0.5);
+  const double stored = x.type == dtype::f32 ? 1e-6 : x.type == dtype::f16 ? 0x1p-11 : 0x1p-8;
+  int8_rows own;
+  std::size_t at = 0;
+  for (isize b = 0; b < x.B; ++b)
+    for (isize h = 0; h < x.H; ++h)
+      for (isize i = 0; i < x.n; ++i, ++at) {
+        double in_f32 = 0, from_exact = 0, from_twin = 0, size = 0;
+        for (isize c = 0; c < x.e; ++c) {
+          const double want = y.want.get(b, h, i, c), got = y.out.get(b, h, i, c);
+          in_f32 += std::pow(floats.get(b, h, i, c) - want, 2), size += want * want;
+          from_exact += std::pow(got - want, 2), from_twin += std::pow(got - twin.get(b, h, i, c), 2);
+        }
+        const double rounding = stored * std::sqrt(size) + 1e-6;  // of the stored output
+        if (std::sqrt(in_f32) > 1e-4 * std::sqrt(size) + 2 * rounding) {
+          ++own.tied;
+          continue;
+        }
+        const double deviation = std::sqrt(predicted[at]) + rounding;
+        const double apart = std::sqrt(from_exact) / deviation, twins = std::sqrt(from_twin) / deviation;
+        own.worst = std::max(own.worst, std::isfinite(apart) ? apart : HUGE_VAL);
+        own.twin = std::max(own.twin, std::isfinite(twins) ? twins : HUGE_VAL);
+        own.sum += apart, own.twin_sum += twins, ++own.rows;
+        const double lse = y.lse.get(b, h, i, 0), want = twin_lse.get(b, h, i, 0);
+        if (lse != want) own.lse = std::max(own.lse, std::fabs(lse - want));
+      }
+  all.worst = std::max(all.worst, own.worst), all.twin = std::max(all.twin, own.twin);
+  all.lse = std::max(all.lse, own.lse), all.sum += own.sum, all.twin_sum += own.twin_sum, all.rows += own.rows,
+  all.tied += own.tied;
+  std::ostringstream said;
+  said << "worst " << own.worst << " deviations, twin " << own.twin << ", lse " << own.lse << ", tied " << own.tied;
+  // Float and double may round one code of p to different sides: two deviations of a row that is little else; a score: 1/64 octave of lse.
+  return own.worst < 5 && own.twin < 2 && own.lse < 0.011 && own.tied <= x.m.block_q * x.H ? "" : said.str();
+}
+
 std::uint64_t number(const char* variable, std::uint64_t otherwise) {
   const char* text = std::getenv(variable);
   return text == nullptr || *text == '\0' ? otherwise : std::strtoull(text, nullptr, 0);
@@ -299,6 +381,25 @@ TEST_CASE("hybrid draws: FOVEA_HYBRID_DRAW again") {
 TEST_CASE("hybrid draws: one half") { run_part(0, 2, 2000, make_draw); }
 TEST_CASE("hybrid draws: the other half") { run_part(1, 2, 2000, make_draw); }
 TEST_CASE("hybrid draws: steps with rounded scores") { run_part(0, 1, 200, make_step_draw); }
+
+TEST_CASE("hybrid draws: in int8, against the twin with the same integers and what the scales predict") {
+  int8_rows all;
+  isize failed = 0;
+  for (std::uint64_t seed = 0; seed < number("FOVEA_HYBRID_DRAWS", 150) && failed < 10; ++seed) {
+    const draw x = make_int8_draw(seed);
+    const std::string wrong = run_int8(x, all);
+    if (wrong.empty()) continue;
+    UNSCOPED_INFO(x.text() << "\n    " << wrong);
+    ++failed;
+  }
+  CHECK(failed == 0);
+  INFO("worst " << all.worst << " mean " << all.sum / static_cast<double>(all.rows) << " twin " << all.twin << ", mean "
+                << all.twin_sum / static_cast<double>(all.rows) << " lse " << all.lse << " rows " << all.rows
+                << " tied " << all.tied);
+  CHECK(all.sum < 1.3 * static_cast<double>(all.rows));
+  CHECK(all.twin_sum < 0.1 * static_cast<double>(all.rows));
+  CHECK(all.tied * 500 < all.rows);
+}
 
 TEST_CASE("hybrid draws: every selector meets every type, compensation, and option") {
   std::map<std::string, isize> met;
@@ -341,5 +442,23 @@ TEST_CASE("hybrid draws: a library that is wrong on purpose is found out") {
     CAPTURE(static_cast<int>(f), applied, found);
     CHECK(applied >= 8);
     CHECK(found >= applied * 2 / 3);  // some selections compute all that the fault could spoil
+  }
+}
+
+TEST_CASE("hybrid draws: int8 that is wrong on purpose is found out") {
+  for (const fault f : {fault::kept_dropped, fault::one_element}) {
+    isize applied = 0, found = 0;
+    for (std::uint64_t seed = 9000; applied < 12 && seed < 20000; ++seed) {
+      const draw x = make_int8_draw(seed);
+      const bool sharp =
+          x.type == dtype::f32 && x.keys >= 40 && x.m.budget < 0.5 && x.m.top_p == 0 && x.m.at_least == 0;
+      if (!sharp || (f == fault::kept_dropped && !(x.m.selects() && x.m.keep_small > 0.1 && x.m.block_k <= 12)))
+        continue;
+      int8_rows rows;
+      ++applied, found += run_int8(x, rows, f).empty() ? 0 : 1;
+    }
+    CAPTURE(static_cast<int>(f), applied, found);
+    CHECK(applied >= 8);
+    CHECK(found >= applied * 2 / 3);
   }
 }
