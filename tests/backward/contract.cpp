@@ -72,6 +72,7 @@ TEST_CASE("contract of backward: what softmax_attention has no gradient of") {
   CHECK_SAYS(refusal_of([&](call& c) { c.to.dbias = room; }), "dbias was asked for");
   CHECK_SAYS(refusal_of([&](call& c) { c.to.dbias = room, c.m.score = softcap{2.0}; }), "dbias was asked for");
   CHECK_SAYS(refusal_of([](call& c) { c.m.scale = -1.0; }), "scale is -1");
+  CHECK_SAYS(refusal_of([](call& c) { c.m.skip = 0.01F; }), "skip is 0.01");
 }
 
 TEST_CASE("contract of backward: a workspace of the caller's") {

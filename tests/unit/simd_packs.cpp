@@ -145,6 +145,21 @@ TEMPLATE_LIST_TEST_CASE("pack: select and fma_where for every lane mask, dead la
   }
 }
 
+TEMPLATE_LIST_TEST_CASE("pack: lanes_above says where a is not at most b, NaN included", "", packs) {
+  using X = TestType;
+  using T = typename X::type;
+  const T values[] = {T(0), T(1), T(-1), std::numeric_limits<T>::infinity(), std::numeric_limits<T>::quiet_NaN()};
+  for (std::size_t shift = 0; shift < 25; ++shift) {
+    lanes<X> a, b;
+    simd::lane_bits want = 0;
+    for (std::size_t l = 0; l < a.size(); ++l) {
+      a[l] = values[(l + shift) % 5], b[l] = values[(l + shift) / 5 % 5];
+      want |= static_cast<simd::lane_bits>(a[l] <= b[l] ? 0 : 1) << l;
+    }
+    CHECK(simd::lanes_above(X::P::load(a.data()), X::P::load(b.data())) == want);
+  }
+}
+
 TEMPLATE_LIST_TEST_CASE("pack: load_n and store_n touch the first lanes and nothing else", "", packs) {
   using X = TestType;
   using P = typename X::P;
