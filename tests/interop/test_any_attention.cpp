@@ -6,6 +6,8 @@
 #include <vector>
 
 #include <fovea/any_attention.hpp>
+#include <fovea/mask/patterns.hpp>
+#include <fovea/softmax/mechanism.hpp>
 
 #include "interop/files.hpp"
 #include "support/tensors.hpp"
@@ -135,6 +137,31 @@ TEST_CASE("any_attention: an unknown mechanism is refused with the list of those
   const std::string line = message_of<fovea::contract_error>([] { (void)any_attention::make({"sofmax", {}}); });
   CHECK(holds(line, "mechanism is \"sofmax\"; wanted one of"));
   for (const auto& entry : fovea::registered_mechanisms()) CHECK(holds(line, entry.name));
+}
+
+TEST_CASE("any_attention: patterns as masks of softmax") {
+  const fovea::mask_site at{0, 0, 90, 90, 1, 1};
+  const auto same = [&](const fovea::configuration& c, const fovea::mask& want) {
+    const auto made = any_attention::make(c);
+    const auto* m = made.as<fovea::softmax_attention>();
+    isize apart = m == nullptr ? 1 : 0;
+    for (isize i = 0; i < 90 && m != nullptr; ++i)
+      for (isize j = 0; j < 90; ++j) apart += m->mask.visible(at, i, j) != want.visible(at, i, j) ? 1 : 0;
+    return apart == 0 && m->mask.is_causal() == want.is_causal();
+  };
+  const fovea::hsa_pattern sparse{fovea::hsa_mode::sparse, 12};
+  CHECK(same({"softmax", {{"pattern", "sparse"}, {"stride", 12.0}}}, sparse));
+  CHECK(same({"softmax", {{"pattern", "sparse"}, {"stride", 12.0}, {"causal", true}}}, sparse));
+  CHECK(same({"softmax", {{"pattern", "fixed"}}}, fovea::hsa_pattern{fovea::hsa_mode::fixed, 128}));
+  CHECK(same({"softmax", {{"pattern", "dilated"}, {"pattern_window", 5.0}, {"stride", 3.0}}}, fovea::dilated{5, 3}));
+  CHECK(same({"softmax", {{"pattern", "bigbird"}, {"pattern_block", 8.0}, {"pattern_seed", 4.0}, {"causal", true}}},
+             fovea::bigbird{.block = 8, .seed = 4, .is_causal = true}));
+  CHECK(
+      same({"softmax", {{"pattern", "local"}, {"stride", 30.0}, {"window", 9.0}, {"causal", true}}}, fovea::window{9}));
+  CHECK(holds(message_of<fovea::contract_error>([] {
+                (void)any_attention::make({"softmax", {{"pattern", "bigbird"}, {"pattern_window", 2.0}}});
+              }),
+              "odd"));
 }
 
 TEST_CASE("any_attention: every mechanism can be made, and refuses a key and a tensor that it does not know") {

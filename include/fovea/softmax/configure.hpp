@@ -2,7 +2,8 @@
 #pragma once
 /// @file  softmax_attention from a configuration.
 ///
-/// Keys       scale, causal, align, offset, window (own key included), left / right, first, chunk, prefix, softcap, max_distance,
+/// Keys       scale, causal, align, offset, window (own key included), left / right, first, chunk, prefix, pattern with stride and
+///            pattern_window, _block, _global, _random, _seed, softcap, max_distance,
 ///            bidirectional, relative_left, rope_theta and rope_*, store, store_type, store_scale, store_layout,
 ///            store_rotated, store_chunk, precision ("f32" or "int8"), skip.
 /// Tensors    mask (u8 or bool, broadcast to [B, H, n, m], 1 = may see), bias (float, likewise), slopes [H], sinks [H],
@@ -109,7 +110,8 @@ inline any_attention configure_softmax(configuration_reader& c) {
   require(!m.scale || *m.scale > 0, "scale is ", m.scale.value_or(0), "; it must be positive");
   m.arithmetic = c.choice("precision", {{"f32", precision::f32}, {"int8", precision::int8}}, m.arithmetic);
   m.skip = static_cast<float>(c.number("skip", 0));
-  const bool positions_matter = c.flag("causal", false) || c.has("window") || c.has("left") || c.has("right");
+  const bool positions_matter =
+      c.flag("causal", false) || c.has("window") || c.has("left") || c.has("right") || c.has("pattern");
   const packed sequences = detail::configure_packed(c, *keep);
   const alignment_of_rows align = detail::configure_rows(c, *keep, positions_matter);
   m.mask = detail::configure_mask(c, *keep, align, sequences);

@@ -2,9 +2,10 @@
 #pragma once
 /// @file  The mask of a configured softmax_attention.
 ///
-/// Rules by position (causal, window, left / right, chunk, prefix, a tree) hold all at once; inside packed sequences they count from the
+/// Rules by position (causal, window, left / right, chunk, prefix, a pattern, a tree) hold all at once; inside packed sequences they count from the
 /// start of each; a boolean table and key lengths hold besides.
 
+#include <fovea/mask/patterns.hpp>
 #include <fovea/softmax/configure_tables.hpp>
 
 namespace fovea {
@@ -42,6 +43,38 @@ inline void configure_tree(configuration_reader& c, softmax_tables& keep, const 
   keep.rules.emplace_back(tree{keep.trees.data(), static_cast<isize>(keep.trees.size())});
 }
 
+/// A fixed sparse pattern; all are causal but bigbird, which is if the configuration is.
+inline void configure_pattern(configuration_reader& c, softmax_tables& keep, const alignment_of_rows& align) {
+  if (!c.has("pattern")) return;
+  enum class form : unsigned char { local, strided, sparse, fixed, dilated, bigbird };
+  const form is = c.choice("pattern",
+                           {{"local", form::local},
+                            {"strided", form::strided},
+                            {"sparse", form::sparse},
+                            {"fixed", form::fixed},
+                            {"dilated", form::dilated},
+                            {"bigbird", form::bigbird}},
+                           form::sparse);
+  if (is == form::bigbird) {
+    bigbird b{.is_causal = c.flag("causal", false), .align = align};
+    b.block = c.integer("pattern_block", b.block), b.window = c.integer("pattern_window", b.window);
+    b.global = c.integer("pattern_global", b.global), b.random = c.integer("pattern_random", b.random);
+    b.seed = static_cast<std::uint64_t>(c.integer("pattern_seed", 0));
+    b.check({});
+    keep.rules.emplace_back(b);
+  } else if (is == form::dilated) {
+    dilated d{.align = align};
+    d.window = c.integer("pattern_window", d.window), d.step = c.integer("stride", d.step);
+    d.check({});
+    keep.rules.emplace_back(d);
+  } else {
+    hsa_pattern h{.mode = static_cast<hsa_mode>(is), .align = align};
+    h.stride = c.integer("stride", h.stride);
+    h.check({});
+    keep.rules.emplace_back(h);
+  }
+}
+
 /// The rules by position, in keep.rules.
 inline void configure_rules(configuration_reader& c, softmax_tables& keep, const alignment_of_rows& align) {
   const bool is_causal = c.flag("causal", false), has_window = c.has("window"),
@@ -72,8 +105,9 @@ inline void configure_rules(configuration_reader& c, softmax_tables& keep, const
   if (has_prefix)
     keep.rules.emplace_back(
         prefix_lm{c.integer("prefix", 0), prefixes != nullptr ? keep.prefixes.data() : nullptr, align});
-  else if (is_causal && !has_window && !has_chunk)
+  else if (is_causal && !has_window && !has_chunk && !c.has("pattern"))
     keep.rules.emplace_back(causal{align});
+  configure_pattern(c, keep, align);
   configure_tree(c, keep, align);
 }
 
@@ -96,7 +130,7 @@ inline mask configure_mask(configuration_reader& c, softmax_tables& keep, const 
   configure_rules(c, keep, align);
   const isize rules = static_cast<isize>(keep.rules.size());
   const bool plain_causal = rules == 1 && c.flag("causal", false) && keep.trees.empty() && !c.has("window") &&
-                            !c.has("chunk") && keep.rules[0].is_causal();
+                            !c.has("chunk") && !c.has("pattern") && keep.rules[0].is_causal();
   const every all{keep.rules.data(), rules};
   if (sequences.sequences > 0) {
     packed own = sequences;
