@@ -186,8 +186,7 @@ class linear_blocks {
     if (!channel_ && (g.log_decay || !m_.gamma.empty())) {
       s.decays = true;
       if (g.log_decay) {
-        for (isize i = 0; i < count; ++i)
-          simd::load_row<Arch, Acc>(g.log_decay.type, g.log_decay.row(at.b, at.head, x.t + i), 1, s.decay + i);
+        if (count > 0) column(g.log_decay, at, x.t, count, s.decay);
         exponentials<Arch>(s.decay, count);
       } else {
         const auto gamma = m_.gamma[m_.gamma.size() == 1 ? 0 : static_cast<std::size_t>(at.head)];
@@ -199,10 +198,14 @@ class linear_blocks {
       for (isize i = s.decays ? count : 0; i < x.count; ++i) s.decay[i] = Acc(1);
       s.decays = true;
     }
-    for (isize i = 0; delta_ && i < count; ++i) {
-      s.beta[i] = Acc(1);
-      if (g.beta) simd::load_row<Arch, Acc>(g.beta.type, g.beta.row(at.b, at.head, x.t + i), 1, s.beta + i);
-    }
+    for (isize i = 0; delta_ && !g.beta && i < count; ++i) s.beta[i] = Acc(1);
+    if (delta_ && g.beta && count > 0) column(g.beta, at, x.t, count, s.beta);
+  }
+  /// One number a token, from token t on.
+  void column(const tensor_ref& from, const linear_site<Acc>& at, isize t, isize count, Acc* to) const {
+    const bool joined = from.row_stride == 1;
+    for (isize i = 0; i < (joined ? 1 : count); ++i)
+      simd::load_row<Arch, Acc>(from.type, from.row(at.b, at.head, t + i), joined ? count : 1, to + i);
   }
 
   /// The rows that erase, where they are not the keys.

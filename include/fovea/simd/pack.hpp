@@ -170,11 +170,12 @@ template <class T, class A>
 FOVEA_INLINE pack<T, A> fnma(pack<T, A> a, pack<T, A> b, pack<T, A> c) {
   using P = pack<T, A>;
 #if defined(FOVEA_HAS_AVX512)
-  if constexpr (std::is_same_v<P, pack<float, avx512>>)
-    return P(typename P::batch(_mm512_fnmadd_ps(a.v, b.v, c.v)));
-  else
+  if constexpr (std::is_same_v<P, pack<float, avx512>>) return P(typename P::batch(_mm512_fnmadd_ps(a.v, b.v, c.v)));
 #endif
-    return fma(P(T(0)) - a, b, c);
+#if defined(__FMA__) && (defined(FOVEA_HAS_AVX512) || defined(FOVEA_HAS_AVX2))
+  if constexpr (std::is_same_v<P, pack<float, avx2>>) return P(typename P::batch(_mm256_fnmadd_ps(a.v, b.v, c.v)));
+#endif
+  return fma(P(T(0)) - a, b, c);
 }
 
 /// 1 / a within 1 unit in the last place, for a whose reciprocal is an ordinary number.

@@ -129,8 +129,13 @@ FOVEA_INLINE pack<T, A> most_magnitude(pack<T, A> a, pack<T, A> b) {
   if constexpr (std::is_same_v<pack<T, A>, pack<float, avx512>>)
     return pack<T, A>(typename pack<T, A>::batch(_mm512_range_ps(a.v, b.v, 0x0b)));
 #endif
-  const pack<T, A> zero(T(0));
-  return max(max(a, zero - a), max(b, zero - b));
+  if constexpr (!std::is_same_v<A, scalar>) {
+    using batch = typename pack<T, A>::batch;
+    return max(pack<T, A>(batch(xsimd::abs(a.v))), pack<T, A>(batch(xsimd::abs(b.v))));
+  } else {
+    const pack<T, A> zero(T(0));
+    return max(max(a, zero - a), max(b, zero - b));
+  }
 }
 
 }  // namespace simd
