@@ -249,6 +249,17 @@ def differs(got, want, bound):
     return None
 
 
+def skips_wrongly(got, want, v):
+    """Keys left out: every row as far off as it says, and no farther; the log-sum-exp of all keys."""
+    mass, size = got["skipped"].astype(np.float64), np.sqrt((v.astype(np.float64) ** 2).sum(-1)).max()
+    if mass.size != want[1].size or not ((mass >= 0) & (mass <= 1)).all():
+        return "skipped: shape, or no share"
+    gap = np.sqrt(((got["o"].astype(np.float64) - want[0]) ** 2).sum(-1))
+    if gap.size and not (gap <= 2 * mass.reshape(gap.shape) * size + 2e-5 * (1 + size)).all():
+        return f"skipping: {gap.max():.3g} off, {mass.max():.3g} skipped"
+    return differs({"o": want[0], "lse": got["lse"]}, want, 2e-5)
+
+
 def gradient_differs(r, c, t, wide, ask):
     """Derivatives along a random direction of each input, from the formulas by central differences, against the gradients."""
     out = wanted(c, t, wide["q"], wide["k"], wide["v"])[0]
@@ -274,6 +285,9 @@ def trial(seed, attend_program, counts):
     wide = {name: x.astype(np.float64) for name, x in (("q", q), ("k", k), ("v", v))}
     # Where RoPE's tables are of float, so is the bound.
     problem = differs(ask(dict(wide)), want, 1e-9) or differs(ask({"q": q, "k": k, "v": v}), want, 2e-5)
+    if problem:
+        return c, t, problem
+    problem = skips_wrongly(ask({"q": q, "k": k, "v": v, "config": {"skip": 0.01}}), want, v)
     if problem:
         return c, t, problem
     if "rope_theta" not in c and not ("bias" in t and {"t5", "relative"} & set(t)):  # of q and k that come turned, of one table
