@@ -128,6 +128,17 @@ void skip(benchmark::State& b, float epsilon, isize n, isize d) {
   b.counters["skipped"] = sum / static_cast<double>(n);
 }
 
+/// From nothing but the first keys and the window on, pooled, kept. `share`: of the block pairs, computed.
+void to_target(benchmark::State& b, const fovea::error_target& target, isize n) {
+  const real_like t({1, 3, 1, n, n, 64, 64});
+  fovea::hybrid_attention m{.is_causal = true, .budget = 0, .at_least = 0};
+  std::vector<float> bound(static_cast<std::size_t>(3 * n));
+  b.counters["share"] = fovea::prefill_within(fovea::serial, m, t.Q(), t.K(), t.V(), t.O(),
+                                              fovea::bhnd(bound.data(), 1, 3, n, 1), target);
+  m.target = target;
+  against_exact(b, t, m, true);
+}
+
 void pass(benchmark::State& b, isize n, isize d) {
   using arch = fovea::simd::native;
   if constexpr (fovea::kernel::has_code_pass<arch>) {
@@ -177,18 +188,20 @@ struct step_case {
   fovea::compensation rest;
   bool share_group;
   isize H, G, d, m;
+  isize refresh = 1;  ///< steps of a selection, and of a call
   std::string name() const;
 };
 
 void step(benchmark::State& b, const step_case& x) {
   const isize m = x.m;
   const fovea::shape all{1, x.H, x.G, m, m, x.d, x.d, fovea::dtype::f16},
-      room{1, x.H, x.G, 1, m + 8, x.d, x.d, fovea::dtype::f16};
+      room{1, x.H, x.G, 1, m + 8 + x.refresh, x.d, x.d, fovea::dtype::f16};
   const real_like t(all);
   const fovea::hybrid_attention hybrid{.select = x.how,
                                        .is_causal = true,
                                        .budget = 1.0 / 16,
                                        .keep_small = 0,
+                                       .refresh = x.refresh,
                                        .share_group = x.share_group,
                                        .compensate = x.rest};
   const fovea::softmax_attention exact = exact_attention(true);
@@ -199,12 +212,13 @@ void step(benchmark::State& b, const step_case& x) {
   fovea::kv_cache::append({t.Q(), k, v, t.O(), {}, {}}, of_exact);
   const isize held = of_exact.tokens();
   fovea::shape one = all;
-  one.n = 1, one.m = m + 1;
+  one.n = 1, one.m = m + x.refresh;
   const fovea::buffer scratch(std::max(hybrid.state_workspace_size(one, 1), exact.workspace_size(one, 1)) + 64);
   const auto call = [&](const auto& mechanism, fovea::state& s) {
     fovea::kv_cache::truncate(s, held);
-    fovea::step(fovea::serial, mechanism, t.Q().slice(m - 1, 1), t.K().slice(m - 1, 1), t.V().slice(m - 1, 1),
-                t.O().slice(0, 1), s, {.workspace = scratch.span()});
+    for (isize step = 0; step < x.refresh; ++step)  // a truncated state selects anew
+      fovea::step(fovea::serial, mechanism, t.Q().slice(m - 1 - step, 1), t.K().slice(m - 1, 1), t.V().slice(m - 1, 1),
+                  t.O().slice(0, 1), s, {.workspace = scratch.span()});
     machine::use(*t.out.data());
   };
   b.counters["exact_takes"] = in_turns(
@@ -214,12 +228,15 @@ void step(benchmark::State& b, const step_case& x) {
 const char* name_of(fovea::block_selector x) {
   return x == fovea::block_selector::int8 ? "int8" : x == fovea::block_selector::int4 ? "int4" : "mean";
 }
-const char* rest_of(fovea::compensation x) { return x == fovea::compensation::none ? "dropped" : "pooled"; }
+const char* rest_of(fovea::compensation x) {
+  return x == fovea::compensation::none ? "dropped" : x == fovea::compensation::zeroth ? "pooled" : fovea::name_of(x);
+}
 
 std::string step_case::name() const {
   const auto text = [](isize x) { return std::to_string(x); };
-  return std::string("step/") + name_of(how) + "/" + rest_of(rest) + (share_group ? "/shared" : "") + "/f16/D" +
-         text(d) + "/N" + text(m) + "/H" + text(H) + "/G" + text(G);
+  return std::string("step/") + name_of(how) + "/" + rest_of(rest) + (share_group ? "/shared" : "") +
+         (refresh > 1 ? "/refresh" + text(refresh) : "") + "/f16/D" + text(d) + "/N" + text(m) + "/H" + text(H) + "/G" +
+         text(G);
 }
 
 }  // namespace
@@ -267,6 +284,13 @@ void register_hybrid() {
       }
     }
   using enum fovea::compensation;
+  for (const fovea::compensation rest : {sampled, cumulant, linear})
+    add("select/int8/" + std::string(rest_of(rest)) + "/D64/N16384",
+        [=](benchmark::State& b) { select(b, int8, rest, n, 64); });
+  for (const bool estimated : {false, true})
+    for (const double target : {0.3, 0.1})
+      add(std::string("target/") + (estimated ? "estimated/" : "proven/") + (target > 0.2 ? "30" : "10") + "/D64/N4096",
+          [=](benchmark::State& b) { to_target(b, {.relative = target, .estimated = estimated}, 4096); });
   std::vector<step_case> steps;
   for (const fovea::block_selector how : {int8, int4, mean})
     for (const fovea::compensation rest : {none, zeroth})
@@ -275,6 +299,9 @@ void register_hybrid() {
     steps.push_back({int8, rest, false, 3, 3, 64, 32768});
     for (const bool shared : {false, true}) steps.push_back({int8, rest, shared, 32, 8, 128, 32768});
   }
+  for (const isize refresh : {4, 16})
+    for (const fovea::compensation rest : {none, zeroth})
+      for (const bool shared : {false, true}) steps.push_back({int8, rest, shared, 9, 3, 64, 32768, refresh});
   for (const step_case& x : steps) add(x.name(), [=](benchmark::State& b) { step(b, x); });
 }
 

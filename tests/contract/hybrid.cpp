@@ -119,6 +119,11 @@ TEST_CASE("contract of hybrid: summaries and the store beside them") {
     return said;
   };
   CHECK_SAYS(refusal([&] { (void)make_summaries({}, 4, sizes, 8); }), "is not causal");
+  CHECK_SAYS(
+      refusal([&] { (void)make_summaries({.is_causal = true, .compensate = compensation::linear}, 4, sizes, 8); }),
+      "linear");
+  CHECK_SAYS(refusal([&] { (void)make_summaries({.is_causal = true, .target = {.relative = 0.1}}, 4, sizes, 8); }),
+             "error target");
   CHECK_SAYS(refusal([&] { (void)make_summaries(m, 3, sizes, 8); }), "3 query heads, 2 KV heads");
   CHECK_SAYS(refusal([&] { (void)make_summaries(m, 4, sizes, -1); }), "room for -1 tokens");
   state s = make_summaries(m, 4, sizes, 8), tight = make_summaries(m, 4, sizes, 2);

@@ -4,12 +4,14 @@
 /// FOVEA_CERTIFICATE_ROWS=N looks at so many rows of hard data (30,000 in a test run); FOVEA_CERTIFICATE_CAPTURES=FILE:FILE... at so many
 /// rows of captures of one's own as well, with other recipes and other pieces of the text each time.
 
+#include <array>
 #include <cstdlib>
 #include <iostream>
 #include <map>
 #include <sstream>
 
 #include <fovea/hybrid.hpp>
+#include <fovea/hybrid/reference.hpp>
 #include <fovea/interop/safetensors.hpp>
 
 #include "support/catch.hpp"
@@ -332,6 +334,63 @@ TEST_CASE("certificate: prefill_within gets every row under the target, or compu
   look(1e-3, late, violated, beyond);
   CHECK(all > 0.97);
   CHECK(beyond == 0);
+}
+
+TEST_CASE("certificate: an error target against the twin of the blocks that it computed, and against exact attention") {
+  for (std::uint64_t seed = 0; seed < 24; ++seed) {
+    test::random r(seed + 4000);
+    const isize G = r.integer(1, 2), H = G * r.integer(1, 2), n = r.integer(20, 90), m = n + r.integer(0, 60),
+                d = r.integer(4, 24), e = r.integer(4, 24);
+    tensor q = test::normal(r, dtype::f32, 1, H, n, d), k = test::normal(r, dtype::f32, 1, G, m, d),
+           v = test::normal(r, dtype::f32, 1, G, m, e), out = test::unwritten(dtype::f32, 1, H, n, e),
+           bound = test::unwritten(dtype::f32, 1, H, n, 1), want = test::unwritten(dtype::f64, 1, H, n, e);
+    hybrid_attention x;
+    x.select =
+        std::array{block_selector::int8, block_selector::mean, block_selector::exact, block_selector::bound}[seed % 4];
+    x.is_causal = r.coin(0.7), x.budget = r.coin() ? 0 : 0.2, x.at_least = 0, x.first = 4, x.window = 8;
+    x.block_q = r.integer(1, 20), x.block_k = 2 * r.integer(1, 8), x.keep_small = r.coin() ? 0 : 0.05;
+    x.compensate = r.coin(0.3) ? compensation::none : compensation::zeroth;
+    x.parts = x.compensate == compensation::zeroth && r.coin() ? 2 : 1;
+    x.target = {.relative = r.uniform(0.05, 0.5), .estimated = seed % 6 == 5};
+    const problem p{q, k, v, out, {}, {}, {}};
+    const isize lines = ceil_div(n, x.block_q), blocks = ceil_div(m, x.block_k);
+    std::vector<std::uint8_t> table(static_cast<std::size_t>(H * lines * blocks));
+    const buffer work(x.workspace_size(p.shape(), 1) + alignment);
+    detail::hybrid_run<float>::prefill(x, serial, p, arena(work.span()), table.data(), bound);
+    isize dropped = 0;  // blocks of the selection that were not computed
+    problem twin{q, k, v, want, {}, {}, {}};
+    reference::prefill_by(x, twin, [&](isize, isize h) {
+      auto fates = reference::block_fates(x, p, 0, h);
+      for (isize I = 0; I < lines; ++I)
+        for (isize J = 0; J < blocks; ++J) {
+          int& fate = fates[static_cast<std::size_t>(I)][static_cast<std::size_t>(J)];
+          const bool computed = table[static_cast<std::size_t>((h * lines + I) * blocks + J)] == kernel::computed;
+          dropped += fate == 1 && !computed ? 1 : 0;
+          if (computed) fate = 1;
+        }
+      return fates;
+    });
+    CAPTURE(seed, H, G, n, m, d, e, x.block_q, x.block_k, x.is_causal, x.budget, x.keep_small, x.parts);
+    CHECK(dropped == 0);
+    CHECK_CLOSE(out.values(), want.values(), {.c = 128});
+    tensor exact = test::unwritten(dtype::f64, 1, H, n, e);
+    hybrid_attention all = x;
+    all.target = {};
+    reference::prefill_by(all, problem{q, k, v, exact, {}, {}, {}}, [&](isize, isize) {
+      return std::vector<std::vector<int>>(static_cast<std::size_t>(lines),
+                                           std::vector<int>(static_cast<std::size_t>(blocks), 1));
+    });
+    for (isize h = 0; h < H; ++h)
+      for (isize i = 0; i < n; ++i) {
+        double error = 0, size = 0;
+        for (isize c = 0; c < e; ++c)
+          error = std::hypot(error, out.get(0, h, i, c) - exact.get(0, h, i, c)),
+          size = std::hypot(size, out.get(0, h, i, c));
+        const double promised = bound.get(0, h, i, 0);
+        CHECK(error <= promised);
+        if (!x.target.estimated) CHECK(promised <= x.target.relative * size * (1 + 1e-6));
+      }
+  }
 }
 
 TEST_CASE("certificate: a needle at every depth of 64k keys is found by int8, or reported where mean keys miss it") {

@@ -69,6 +69,16 @@ inline void check_hybrid_linear(const hybrid_attention& m) {
           "plain sums: wanted a map of single rows, such as elu1, T2R's or Hedgehog's");
 }
 
+/// `what`: a state, or summaries beside a store.
+inline void check_hybrid_streams(const hybrid_attention& m, const char* what) {
+  require(m.is_causal, what,
+          " of a hybrid_attention that is not causal (is_causal = true); a row cannot see keys that have not come");
+  require(!m.target.on(), what,
+          " of a hybrid_attention with an error target; the target is of a prefill without a state");
+  require(m.compensate != compensation::linear, what,
+          " of a hybrid_attention with compensation::linear; the linear rest is of a prefill without a state");
+}
+
 inline void check_hybrid_refresh(const hybrid_attention& m) {
   require(m.refresh >= 1, "refresh is ", m.refresh, "; it counts the steps of a selection, and must be at least 1");
   const bool codes = m.select == block_selector::int8 || m.select == block_selector::int4;

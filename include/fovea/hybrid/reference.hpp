@@ -352,16 +352,16 @@ inline void keep_selections(const hybrid_attention& m, std::vector<std::vector<i
   }
 }
 
-/// in_steps: the rows came one by one to a state, block_q = 1, as many as keys.
-inline void prefill(const hybrid_attention& m, const problem& p, bool in_steps = false) {
+/// With the fates that fates_of(b, h) gives, as block_fates gives them.
+template <class F>
+void prefill_by(const hybrid_attention& m, const problem& p, F&& fates_of) {
   const shape s = p.shape();
   const double none = -std::numeric_limits<double>::infinity();
   for (isize b = 0; b < s.B; ++b)
     for (isize h = 0; h < s.H; ++h) {
       const auto kept = hybrid_detail::kept_keys_of(m, p, b, h / s.group());
       const auto pools = hybrid_detail::pools_of(m, p, b, h / s.group(), kept);
-      auto fates = m.select == block_selector::pattern ? std::vector<std::vector<int>>{} : block_fates(m, p, b, h);
-      if (in_steps && m.refresh > 1) keep_selections(m, fates);
+      const std::vector<std::vector<int>> fates = fates_of(b, h);
       for (isize i = 0; i < s.n; ++i) {
         const auto all = hybrid_detail::row_candidates(m, p, fates, pools, kept, b, h, i);
         double top = none, sum = 0;
@@ -379,6 +379,16 @@ inline void prefill(const hybrid_attention& m, const problem& p, bool in_steps =
         if (p.lse) p.lse.set(b, h, i, 0, all.empty() ? none : top + std::log(sum));
       }
     }
+}
+
+/// in_steps: the rows came one by one to a state, block_q = 1, as many as keys.
+inline void prefill(const hybrid_attention& m, const problem& p, bool in_steps = false) {
+  prefill_by(m, p, [&](isize b, isize h) {
+    if (m.select == block_selector::pattern) return std::vector<std::vector<int>>{};
+    auto fates = block_fates(m, p, b, h);
+    if (in_steps && m.refresh > 1) keep_selections(m, fates);
+    return fates;
+  });
 }
 
 }  // namespace reference

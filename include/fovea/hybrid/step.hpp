@@ -32,12 +32,7 @@ inline std::size_t hybrid_attention::state_workspace_size(const shape& s, int th
 inline state hybrid_attention::make_state(const shape& s) const {
   detail::check_hybrid_options(*this);
   detail::check_hybrid_storage(*this, s.type);
-  require(
-      is_causal,
-      "a hybrid_attention with a state must be causal (is_causal = true); a row cannot see keys that have not come");
-  require(!target.on(), "a hybrid_attention with an error target has no state; the target is of a prefill");
-  require(compensate != compensation::linear,
-          "a hybrid_attention with compensation::linear has no state; the linear rest is of a prefill");
+  detail::check_hybrid_streams(*this, "a state");
   require(s.B >= 0 && s.G >= 1 && s.m >= 0 && s.d >= 1 && s.e >= 1, "make_state: B, G, m, d, e are ", s.B, ", ", s.G,
           ", ", s.m, ", ", s.d, ", ", s.e, "; wanted sizes of a problem, m tokens of room");
   return {tag(), s, detail::hybrid_state_bytes(*this, s)};
@@ -50,8 +45,6 @@ inline void hybrid_attention::check(const problem& p, const state& s) const {
   s.check(tag(), p.shape(), name);
   require(is_causal && align.how == alignment_of_rows::kind::bottom_right,
           "a hybrid_attention with a state must be causal (is_causal = true) and bottom-right");
-  require(compensate != compensation::linear,
-          "a hybrid_attention with compensation::linear has no state; the linear rest is of a prefill");
   kv_cache::check_room(p, s);
   require(s.bytes() == detail::hybrid_state_bytes(*this, s.sizes()), "the state holds ", s.bytes(),
           " bytes; this hybrid wants ", detail::hybrid_state_bytes(*this, s.sizes()), " (use make_state)");

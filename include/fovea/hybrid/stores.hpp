@@ -21,7 +21,7 @@ inline namespace FOVEA_ABI {
 /// Summaries of one sequence of a store of this shape, for H query heads.
 inline state make_summaries(const hybrid_attention& m, isize H, const kv_shape& s, isize room) {
   detail::check_hybrid_options(m);
-  require(m.is_causal, "summaries of a hybrid_attention that is not causal (is_causal = true)");
+  detail::check_hybrid_streams(m, "summaries");
   require(H >= 1 && s.heads >= 1 && H % s.heads == 0 && room >= 0, "make_summaries: ", H, " query heads, ", s.heads,
           " KV heads, room for ", room, " tokens; wanted a multiple of the KV heads, and at least 0");
   const shape sizes{1, H, s.heads, 0, room, s.d, s.e, s.type};

@@ -208,6 +208,8 @@ template <class Arch, class Acc, class Code>
 FOVEA_NOINLINE rounding_size<Acc> size_of_rounding(const Acc* x, const Code* code, Acc step, isize width) noexcept {
   using P = simd::pack<Acc, Arch>;
   const auto rounded = [&](isize c, isize left) {
+    if constexpr (std::is_same_v<Code, std::int8_t>)
+      if (left >= P::size) return simd::load_as<P>(code + c) * P(step);
     alignas(64) Acc whole[P::size] = {};
     for (isize l = 0; l < P::size && l < left; ++l) whole[l] = static_cast<Acc>(code[c + l]);
     return P::load(whole) * P(step);
