@@ -165,11 +165,13 @@ void add_hybrid(std::vector<setting>& all) {
                  only_causal("hybrid", {{"pattern", "sparse"}, {"stride", 128.0}}, true)});
   all.push_back({0, "MST fixed s=128", "hybrid", "", "own block and the last column of each, as MST's code draws it",
                  only_causal("hybrid", {{"pattern", "fixed"}, {"stride", 128.0}}, true)});
-  const auto select = [](const char* by, double budget, const char* rest, double parts = 1, double small = 1.0 / 64) {
+  const auto select = [](const char* by, double budget, const char* rest, double parts = 1, double small = 1.0 / 64,
+                         const values& more = {}) {
     values v{{"select", std::string(by)}, {"budget", budget}, {"block_q", 16.0},
              {"block_k", 16.0},           {"first", 16.0},    {"window", 64.0},
              {"at_least", 0.0},           {"parts", parts},   {"keep_small", small}};
     v["compensate"] = std::string(rest);
+    v.insert(more.begin(), more.end());
     return plain("hybrid", v, true);
   };
   const std::string oracle = "an oracle for study: choosing costs a whole score pass";
@@ -179,6 +181,11 @@ void add_hybrid(std::vector<setting>& all) {
                  "the same, one compressed token for each skipped block", select("int8", 0.125, "zeroth")});
   all.push_back({0, "int8 select 1/8 + four mean tokens", "hybrid", "", "a token for each quarter of a skipped block",
                  select("int8", 0.125, "zeroth", 4)});
+  all.push_back({0, "int8 select 1/8 + mean token + 1/4 variance", "hybrid", "",
+                 "the mean token, compensated by a quarter of the variance of its logits",
+                 select("int8", 0.125, "cumulant", 1, 1.0 / 64, {{"variance_share", 0.25}})});
+  all.push_back({0, "int8 select 1/8 + four sampled keys", "hybrid", "",
+                 "in place of means a key of each quarter, at random", select("int8", 0.125, "sampled", 4)});
   all.push_back({0, "int8 select 1/8 + mean token, no small values", "hybrid", "",
                  "without the 1/64 of the keys with the smallest |v|", select("int8", 0.125, "zeroth", 1, 0)});
   all.push_back({0, "int8 select 1/4 + mean token", "hybrid", "", "as above with twice the budget",
