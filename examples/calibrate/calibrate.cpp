@@ -118,7 +118,10 @@ void merge_settings(const std::string& path, nlohmann::json& now) {
 void project(const std::string& file, const options& o, const CLI::App& app, nlohmann::json& settings) {
 #if FOVEA_HAS_EIGEN
   const compare::input in = compare::read_input(file, o.tokens);
-  if (in.causal && o.files.empty()) return;
+  if (in.causal && o.files.empty()) {
+    std::printf("%s: causal, and a Linformer slot mixes all positions: left out\n", in.file.c_str());
+    return;
+  }
   fovea::require(!in.causal,
                  "this layer is causal; a Linformer slot mixes all positions and has no causal form to fit");
   calibrate::linformer_options how;
@@ -202,6 +205,12 @@ int main(int argc, char** argv) {
     fovea::require(o.how.loss.first < 0 || o.how.loss.window > 0, "--first goes with --window");
     fovea::require(o.mechanism == "linformer" || (o.slots == 0 && o.positions == 0 && o.error == 0),
                    "--slots, --positions and --error go with --mechanism linformer");
+    fovea::require(o.slots == 0 || o.error == 0, "--slots and --error were both given; --error chooses the slots");
+    for (const char* name : {"--map", "--features", "--window", "--first", "--loss", "--rows", "--resume"})
+      fovea::require(o.mechanism != "linformer" || app.get_option(name)->count() == 0, name,
+                     " goes with feature maps, not with --mechanism linformer");
+    fovea::require(o.mechanism == "linformer" || app.get_option("--share")->count() == 0,
+                   "--share goes with --mechanism linformer");
     if (o.how.loss.first < 0) o.how.loss.first = o.how.loss.window > 0 ? 4 : 0;
     o.how.loss.cross_entropy = o.loss == "cross_entropy" || o.loss == "both" ? 1.0 : 0.0;
     o.how.loss.mean_square = o.loss == "mean_square" ? 1.0 : 0.0;

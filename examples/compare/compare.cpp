@@ -62,6 +62,12 @@ std::vector<std::string> built_in_files() {
   return files;
 }
 
+/// A file that a list of settings names: as it is named, or beside the list, where that was moved or is read from another folder.
+std::string beside(const std::string& list, const std::string& file) {
+  const auto moved = std::filesystem::path(list).parent_path() / std::filesystem::path(file).filename();
+  return !std::filesystem::exists(file) && std::filesystem::exists(moved) ? moved.string() : file;
+}
+
 /// The user's own settings: a JSON list of {"label", "family"?, "note"?, "file"?, "attention": {...}, "weights"?: FILE}. With "file" a
 /// setting is for the input of that name alone.
 void add_settings(const std::string& path, std::vector<setting>& all) {
@@ -76,7 +82,8 @@ void add_settings(const std::string& path, std::vector<setting>& all) {
             path, "key \"" + key + "\" is not known; known: label, attention, weights, note, family, file");
     const auto c = fovea::configuration_from_json(item["attention"]);
     auto weights = std::make_shared<fovea::arrays>();
-    if (item.contains("weights")) *weights = fovea::read_safetensors(item["weights"].get<std::string>()).tensors;
+    const std::string from = item.contains("weights") ? beside(path, item["weights"].get<std::string>()) : "";
+    if (!from.empty()) *weights = fovea::read_safetensors(from).tensors;
     const std::string file = item.value("file", "");
     const std::string family = item.value("family", c.mechanism == "softmax" ? "window" : c.mechanism);
     all.push_back({static_cast<int>(all.size()), item["label"].get<std::string>(), family, "", item.value("note", ""),
@@ -84,7 +91,7 @@ void add_settings(const std::string& path, std::vector<setting>& all) {
                      if (!file.empty() && in.file != file) throw not_applicable{"its weights were learned for " + file};
                      return c;
                    },
-                   [weights](const input&) { return *weights; }, item.value("weights", "")});
+                   [weights](const input&) { return *weights; }, from});
   }
 }
 

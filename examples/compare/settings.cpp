@@ -186,6 +186,12 @@ void add_hybrid(std::vector<setting>& all) {
                  select("int8", 0.125, "cumulant", 1, 1.0 / 64, {{"variance_share", 0.25}})});
   all.push_back({0, "int8 select 1/8 + four sampled keys", "hybrid", "",
                  "in place of means a key of each quarter, at random", select("int8", 0.125, "sampled", 4)});
+  all.push_back({0, "int8 select 1/8 + linear rest", "hybrid", "untrained",
+                 "elu + 1 over the skipped keys; gate and map are meant to be learned",
+                 select("int8", 0.125, "linear")});
+  all.push_back({0, "int8 select 1/8 + mean token, int8 tiles", "hybrid", "",
+                 "chosen blocks, tokens and kept keys as products of 8-bit integers",
+                 select("int8", 0.125, "zeroth", 1, 1.0 / 64, {{"precision", std::string("int8")}})});
   all.push_back({0, "int8 select 1/8 + mean token, no small values", "hybrid", "",
                  "without the 1/64 of the keys with the smallest |v|", select("int8", 0.125, "zeroth", 1, 0)});
   all.push_back({0, "int8 select 1/4 + mean token", "hybrid", "", "as above with twice the budget",

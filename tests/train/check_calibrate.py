@@ -64,6 +64,8 @@ with tempfile.TemporaryDirectory() as tmp:
     assert "chosen: 8 slots" in said, said
     refused("is causal", calibrate, "--mechanism", "linformer", layer, "--out", tmp)
     refused("go with --mechanism linformer", calibrate, layer, "--slots", "8", "--out", tmp)
+    refused("both given", calibrate, "--mechanism", "linformer", encoder, "--slots", "8", "--error", "0.5", "--out", tmp)
+    refused("--map goes with feature maps", calibrate, "--mechanism", "linformer", encoder, "--map", "t2r", "--out", tmp)
     refused("held out leave", calibrate, "--mechanism", "linformer", encoder, "--positions", "300", "--out", tmp)
 
     refused("no such file", calibrate, tmp / "none.safetensors", "--out", tmp)

@@ -259,6 +259,11 @@ TEST_CASE("hybrid: recall is the mass of the computed keys") {
       CHECK(recall.get(0, h, i, 0) == Approx(some / all).epsilon(1e-5));
     }
   }
+  hybrid_attention spread = m;  // what stands for skipped blocks is no part of it
+  spread.compensate = compensation::cumulant, spread.variance_share = 0.25, spread.variance_cap = 1;
+  tensor same = test::unwritten(dtype::f32, 1, 2, 48, 1);
+  mass_recall(serial, spread, c.q, c.k, c.v, same);
+  CHECK_SAME_BITS(same, recall);
   m.budget = 1;
   mass_recall(serial, m, c.q, c.k, c.v, recall);
   for (const double x : recall.values().data) CHECK(x == Approx(1.0).epsilon(1e-5));

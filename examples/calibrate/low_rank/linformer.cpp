@@ -48,7 +48,7 @@ fitted fit(const compare::input& in, const linformer_options& o, isize slots, fo
   fovea::isize steps = 0;
   f.run(exec, [&](const fovea::train::projection_progress& p) { return steps = p.step, true; });
   r.end = f.error(exec, true), r.learned = f.error(exec, false).mean, r.weights = f.weights();
-  std::printf("  %5td  %8.1f  %8.1f  %8.1f %7.1f %6.1f  %8.1f   %s, %td steps\n", slots, 100 * r.means.mean,
+  std::printf("  %5td  %7.1f  %8.1f  %8.1f %7.1f %6.1f  %11.1f   %s, %td steps\n", slots, 100 * r.means.mean,
               100 * r.start.mean, 100 * r.end.mean, 100 * r.end.median, 100 * r.end.p95, 100 * r.learned, from, steps);
   std::fflush(stdout);
   return r;
@@ -62,10 +62,16 @@ std::vector<isize> powers(isize W) {
 }
 
 void print_spectrum(const compare::input& in, const projection_fit& f, const std::vector<isize>& ks) {
-  std::printf("  what rank k can do on held-out %s, mean over heads, in %%\n", f.whole() ? "rows" : "windows");
-  std::printf("      k  |P|^2 in own directions  in fixed ones    error of P_k V: own  fixed\n");
+  std::printf(
+      "  how far rank k reaches on the held-out %s, mean over heads, in %%. own: the best k directions of the "
+      "attention\n"
+      "  matrix judged, which no E fixed beforehand knows; fixed: those of what was learned from, about what E and F "
+      "can do\n",
+      f.whole() ? "rows" : "windows");
+  std::printf("                   energy kept            output error\n");
+  std::printf("      k            own   fixed            own   fixed\n");
   for (const spectrum_row& r : spectrum(in, f, ks))
-    std::printf("  %5td  %23.1f  %13.1f  %21.1f  %5.1f\n", r.k, 100 * r.own_energy, 100 * r.fixed_energy,
+    std::printf("  %5td        %7.1f %7.1f        %7.1f %7.1f\n", r.k, 100 * r.own_energy, 100 * r.fixed_energy,
                 100 * r.own_error, 100 * r.fixed_error);
 }
 
@@ -84,8 +90,11 @@ void fit_linformer(const compare::input& in, const linformer_options& o, nlohman
                 in.file.c_str(), in.H, W, probe.train_windows().size(), probe.held_out_windows().size());
   std::vector<isize> ks = powers(W);
   print_spectrum(in, probe, ks);
-  std::printf("  |o^ - o| / |o| on what was held out, in %%            after AdamW       mean on what\n");
-  std::printf("  slots     means     start      mean  median    p95   was learned\n");
+  std::printf(
+      "  output error |o^ - o| / |o| of the rows held out, in %%: pooling needs no data, start is the best of three "
+      "without AdamW\n");
+  std::printf("         pooling     start  after AdamW                mean where\n");
+  std::printf("  slots     mean      mean      mean  median    p95   it learned   start, steps\n");
   if (o.error <= 0) ks = {slots};
   fitted best;
   for (const isize k : ks) {
@@ -96,8 +105,13 @@ void fit_linformer(const compare::input& in, const linformer_options& o, nlohman
   if (o.error > 0 && best.end.mean <= o.error)
     std::printf("  chosen: %td slots, the first of these below %.1f %%\n", best.slots, 100 * o.error);
   else if (o.error > 0)
-    std::printf("  none of these is below %.1f %%: Linformer is not for this layer at this error; written: %td slots\n",
-                100 * o.error, best.slots);
+    std::printf(
+        "  none of these is below %.1f %%: Linformer is not for this layer at this error; kept: the best, %td slots\n",
+        100 * o.error, best.slots);
+  if (best.end.mean > 0.99 * best.means.mean)
+    std::printf(
+        "  learning found next to nothing beyond pooling: {\"projection\": \"mean\", \"slots\": %td} does as well\n",
+        best.slots);
   const std::string stem = o.folder + "/" + std::filesystem::path(in.file).stem().string() + ".linformer";
   fovea::write_safetensors(stem + ".safetensors", best.weights,
                            {{"made_by", "calibrate " FOVEA_VERSION_STRING},
@@ -109,7 +123,7 @@ void fit_linformer(const compare::input& in, const linformer_options& o, nlohman
                       {"file", in.file},
                       {"attention", {{"mechanism", "linformer"}, {"scale", in.scale}}},
                       {"weights", stem + ".safetensors"}});
-  std::printf("  written: %s.safetensors\n", stem.c_str());
+  std::printf("  written: %s.safetensors, E and F for inputs of at most %td tokens\n", stem.c_str(), W);
 }
 
 }  // namespace calibrate

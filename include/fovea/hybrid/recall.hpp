@@ -5,6 +5,7 @@
 ///   recall_i  = sum_{j computed} e^(s_ij) / sum_{j allowed} e^(s_ij) = e^(lse of the computed keys - lse of exact attention)
 ///   density_i = |{j computed}| / |{j allowed}|           kept keys count as computed; 1 for a row that may see nothing
 
+#include <limits>
 #include <vector>
 
 #include <fovea/hybrid/prefill.hpp>
@@ -17,6 +18,7 @@ inline void mass_recall(exec_ref exec, const hybrid_attention& m, tensor_ref q, 
                         tensor_mut out) {
   hybrid_attention computed = m;
   computed.compensate = compensation::none;
+  computed.variance_share = 1, computed.variance_cap = std::numeric_limits<double>::infinity();
   require(!m.target.on(), "mass_recall of a mechanism with an error target; prefill_within tells what is proven");
   softmax_attention exact{.scale = m.scale};
   if (m.is_causal) exact.mask = causal{.align = m.align};
