@@ -7,6 +7,7 @@ namespace bench {
 ///   pattern/...      MST's patterns with stride 128, and masks of softmax_attention; `per_tile`: time against the visible share
 ///   pass             the int8 pass over all visible keys, with block sums; the reciprocal of exact_takes is its share
 ///   select/...       prefill with a selection, budget max(1/16, 256 keys), the rest pooled or dropped, no kept keys
-///   step/...         decoding with 32k keys stored as f16, summaries in place, 9 query and 3 KV heads
+///   target/...       prefill to an error target, per cent, proven or estimated; `share`: of the block pairs, computed
+///   step/...         decoding with 32k keys stored as f16, summaries in place, 9 query and 3 KV heads; refresh<r>: r steps, one selection
 void register_hybrid();
 }  // namespace bench
