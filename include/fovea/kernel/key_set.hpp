@@ -57,6 +57,14 @@ const Acc* load_query(const query_rows& rows, isize h, isize i, isize d, Acc* sc
   return scratch;
 }
 
+/// Are rows [j0, j1) of a source read where they lie? They are if they are Acc, in one stretch. A row stride of a multiple of 4 KB
+/// would put all rows of a panel into one set of the L1 cache: those are copied too.
+template <class Acc>
+bool read_in_place(const row_source& from, isize j0, isize j1) noexcept {
+  return from.form == row_form::plain && from.type == dtype_of<Acc> && from.at(j0).count >= j1 - j0 &&
+         from.row_bytes % 4096 != 0;
+}
+
 /// Rows [j0, j1) of a source as Acc: where they lie, if they are stored so in one stretch; else converted into `scratch` [rows][width].
 template <class Arch, class Acc>
 FOVEA_NOINLINE const Acc* block_of_rows(const row_source& from, isize j0, isize j1, isize width, Acc* scratch,
@@ -67,8 +75,7 @@ FOVEA_NOINLINE const Acc* block_of_rows(const row_source& from, isize j0, isize 
     return scratch;
   }
   stretch s = from.at(j0);
-  // A row stride of a multiple of 4 KB would put all rows of a panel into one set of the L1 cache: copy those too.
-  if (from.type == dtype_of<Acc> && s.count >= j1 - j0 && from.row_bytes % 4096 != 0) {
+  if (read_in_place<Acc>(from, j0, j1)) {
     stride = from.row_bytes / static_cast<isize>(sizeof(Acc));
     return reinterpret_cast<const Acc*>(s.data);
   }

@@ -88,12 +88,15 @@ class online_softmax : detail::softmax_rows<Arch, Acc> {
     for (isize j0 = high; j0 > 0 && j0 >= low; j0 -= T::keys) one(j0, j0 - T::keys);
   }
 
-  /// With few rows of queries the block's values, then the next block's keys, are asked for before they are needed.
+  /// Few rows: the block's values, then the next block's keys, are asked for. Values that will be copied come with the keys.
   void look_ahead(const key_set<Acc>& set, isize j0, isize j1) noexcept {
     v_ahead_ = k_ahead_ = {};
     if (set.count * (set.k.row_bytes + set.v.row_bytes) <= (1 << 20)) return;  // in the L2 cache
-    v_ahead_ = detail::rows_ahead<Acc>::of(set.v, j0, j1, e_);
-    k_ahead_ = detail::rows_ahead<Acc>::of(set.k, j1, j1 + T::keys < set.count ? j1 + T::keys : set.count, d_);
+    const isize keys = j1 - j0, panel = T::panel_keys(static_cast<int>(vectors(0)));
+    const isize j2 = j1 + T::keys < set.count ? j1 + T::keys : set.count;
+    const range v = read_in_place<Acc>(set.v, j0, j1) ? range{j0, j1} : range{j1, j2};
+    v_ahead_ = {set.v, v.first, v.last, e_, ceil_div(keys, panel) * ceil_div(d_, detail::score_step)};
+    if (j1 < j2) k_ahead_ = {set.k, j1, j2, d_, ceil_div(keys, detail::value_step) * ceil_div(e_, panel)};
   }
 
   struct block {  // keys [j0, j1) of a set, converted when the first tile needs them
@@ -238,21 +241,21 @@ class online_softmax : detail::softmax_rows<Arch, Acc> {
   void join(const detail::panel* list, isize panels, isize t, const block& x, const Acc* top, Acc* alpha) noexcept {
     detail::exponentials<Arch, Acc, NV>(list, panels, s_, top, m_ + t * T::rows, l_ + t * T::rows, alpha);
     if (skip_ > Acc(0)) return join_chosen<NV>(list, panels, t, x, alpha);
-    for_columns([&](auto m, isize c, isize g) {
+    for_columns<NV>([&](auto m, isize c) {
       detail::value_panels<Arch, Acc, m, NV>(list, panels, x.v + c, x.v_stride, s_, lanes_, fresh_[t] ? nullptr : alpha,
-                                             ot_ + (t * e_ + c) * T::rows, g, k_ahead_);
+                                             ot_ + (t * e_ + c) * T::rows, k_ahead_);
     });
     fresh_[t] = false;
   }
 
-  /// f(constant<M>, first column, group) for groups of up to MR columns.
-  template <class F>
+  /// f(constant<M>, first column) for groups of as many columns as hide each other's latency.
+  template <int NV, class F>
   void for_columns(F&& f) const noexcept {
-    const tile::balanced columns(e_, T::MR);
+    const tile::balanced columns(e_, T::panel_keys(NV));
     isize c = 0;
     for (isize g = 0; g < columns.groups; ++g) {
       const isize count = columns.size(g);
-      tile::with_constant<T::MR>(count, [&](auto m) { f(m, c, g); });
+      tile::with_constant<T::panel_keys(NV)>(count, [&](auto m) { f(m, c); });
       c += count;
     }
   }
@@ -268,16 +271,16 @@ class online_softmax : detail::softmax_rows<Arch, Acc> {
     bool moved = false;
     for (isize r = 0; r < NV * T::W; ++r) moved = moved || alpha[r] != Acc(1);
     if (panels > 0 || (count == 0 && moved && !fresh_[t])) {
-      for_columns([&](auto m, isize c, isize) {
+      for_columns<NV>([&](auto m, isize c) {
         detail::value_panels<Arch, Acc, m, NV>(list, panels, x.v + c, x.v_stride, s_, lanes_,
-                                               fresh_[t] ? nullptr : alpha, ot_ + (t * e_ + c) * T::rows);
+                                               fresh_[t] ? nullptr : alpha, ot_ + (t * e_ + c) * T::rows, k_ahead_);
       });
       for (isize r = 0; r < NV * T::W; ++r) alpha[r] = Acc(1);
       fresh_[t] = false;
     }
     if constexpr (NV == T::NR) {
       if (count == 0) return;
-      for_columns([&](auto m, isize c, isize) {
+      for_columns<NV>([&](auto m, isize c) {
         detail::chosen_values<Arch, Acc, m, NV>(left.keys, count, x.v + c, x.v_stride, s_, fresh_[t] ? nullptr : alpha,
                                                 ot_ + (t * e_ + c) * T::rows);
       });
@@ -391,7 +394,7 @@ class online_softmax : detail::softmax_rows<Arch, Acc> {
     return ~std::uint64_t{0} >> (64 - (count < T::rows ? count : T::rows));
   }
 
-  detail::rows_ahead<Acc> k_ahead_, v_ahead_;
+  detail::paced_requests k_ahead_, v_ahead_;
   tensor_mut out_;
   detail::later next_;
   Acc skip_ = 0;

@@ -13,27 +13,6 @@ inline namespace FOVEA_ABI {
 namespace kernel {
 namespace detail {
 
-/// Rows that are asked for while others are worked on: where reading them would take longer than the work. Null: nothing.
-template <class Acc>
-struct rows_ahead {
-  const Acc* rows = nullptr;
-  isize stride = 0, width = 0, count = 0;
-  static constexpr isize line = 64 / static_cast<isize>(sizeof(Acc));
-  /// Rows [first, last) of a source, as far as they are one stretch of Acc.
-  static rows_ahead of(const row_source& from, isize first, isize last, isize width) noexcept {
-    rows_ahead x;
-    if (first >= last || from.type != dtype_of<Acc>) return x;
-    const stretch s = from.at(first);
-    x.rows = reinterpret_cast<const Acc*>(s.data), x.stride = from.row_bytes / static_cast<isize>(sizeof(Acc));
-    x.width = width, x.count = s.count < last - first ? s.count : last - first;
-    return x;
-  }
-  /// Line `x` (of 64 bytes) of row k.
-  FOVEA_INLINE void ask(isize k, isize x) const {
-    if (k < count && x * line < width) simd::prefetch(rows + k * stride + x * line, 64);
-  }
-};
-
 /// Rows that will be needed later, asked for a few lines at a time between products: in a burst the core would wait for them.
 struct row_requests {
   const std::byte* row = nullptr;
@@ -54,6 +33,48 @@ inline row_requests rows_at(const void* p, isize stride, isize bytes, isize rows
   if (stride == bytes) return {static_cast<const std::byte*>(p), 0, rows * bytes, 1};
   return {static_cast<const std::byte*>(p), stride, bytes, rows};
 }
+/// Rows [j, last) of a source as they are stored, in address order and in even portions, for loops whose products take no longer than
+/// reading: a line asked for too early waits for memory and everything behind it with it, one asked for too late is waited for.
+class paced_requests {
+ public:
+  paced_requests() = default;
+  paced_requests(const row_source& from, isize j, isize last, isize width, isize steps) noexcept {
+    bytes_ = width * static_cast<isize>(size_of(from.type)), stride_ = from.row_bytes;
+    if (from.form != row_form::plain || steps <= 0) return;
+    portion_ = ceil_div((last - j) * ceil_div(bytes_, 64), steps);
+    while (j < last && count_ < most) {  // of shorter pages only the first ones
+      const stretch s = from.at(j);
+      const isize here = s.count < last - j ? s.count : last - j;
+      list_[count_++] = {s.data, here};
+      j += here;
+    }
+  }
+  bool any() const noexcept { return portion_ > 0; }
+  FOVEA_INLINE void ask() {
+    for (isize n = portion_; n > 0; --n, at_ += 64) {
+      if (at_ >= end_ && !next_row()) return;
+      simd::prefetch(at_, 64);
+    }
+  }
+
+ private:
+  static constexpr isize most = 8;  // a block of 96 keys in pages of 16
+  struct part {
+    const std::byte* row;
+    isize rows;
+  };
+  FOVEA_INLINE bool next_row() {
+    while (now_ < count_ && list_[now_].rows == 0) ++now_;
+    if (now_ == count_) return false;
+    part& x = list_[now_];
+    at_ = x.row, end_ = at_ + bytes_;
+    x.row += stride_, --x.rows;
+    return true;
+  }
+  part list_[most];
+  const std::byte *at_ = nullptr, *end_ = nullptr;
+  isize bytes_ = 0, stride_ = 0, portion_ = 0, count_ = 0, now_ = 0;
+};
 /// With each panel of scores: so many lines of the next block, and of the output.
 struct later {
   row_requests k, v, out;

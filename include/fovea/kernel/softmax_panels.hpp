@@ -79,10 +79,13 @@ keys_alike alike(const std::uint64_t* lanes, isize k, isize last, std::uint64_t 
   return x;
 }
 
+/// Steps of few vectors, with each of which lines are asked for: columns of a panel of scores, keys of a run of values.
+inline constexpr isize score_step = 4, value_step = 4;
+
 /// S = K Q^T for `panels` panels of M keys and NV vectors of queries; folds the maximum into `top` [NV vectors].
 template <class Arch, class Acc, int M, int NV>
 FOVEA_NOINLINE void score_panels(isize panels, isize d, const Acc* k, isize k_stride, const Acc* qt, isize ld, Acc* s,
-                                 Acc* top, const rows_ahead<Acc>& ahead, later& next) noexcept {
+                                 Acc* top, paced_requests& ahead, later& next) noexcept {
   using P = simd::pack<Acc, Arch>;
   P most[NV];
   tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { most[v] = P::load(top + v * P::size); });
@@ -105,10 +108,10 @@ FOVEA_NOINLINE void score_panels(isize panels, isize d, const Acc* k, isize k_st
       }
     };
     // Few rows of queries: reading the keys and values may take longer than the products.
-    if (NV < softmax_tile<Arch, Acc>::NR && ahead.rows != nullptr) {
-      for (isize c = 0; c < d; c += ahead.line) {
-        for (isize i = 0; i < M; ++i) ahead.ask(n * M + i, c / ahead.line);
-        products(d - c < ahead.line ? d - c : ahead.line);
+    if (NV < softmax_tile<Arch, Acc>::NR && ahead.any()) {
+      for (isize c = 0; c < d; c += score_step) {
+        ahead.ask();
+        products(d - c < score_step ? d - c : score_step);
       }
     } else {
       products(d);
@@ -146,8 +149,7 @@ FOVEA_INLINE void edge_values(isize first, isize count, const Acc* v, isize v_st
 /// O^T[columns] = O^T * alpha + V^T P over the panels of a block; NV of the tile's vectors are in use. No alpha: O is not read.
 template <class Arch, class Acc, int M, int NV>
 FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, isize v_stride, const Acc* p,
-                                 const std::uint64_t* lanes, const Acc* alpha, Acc* o, isize group = 0,
-                                 const rows_ahead<Acc>& ahead = {}) noexcept {
+                                 const std::uint64_t* lanes, const Acc* alpha, Acc* o, paced_requests& ahead) noexcept {
   using P = simd::pack<Acc, Arch>;
   constexpr isize ld = softmax_tile<Arch, Acc>::rows;
   constexpr std::uint64_t whole = ~std::uint64_t{0} >> (64 - P::size);
@@ -161,11 +163,11 @@ FOVEA_NOINLINE void value_panels(const panel* list, isize panels, const Acc* v, 
   for (isize n = 0; n < panels; ++n) {
     const isize first = list[n].first, count = list[n].count;
     if (list[n].kind == seen::whole) {
-      const bool few = NV < softmax_tile<Arch, Acc>::NR && ahead.rows != nullptr;
+      const bool few = NV < softmax_tile<Arch, Acc>::NR && ahead.any();
       for (isize k = first, step = 0; k < first + count; k += step) {
         const isize left = first + count - k;
-        step = few && left > 8 ? 8 : left;
-        for (isize y = k; few && y < k + step; ++y) ahead.ask(y, group);
+        step = few && left > value_step ? value_step : left;
+        if (few) ahead.ask();
         tile::accumulate<Arch, Acc, M, NV>(step, v + k * v_stride, 1, v_stride, p + k * ld, ld, acc);
       }
       continue;
