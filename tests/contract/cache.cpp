@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// @file  What KV stores and calls over them refuse.
 
+#include <fovea/core/kv_cache.hpp>
 #include <fovea/position/rope_table.hpp>
 #include <fovea/softmax.hpp>
 
@@ -119,6 +120,7 @@ TEST_CASE("contract of sequences: cumulative lengths, dropped tokens, memory") {
         c.kv[0].k.data = static_cast<const std::byte*>(out.data), c.kv[0].k.row_bytes = 32;
       },
       "out overlaps the keys or values");
+  refuses([](C& c) { c.kv[0].k.row_bytes = 33; }, "rows of k are 33 bytes apart; wanted whole elements of f32");
   // A ring that has dropped what the first row would see.
   test::random r(2);
   ring_store ring(sizes, {4, 1, 2});
@@ -192,6 +194,9 @@ TEST_CASE("contract of stores: what is appended, cut and shifted") {
   CHECK_SAYS(refusal([&] { c.defragment(one); }), "page 0 stands in 2 tables, of which 1 were given; all are needed");
   CHECK_SAYS(refusal([&] { contiguous_store({.heads = 0, .d = 8, .e = 8}, 4); }), "heads, d, e are 0, 8, 8");
   CHECK_SAYS(refusal([&] { contiguous_store(sizes, -1); }), "the capacity is -1 tokens");
+  CHECK_SAYS(refusal([&] { contiguous_store(sizes, isize{1} << 55); }), "is more than memory can be");
+  CHECK_SAYS(refusal([&] { paged_pool(sizes, isize{1} << 30, isize{1} << 30); }), "more than memory can be");
+  CHECK_SAYS(refusal([&] { ring_store(sizes, {4, 1, PTRDIFF_MAX}); }), "at most 2^60");
   CHECK_SAYS(refusal([&] { ring_store(sizes, {0, 0, 1}); }), "window, first, chunk are 0, 0, 1");
   CHECK_SAYS(refusal([&] { paged_pool(sizes, 0, 4); }), "4 pages of 0 tokens");
   CHECK_SAYS(refusal([&] { contiguous_store({.heads = 1, .d = 8, .e = 9, .values_in_keys = true}, 4); }),
@@ -240,6 +245,26 @@ TEST_CASE("contract of softmax: states in rings and other types, RoPE") {
   CHECK_SAYS(
       refusal([&] { S{.mask = window{4}, .store = {.kind = state_store::form::ring, .chunk = 0}}.make_state(s); }),
       "store.chunk is 0");
+  CHECK_SAYS(refusal([&] {
+               S{.mask = causal{}}.make_state({1, 2, 1, 0, isize{1} << 58, 64, 64});
+             }),
+             "is more than memory can be");
+  {  // A ring of window 4 and chunk 2 can be cut by one token: then the next one still finds its four keys.
+    test::random r(5);
+    const tensor q = test::normal(r, dtype::f32, 1, 2, 9, 8), v = test::normal(r, dtype::f32, 1, 2, 9, 6);
+    tensor out = test::unwritten(dtype::f32, 1, 2, 9, 6), one = test::unwritten(dtype::f32, 1, 2, 1, 6);
+    const S m{.mask = window{4}, .store = ring};
+    for (const isize left : {8, 7, 6, 4}) {
+      state st = m.make_state({1, 2, 2, 9, 0, 8, 6, dtype::f32});
+      prefill(serial, m, q, q, v, out, st);
+      kv_cache::truncate(st, left);
+      const std::string said = refusal(
+          [&] { step(serial, m, q.ref().slice(left, 1), q.ref().slice(left, 1), v.ref().slice(left, 1), one, st); });
+      CAPTURE(left);
+      if (left < 7) CHECK_SAYS(said, "the state was truncated to ");
+      if (left >= 7) CHECK(said == "accepted");
+    }
+  }
   contract::refuses_what_it_must(contract::streaming_caller_of(S{.mask = window{4}, .store = ring}, true));
   contract::refuses_what_it_must(
       contract::streaming_caller_of(S{.mask = causal{}, .store = {.type = dtype::i8}}, true));

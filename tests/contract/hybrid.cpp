@@ -46,6 +46,11 @@ TEST_CASE("contract of hybrid: its own values") {
   refuses_value(H{.at_least = -5}, {"at_least", "-5"});
   refuses_value(H{.first = -5}, {"first", "-5"});
   refuses_value(H{.window = -5}, {"window", "-5"});
+  refuses_value(H{.at_least = PTRDIFF_MAX}, {"at_least", "2^60"});
+  refuses_value(H{.first = PTRDIFF_MAX}, {"first", "2^60"});
+  refuses_value(H{.window = PTRDIFF_MAX}, {"window", "2^60"});
+  const std::int32_t starts[] = {0, 1};
+  refuses_value(H{.align = at_offsets(starts)}, {"align has an offset for each of 2 batch items"});
   refuses_value(H{.top_p = -0.5}, {"top_p is -0.5"});
   refuses_value(H{.keep_small = bad}, {"keep_small is nan"});
   refuses_value(H{.parts = 0}, {"parts is 0"});
@@ -132,6 +137,10 @@ TEST_CASE("contract of hybrid: summaries and the store beside them") {
   hybrid_attention larger = m, aligned = m, exact = m, given = m, both_ways = m;
   larger.block_k = 32, aligned.align = top_left, both_ways.is_causal = false;
   exact.select = block_selector::exact, given.select = block_selector::given;
+  const hybrid_attention aims{.is_causal = true, .target = {.relative = 0.1}};
+  CHECK_SAYS(says(aims, q, k, s), "error target");
+  CHECK_SAYS(refusal([&] { prefill(serial, aims, q, k, v, out, plain); }), "error target");
+  CHECK_SAYS(refusal([&] { (void)store_workspace_size(aims, q, sizes, 8, 1); }), "error target");
   CHECK_SAYS(says(both_ways, q, k, s), "must be causal");
   CHECK_SAYS(says(aligned, q, k, s), "bottom-right");
   CHECK_SAYS(says(larger, q, k, s), "not made for this hybrid");

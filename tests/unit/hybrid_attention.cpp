@@ -452,6 +452,23 @@ TEST_CASE("hybrid: decoding with a shared selection gives finite rows and follow
   CHECK(std::sqrt(error / size) < 0.5);
 }
 
+TEST_CASE("hybrid: steps that keep a selection compute all of their query block") {
+  // Nothing is chosen: a row sees its query block, whether its selection is new or kept. Selections are made in mid-block, too.
+  call c(2, 1, 150, 150, 16, 16, 9);
+  hybrid_attention m{.block_q = 48, .block_k = 16, .is_causal = true, .budget = 0, .at_least = 0, .first = 0};
+  m.window = 0, m.keep_small = 0, m.compensate = compensation::none;
+  const auto in_steps = [&](isize refresh) {
+    m.refresh = refresh;
+    state st = m.make_state({1, 2, 1, 150, 150, 16, 16});
+    for (isize i = 0; i < 150; ++i)
+      fovea::step(serial, m, c.q.ref().slice(i, 1), c.k.ref().slice(i, 1), c.v.ref().slice(i, 1),
+                  c.out.ref().slice(i, 1), st);
+    return c.out.bytes();
+  };
+  const auto each = in_steps(1);
+  for (const isize refresh : {2, 4, 24}) CHECK((in_steps(refresh) == each));  // whole numbers of them a query block
+}
+
 TEST_CASE("hybrid: from a configuration") {
   const auto make = [](const configuration& c, const arrays& tensors = {}) {
     configuration_reader reader(c, tensors);

@@ -212,6 +212,14 @@ TEST_CASE("softmax: keys beyond one piece of a decode step, and beyond one block
   agrees({.mask = window{.width = 200, .first = 3}}, {1, 1, 1, 1500, 1500, 24, 24, dtype::f32}, 8);
 }
 
+TEST_CASE("softmax: a sink of -infinity is none, also for rows that see nothing") {
+  std::vector<float> sinks{-std::numeric_limits<float>::infinity(), 0.5F};
+  for (const dtype type : {dtype::f32, dtype::f64})
+    for (const isize n : {2, 40}) agrees({.mask = causal{}, .sinks = sinks.data()}, {1, 2, 2, n, 1, 8, 8, type}, 9);
+  agrees({.mask = causal{}, .sinks = sinks.data()}, {1, 2, 1, 60, 300, 16, 16, dtype::f32}, 10);
+  agrees({.mask = causal{}, .sinks = sinks.data()}, {1, 2, 1, 1, 5000, 16, 16, dtype::f32}, 11);
+}
+
 TEST_CASE("softmax: pieces of a decode step are cut by the keys alone: any number of threads gives the same bits") {
   test::random r(5);
   const shape s{2, 4, 2, 1, 9500, 48, 48, dtype::f32};

@@ -42,6 +42,8 @@ class paged_pool {
     require(s.form == kv_form::rows || page % packed_rows == 0, "paged_pool: pages of ", page,
             " tokens; packed rows come in pages of a multiple of ", packed_rows);
     layout_ = kv_layout(s, page);
+    require(static_cast<double>(layout_.bytes()) * static_cast<double>(pages) < 0x1p62, "paged_pool: ", pages,
+            " pages of ", page, " tokens are more than memory can be");
     memory_ = buffer(layout_.bytes() * static_cast<std::size_t>(pages));
     references_.assign(static_cast<std::size_t>(pages), 0);
     for (isize x = pages; x-- > 0;) free_.push_back(static_cast<std::int32_t>(x));

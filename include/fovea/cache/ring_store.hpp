@@ -28,8 +28,10 @@ class ring_store {
  public:
   ring_store(const kv_shape& s, const ring_size& r) : size_(r) {
     detail::check_kv_shape("ring_store", s);
-    require(r.window >= 1 && r.first >= 0 && r.chunk >= 1, "ring_store: window, first, chunk are ", r.window, ", ",
-            r.first, ", ", r.chunk, "; wanted at least 1, 0, 1");
+    constexpr isize most = isize{1} << 60;
+    require(r.window >= 1 && r.first >= 0 && r.chunk >= 1 && r.window <= most && r.first <= most && r.chunk <= most,
+            "ring_store: window, first, chunk are ", r.window, ", ", r.first, ", ", r.chunk,
+            "; wanted at least 1, 0, 1, and at most 2^60");
     index_.first = r.first, index_.size = r.window + r.chunk - 1;
     layout_ = kv_layout(s, index_.slots());
     memory_ = buffer(layout_.bytes());

@@ -9,6 +9,7 @@
 /// Contract   a kv_sequence never owns; an engine may fill one for memory of its own (cache/sequences.hpp has makers).
 /// Layout     each of the four parts starts at a multiple of 8 bytes, and the block is a multiple of 8 bytes long; packed: of 64.
 
+#include <fovea/core/contract.hpp>
 #include <fovea/core/rows.hpp>
 #include <fovea/core/workspace.hpp>
 
@@ -65,6 +66,9 @@ class kv_layout {
  public:
   kv_layout() = default;
   kv_layout(const kv_shape& s, isize rows) : shape_(s), rows_(rows) {
+    const auto real = [](isize x) { return static_cast<double>(x); };
+    require(real(s.heads) * (real(rows) + packed_rows) * (real(s.d) + real(s.e) + 8) * 9 < 0x1p62, "room for ", rows,
+            " tokens of ", s.heads, " KV heads, ", s.d, " and ", s.e, " wide, is more than memory can be");
     const auto size = static_cast<isize>(size_of(s.type));
     const bool packed = s.form == kv_form::packed;
     slots_ = packed ? ceil_div(rows, packed_rows) * packed_rows : rows;

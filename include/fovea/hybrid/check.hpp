@@ -115,14 +115,25 @@ inline void check_hybrid_options(const hybrid_attention& m) {
   require(m.budget >= 0 && m.budget <= 1, "budget is ", m.budget,
           "; it is a share of the candidate blocks, from 0 to 1");
   require(m.top >= 0, "top is ", m.top, "; it counts blocks and must not be negative (0: go by budget)");
+  constexpr isize many = isize{1} << 60;  // sums of two are numbers
   require(m.at_least >= 0 && m.first >= 0 && m.window >= 0, "at_least, first, window are ", m.at_least, ", ", m.first,
           ", ", m.window, "; they count keys and must not be negative");
+  require(m.at_least <= many && m.first <= many && m.window <= many && m.stride <= many,
+          "at_least, first, window, stride are ", m.at_least, ", ", m.first, ", ", m.window, ", ", m.stride,
+          "; wanted at most 2^60");
   if (m.select != block_selector::pattern) return;
   require(m.stride >= 1, "stride is ", m.stride, "; it must be at least 1");
   require(m.is_causal, "pattern ", name_of(m.pattern),
           " with is_causal = false; the patterns are causal by definition");
   require(m.compensate == compensation::none, "pattern ", name_of(m.pattern),
           " with compensation; it skips single tokens, and only whole blocks can be pooled");
+}
+
+/// Query blocks lie alike in every item; a pattern is a mask, and asks for itself.
+inline void check_hybrid_align(const hybrid_attention& m, isize B) {
+  require(m.select == block_selector::pattern || m.align.how != alignment_of_rows::kind::offsets || B <= 1,
+          "align has an offset for each of ", B,
+          " batch items; a selection wants one for all: bottom_right, top_left, or at_offset");
 }
 
 /// `exact_fit`: the mask has just the blocks of the problem; else it may hold more (a state that grows).

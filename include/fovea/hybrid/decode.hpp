@@ -230,7 +230,8 @@ class hybrid_decode {
       std::copy_n(at.fate + h * ld_fate(), rule.reach_of(block).past, summary.fates + h * room(summary));
   }
   void recall(slot& at, const kernel::kv_summary<float>& summary, isize block, isize chosen_at) const {
-    const isize known = chosen_at / rule.block_k, seen = rule.reach_of(block).seen;
+    // Chosen were the blocks before the query block of that position; its own ones were computed.
+    const isize known = chosen_at / m.block_q * m.block_q / rule.block_k, seen = rule.reach_of(block).seen;
     for (isize h = 0; h < selections; ++h) {
       std::uint8_t* const fate = at.fate + h * ld_fate();
       std::int32_t* const list = at.lists + h * rule.blocks();

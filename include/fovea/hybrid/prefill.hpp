@@ -352,7 +352,7 @@ struct hybrid_run : hybrid_plan<Acc> {
 inline void hybrid_attention::check(const problem& p) const {
   detail::check_problem(p);
   detail::check_hybrid_options(*this);
-  detail::check_hybrid_storage(*this, p.q.type);
+  detail::check_hybrid_storage(*this, p.q.type), detail::check_hybrid_align(*this, p.q.batch);
   if (select == block_selector::given) detail::check_given_blocks(*this, p.shape(), p.q.length, p.k.length, true);
   detail::check_linear_rest(*this, p.shape());
 }

@@ -43,6 +43,7 @@ inline void hybrid_attention::check(const problem& p, const state& s) const {
   detail::check_hybrid_options(*this);
   detail::check_hybrid_storage(*this, p.q.type);
   s.check(tag(), p.shape(), name);
+  require(!target.on(), "a hybrid_attention with an error target has no state; the target is of a prefill");
   require(is_causal && align.how == alignment_of_rows::kind::bottom_right,
           "a hybrid_attention with a state must be causal (is_causal = true) and bottom-right");
   kv_cache::check_room(p, s);

@@ -43,6 +43,7 @@ inline void check_hybrid_store(const hybrid_attention& m, const problem& p, cons
   check_hybrid_storage(m, p.q.type);
   require(m.is_causal && m.align.how == alignment_of_rows::kind::bottom_right,
           "a hybrid_attention over a store must be causal (is_causal = true) and bottom-right");
+  check_hybrid_streams(m, "summaries");
   require(s.tag() == summaries_tag(m), "the summaries were not made for this hybrid; use make_summaries");
   const shape& z = s.sizes();
   require(p.q.batch == 1 && z.H == p.q.heads && z.G == kv.heads && z.d == kv.d && z.e == kv.e && z.type == kv.k.type,
@@ -106,6 +107,7 @@ void step(exec_ref exec, const hybrid_attention& m, const tensor_ref& q, const t
 /// Bytes that such a call needs, `tokens` of the store with the new ones: for call_options::workspace.
 inline std::size_t store_workspace_size(const hybrid_attention& m, const tensor_ref& q, const kv_shape& s, isize tokens,
                                         int threads) {
+  detail::check_hybrid_options(m), detail::check_hybrid_streams(m, "summaries");
   if (m.select == block_selector::pattern) {
     kv_sequence kv = contiguous_store(s, 0).view();  // no rows are read
     kv.length = tokens;

@@ -66,7 +66,7 @@ class softmax_rows {
           from[l] = zeros_;  // lanes without a row
           if (r >= rows.last) continue;
           from[l] = load_query<Arch, Acc>(rows, h, i, d_, rows_of_ + l * wide_);
-          if (sinks != nullptr) {
+          if (sinks != nullptr && sinks[h] > -std::numeric_limits<float>::infinity()) {
             const Acc sink = static_cast<Acc>(sinks[h]) * log2e;
             m_[at] = std::ceil(sink), l_[at] = std::exp2(sink - m_[at]);
           }

@@ -26,6 +26,8 @@ inline void check_rows(const char* name, isize s, const row_source& r, isize wid
   require(r.data != nullptr, "sequence ", s, ": ", name, " is null; wanted ", length, " rows");
   require(length == 1 || r.row_bytes >= width * static_cast<isize>(size_of(r.type)), "sequence ", s, ": rows of ", name,
           " are ", r.row_bytes, " bytes apart; ", width, " elements of ", name_of(r.type), " do not fit");
+  require(length == 1 || r.row_bytes % static_cast<isize>(size_of(r.type)) == 0, "sequence ", s, ": rows of ", name,
+          " are ", r.row_bytes, " bytes apart; wanted whole elements of ", name_of(r.type));
   const bool scaled = r.scales != nullptr && (r.scale_row == 1 || (r.scale_row >= ceil_div(width, scale_group) &&
                                                                    r.scale_row <= ceil_div(wider, scale_group)));
   require(r.type != dtype::i8 || scaled, "sequence ", s, ": ", name, " is i8 with ",
@@ -37,6 +39,9 @@ inline void check_rows(const char* name, isize s, const row_source& r, isize wid
   require(!packed || (r.type == dtype::i8 && r.scale_row == 1 && (r.table == nullptr || r.page % packed_rows == 0)),
           "sequence ", s, ": packed rows of ", name, " are int8 with a scale a row, in pages of a multiple of ",
           packed_rows, " (or none)");
+  const isize filled = r.form == row_form::packed_keys ? ceil_div(width, isize{4}) * 4 : width;
+  require(!packed || r.row_bytes >= filled, "sequence ", s, ": packed rows of ", name, " are ", r.row_bytes,
+          " bytes; wanted ", filled);
   require(!r.rotated || r.type == dtype::i8, "sequence ", s, ": ", name, " is ", name_of(r.type),
           " and rotated; only int8 rows are");
   if (r.table == nullptr) return;
@@ -74,6 +79,10 @@ inline void check_sequence(const softmax_attention& m, isize s, const kv_sequenc
   require((kv.k.form == row_form::packed_keys) == (kv.v.form == row_form::packed_values) &&
               kv.k.form != row_form::packed_values && kv.v.form != row_form::packed_keys && !kv.v.rotated,
           "sequence ", s, ": keys and values are both plain, or packed keys and packed values; only keys are rotated");
+  require(kv.k.form == row_form::plain || (kv.k.page == kv.v.page && kv.k.ring == kv.v.ring &&
+                                           kv.k.fixed == kv.v.fixed && kv.k.start == kv.v.start),
+          "sequence ", s,
+          ": packed keys and values lie in slots of different numbers; wanted pages of one size, or one ring");
   const isize wider = kv.d > kv.e ? kv.d : kv.e;  // values that lie in keys have the scales of those
   check_rows("k", s, kv.k, kv.d, kv.d, kv.length, q.type), check_rows("v", s, kv.v, kv.e, wider, kv.length, q.type);
   check_rows_apart("out", out, kv.k, kv.heads, kv.k_head_bytes, kv.length);

@@ -34,7 +34,7 @@ struct softmax_attention {
   fovea::mask mask = no_mask{};
   std::optional<double> scale = {};  ///< none: 1 / sqrt(d)
   fovea::score score = {};
-  const float* sinks = nullptr;  ///< [H] a logit a head that joins the denominator and has no value; null: none
+  const float* sinks = nullptr;  ///< [H] a logit a head that joins the denominator and has no value; -inf, null: none
   isize sink_count = 0;          ///< how many there are; 0: not checked
   state_store store = {};        ///< of states
   /// RoPE: q and k are turned; null: they come turned. Query i and key m - n + i of a call are turned to call_options::positions

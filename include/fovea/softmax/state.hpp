@@ -44,7 +44,12 @@ class state_rows {
     if (m.store.kind != state_store::form::ring) return;
     require(m.mask.kept().bounded(),
             "store is a ring; the mask must say how far back it looks: window or chunked_local, bottom-right");
-    require(m.store.chunk >= 1, "store.chunk is ", m.store.chunk, "; it must be at least 1");
+    constexpr isize most = isize{1} << 60;
+    require(m.store.chunk >= 1 && m.store.chunk <= most, "store.chunk is ", m.store.chunk,
+            "; it must be at least 1, and at most 2^60");
+    const kept_keys kept = m.mask.kept();
+    require(kept.window <= most && kept.first <= most, "store is a ring, and the mask sees ", kept.window, " and ",
+            kept.first, " keys; wanted at most 2^60 of each");
   }
   bool ring() const { return ring_; }
   isize slots() const { return layout_.rows(); }
@@ -62,6 +67,15 @@ class state_rows {
     require(s.bytes() == bytes(), "the state holds ", s.bytes(), " bytes; its sizes ask for ", bytes());
     require(!ring_ || index(s).sound(),
             "the state's ring holds tokens that cannot be there; it was not made by make_state");
+  }
+  /// A ring that was truncated further than its chunk allows has no more what the next token sees.
+  void check_window(const softmax_attention& m, const state& s) const {
+    if (!ring_) return;
+    const ring_index x = index(s);
+    const isize window = m.mask.kept().window;
+    require(x.can_truncate(x.tokens, window), "the state was truncated to ", x.tokens,
+            " tokens: the next one sees keys from ", x.tokens - window + 1, " on, and the ring holds none between ",
+            x.first, " and ", x.oldest(), " (a larger store.chunk lets it go back further)");
   }
 
   kv_sequence sequence(const state& s, isize b) const {
@@ -169,6 +183,7 @@ inline void softmax_attention::check(const problem& p, const state& s) const {
   detail::state_rows::check_store(*this, p.q.type);
   const detail::state_rows rows(*this, s.sizes());
   rows.check(s);
+  rows.check_window(*this, s);
   require(rows.ring() || s.tokens() + p.k.length <= s.sizes().m, "the state holds ", s.tokens(), " of at most ",
           s.sizes().m, " tokens; ", p.k.length, " more do not fit (make_state with a larger shape.m)");
   shape all = p.shape();

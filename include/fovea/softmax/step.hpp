@@ -71,7 +71,7 @@ void finish_row(const softmax_attention& a, const sequence_problem& p, const sof
   const isize h = row / p.q.length, i = row % p.q.length, e = parts.e;
   partial<Acc> all = parts.at(0, at);
   for (isize x = 1; x < pieces; ++x) merge(all, parts.at(x, at), e);
-  if (a.sinks != nullptr) {
+  if (a.sinks != nullptr && a.sinks[h] > -std::numeric_limits<float>::infinity()) {
     const Acc sink = static_cast<Acc>(a.sinks[h]), top = all.m > sink ? all.m : sink, shrink = std::exp(all.m - top);
     all.l = all.l * shrink + std::exp(sink - top);
     for (isize c = 0; c < e; ++c) all.o[c] *= shrink;
