@@ -29,6 +29,8 @@ TEST_CASE("contract of softmax: its own values") {
   refuses_value(S{.mask = window{.width = -4}}, {"window width is -4", "at least 1"});
   refuses_value(S{.mask = window{.width = 4, .first = -1}}, {"window first is -1"});
   refuses_value(S{.mask = two_sided{-2, 1}}, {"two_sided left, right are -2, 1"});
+  refuses_value(S{.mask = two_sided{2, PTRDIFF_MAX}}, {"two_sided left, right are 2, 9223372036854775807"});
+  refuses_value(S{.mask = window{PTRDIFF_MAX}}, {"window width, first are 9223372036854775807, 0"});
   refuses_value(S{.mask = boolean_mask{}}, {"boolean_mask has a null table", "3 x 5"});
   refuses_value(S{.mask = block_mask{}}, {"block_mask has a null table"});
   const std::int32_t q[] = {0, 1, 3}, k[] = {0, 2, 4};

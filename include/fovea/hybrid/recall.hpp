@@ -46,11 +46,11 @@ inline void mass_recall(exec_ref exec, const hybrid_attention& m, tensor_ref q, 
 
 namespace detail {
 
-/// Keys that row i may see and that `m` computes, of a pattern.
-inline isize computed_of_pattern(const hybrid_attention& m, const shape& s, isize i, isize seen) {
+/// Keys before `seen` that a pattern computes for row i.
+inline isize computed_of_pattern(const hybrid_attention& m, const mask_site& at, isize i, isize seen) {
   const hsa_pattern pattern{m.pattern, m.stride, m.align};
   isize count = 0;
-  for (isize j = 0; j < seen; ++j) count += pattern.visible({0, 0, s.n, s.m, s.H, s.G}, i, j) ? 1 : 0;
+  for (isize j = 0; j < seen; ++j) count += pattern.visible(at, i, j) ? 1 : 0;
   return count;
 }
 
@@ -72,9 +72,10 @@ void density(exec_ref exec, const hybrid_attention& m, const problem& p, const t
   exec.for_tasks(s.B * s.H, [&](isize task, isize) {
     const isize b = task / s.H, h = task % s.H;
     const kernel::block_summary<Acc> summary = all.head(b * s.G + h / s.group());
+    const mask_site at{b, h, s.n, s.m, s.H, s.G, s.B};
     for (isize i = 0; i < s.n; ++i) {
-      const isize seen = std::clamp<isize>(m.is_causal ? i + rule.offset + 1 : s.m, 0, s.m);
-      isize count = lines == 0 ? computed_of_pattern(m, s, i, seen) : 0;
+      const isize seen = std::clamp<isize>(m.is_causal ? m.align.position(at, i) + 1 : s.m, 0, s.m);
+      isize count = lines == 0 ? computed_of_pattern(m, at, i, seen) : 0;
       const std::uint8_t* fate = fates.data() + (task * lines + i / m.block_q) * width;
       for (isize J = 0; lines > 0 && J * m.block_k < seen; ++J)
         count += fate[J] == kernel::computed ? std::min((J + 1) * m.block_k, seen) - J * m.block_k : 0;

@@ -13,6 +13,8 @@
 /// Contract   rows that see nothing (p < 0, but for a prefix or keys to the right) give zeros, LSE = -inf. All answers are exact: a
 ///            tile without a visible pair is `empty`, one without a hidden pair is `full`.
 
+#include <cstdint>
+
 #include <fovea/mask/mask.hpp>
 
 namespace fovea {
@@ -39,6 +41,9 @@ constexpr alignment_of_rows at_offsets(const std::int32_t* first_rows) {
   return {alignment_of_rows::kind::offsets, 0, first_rows};
 }
 
+/// What a mask may look back or ahead: sums of it with positions stay numbers.
+inline constexpr isize most_keys = PTRDIFF_MAX / 4;
+
 struct causal {
   alignment_of_rows align = bottom_right;
 
@@ -61,6 +66,8 @@ struct window {
   void check(const mask_site&) const {
     require(width >= 1, "window width is ", width, "; it counts the query's own key and must be at least 1");
     require(first >= 0, "window first is ", first, "; it must not be negative");
+    require(width <= most_keys && first <= most_keys, "window width, first are ", width, ", ", first,
+            "; wanted at most 2^61 (causal{} has no end)");
   }
   FOVEA_HD bool is_causal() const { return align.how == alignment_of_rows::kind::bottom_right; }
   FOVEA_HD kept_keys kept() const { return is_causal() ? kept_keys{width, first} : kept_keys{}; }
@@ -91,6 +98,8 @@ struct two_sided {
 
   void check(const mask_site&) const {
     require(left >= 0 && right >= 0, "two_sided left, right are ", left, ", ", right, "; they must not be negative");
+    require(left <= most_keys && right <= most_keys, "two_sided left, right are ", left, ", ", right,
+            "; wanted at most 2^61");
   }
   FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const {
     const isize p = align.position(at, i);
