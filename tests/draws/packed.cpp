@@ -4,6 +4,7 @@
 #include <fovea/core/packed.hpp>
 #include <fovea/dijiang.hpp>
 #include <fovea/linear.hpp>
+#include <fovea/position/rope_table.hpp>
 #include <fovea/softmax.hpp>
 #include <fovea/windowed.hpp>
 
@@ -104,6 +105,28 @@ TEST_CASE("packed calls: any mechanism, without states") {
   check(linear_attention{}, false);
 }
 
+TEST_CASE("packed calls: positions and skipped mass are those of each sequence") {
+  test::random r(8);
+  const inputs x(r, dtype::f32, 4, 2, 60, 16, 8, test::layout::bnhd);
+  const std::vector<std::int32_t> cu{0, 7, 7, 43, 60};
+  const rope_table table({.width = 16, .positions = 200});
+  const rope turn = table;
+  const softmax_attention m{.mask = causal{}, .turn = &turn, .skip = 0.02F};
+  std::vector<std::int32_t> positions(60);
+  for (std::size_t i = 0; i < positions.size(); ++i) positions[i] = static_cast<std::int32_t>(3 * i % 97);
+  tensor got = test::unwritten(dtype::f32, 1, 4, 60, 8), want = test::unwritten(dtype::f32, 1, 4, 60, 8),
+         share = test::unwritten(dtype::f32, 1, 4, 60, 1), want_share = test::unwritten(dtype::f32, 1, 4, 60, 1);
+  prefill_packed(threads(2), m, x.q, x.k, x.v, got, cu, {.positions = positions, .skipped = share});
+  for (std::size_t i = 0; i + 1 < cu.size(); ++i) {
+    const isize at = cu[i], n = cu[i + 1] - at;
+    prefill(serial, m, x.q.ref().slice(at, n), x.k.ref().slice(at, n), x.v.ref().slice(at, n), want.ref().slice(at, n),
+            {.positions = std::span(positions).subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(n)),
+             .skipped = want_share.ref().slice(at, n)});
+  }
+  CHECK_SAME_BITS(got, want);
+  CHECK_SAME_BITS(share, want_share);
+}
+
 TEST_CASE("packed calls: what they refuse") {
   test::random r(5);
   const inputs x(r, dtype::f32, 2, 2, 10, 8, 8, test::layout::bhnd);
@@ -116,6 +139,14 @@ TEST_CASE("packed calls: what they refuse") {
   CHECK_SAYS(refused({1, 10}), "does not start at 0");
   CHECK_SAYS(refused({0, 6, 5, 10}), "cu[2] is 5 after 6");
   CHECK_SAYS(refused({0, 6}), "cu ends at 6");
+  const std::vector<std::int32_t> two{0, 4, 10};
+  const linear_attention gated{.rule = rule::gated_delta};
+  CHECK_SAYS(test::refusal([&] { prefill_packed(serial, gated, x.q, x.k, x.v, out, two, x.options(true, 0, 9)); }),
+             "log_decay (g) has 9 rows and cu ends at 10");
+  tensor both = test::normal(r, dtype::f32, 1, 2, 15, 8, test::layout::bnhd);  // out over the q of the second sequence
+  CHECK_SAYS(test::refusal(
+                 [&] { prefill_packed(serial, m, both.ref().slice(5, 10), x.k, x.v, both.ref().slice(0, 10), two); }),
+             "out overlaps q in memory");
   state s = m.make_state({.B = 3, .H = 2, .G = 2, .d = 8, .e = 8});
   CHECK_SAYS(test::refusal([&] {
                prefill_packed(serial, m, x.q, x.k, x.v, out, std::vector<std::int32_t>{0, 4, 10}, s);

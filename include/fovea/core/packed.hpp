@@ -6,7 +6,7 @@
 ///   prefill_packed(exec, m, q, k, v, out, cu, state [, options])   the same, after what item s of the state has seen
 ///
 /// Contract   cu starts at 0, never falls and ends at the rows of q; k and v have as many. Each sequence is a problem of its own: bits are
-///            those of a call for it alone, in whatever company. lse and gates of the options are packed as q and k are. The state was
+///            those of a call for it alone, in whatever company. lse, gates, positions and skipped of the options are packed as q and k are. The state was
 ///            made for B = sequences by a mechanism whose items lie one behind the other (`state_by_item`: linear, dijiang); an empty
 ///            sequence leaves its item alone. tokens() rises by the longest. softmax_attention has the mask `packed`, and stores, besides.
 /// Errors     contract_error before anything is written. Memory: allocated here, once, if options.workspace is not given.
@@ -40,6 +40,17 @@ class packed_call {
                 whole.out.length == total && (!whole.lse || whole.lse.length == total),
             "q, k, v, out have ", whole.q.length, ", ", whole.k.length, ", ", whole.v.length, ", ", whole.out.length,
             " rows and cu ends at ", total, "; they must be equal");
+    const auto whole_rows = [&](const char* name, const auto& t) {
+      require(!t || t.length == total, name, " has ", t.length, " rows and cu ends at ", total, "; they must be equal");
+    };
+    whole_rows("log_decay (g)", whole.gates.log_decay), whole_rows("beta", whole.gates.beta);
+    whole_rows("erase (b)", whole.gates.erase), whole_rows("write (w)", whole.gates.write);
+    whole_rows("skipped", whole.skipped);
+    // A part sees its own rows only: the outputs of one sequence must not lie in the inputs of another.
+    const auto apart = [&](const char* name, const tensor_mut& t) {
+      check_apart(name, t, "q", whole.q), check_apart(name, t, "k", whole.k), check_apart(name, t, "v", whole.v);
+    };
+    apart("out", whole.out), apart("lse", whole.lse), apart("skipped", whole.skipped);
   }
   isize count() const { return static_cast<isize>(cu_.size()) - 1; }
   isize length(isize s) const { return cu_[static_cast<std::size_t>(s) + 1] - cu_[static_cast<std::size_t>(s)]; }
@@ -53,6 +64,8 @@ class packed_call {
     const auto rows = [&](const auto& t) { return t ? t.slice(first, n) : t; };
     problem p = whole_;
     p.q = rows(p.q), p.k = rows(p.k), p.v = rows(p.v), p.out = rows(p.out), p.lse = rows(p.lse);
+    p.skipped = rows(p.skipped);
+    if (p.positions != nullptr) p.positions += first;
     p.gates = {rows(p.gates.log_decay), rows(p.gates.beta), rows(p.gates.erase), rows(p.gates.write)};
     return p;
   }
