@@ -253,16 +253,25 @@ TEST_CASE("contract of softmax: states in rings and other types, RoPE") {
     test::random r(5);
     const tensor q = test::normal(r, dtype::f32, 1, 2, 9, 8), v = test::normal(r, dtype::f32, 1, 2, 9, 6);
     tensor out = test::unwritten(dtype::f32, 1, 2, 9, 6), one = test::unwritten(dtype::f32, 1, 2, 1, 6);
-    const S m{.mask = window{4}, .store = ring};
-    for (const isize left : {8, 7, 6, 4}) {
+    for (const isize left : {8, 7, 6, 4, 3, 2, 1, 0}) {
+      const isize first = left <= 2 ? left : 0;  // tokens that the ring never drops: nothing behind them is needed
+      const S m{.mask = window{4, first}, .store = ring};
       state st = m.make_state({1, 2, 2, 9, 0, 8, 6, dtype::f32});
       prefill(serial, m, q, q, v, out, st);
       kv_cache::truncate(st, left);
       const std::string said = refusal(
           [&] { step(serial, m, q.ref().slice(left, 1), q.ref().slice(left, 1), v.ref().slice(left, 1), one, st); });
       CAPTURE(left);
-      if (left < 7) CHECK_SAYS(said, "the state was truncated to ");
-      if (left >= 7) CHECK(said == "accepted");
+      if (left < 7 && left > first) CHECK_SAYS(said, "the state was truncated to ");
+      if (left >= 7 || left <= first) CHECK(said == "accepted");
+      if (left > 0 && left <= first) {  // and the token sees what a state that never had the others would show it
+        state fresh = m.make_state({1, 2, 2, 9, 0, 8, 6, dtype::f32});
+        tensor want = test::unwritten(dtype::f32, 1, 2, 1, 6);
+        prefill(serial, m, q.ref().slice(0, left), q.ref().slice(0, left), v.ref().slice(0, left),
+                out.ref().slice(0, left), fresh);
+        step(serial, m, q.ref().slice(left, 1), q.ref().slice(left, 1), v.ref().slice(left, 1), want, fresh);
+        CHECK_SAME_BITS(one, want);
+      }
     }
   }
   contract::refuses_what_it_must(contract::streaming_caller_of(S{.mask = window{4}, .store = ring}, true));

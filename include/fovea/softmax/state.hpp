@@ -60,22 +60,21 @@ class state_rows {
     x.tokens = s.tokens();
     std::int64_t low = 0;
     std::memcpy(&low, s.as<std::byte>() + layout_.bytes(), sizeof low);
-    x.low = low;
+    x.low = x.tokens <= x.first ? 0 : low;  // truncated to the first tokens: as ring_index::truncate
     return x;
   }
   void check(const state& s) const {
     require(s.bytes() == bytes(), "the state holds ", s.bytes(), " bytes; its sizes ask for ", bytes());
-    require(!ring_ || index(s).sound(),
-            "the state's ring holds tokens that cannot be there; it was not made by make_state");
   }
   /// A ring that was truncated further than its chunk allows has no more what the next token sees.
-  void check_window(const softmax_attention& m, const state& s) const {
+  void check_ring(const softmax_attention& m, const state& s) const {
     if (!ring_) return;
     const ring_index x = index(s);
     const isize window = m.mask.kept().window;
     require(x.can_truncate(x.tokens, window), "the state was truncated to ", x.tokens,
             " tokens: the next one sees keys from ", x.tokens - window + 1, " on, and the ring holds none between ",
             x.first, " and ", x.oldest(), " (a larger store.chunk lets it go back further)");
+    require(x.sound(), "the state's ring holds tokens that cannot be there; it was not made by make_state");
   }
 
   kv_sequence sequence(const state& s, isize b) const {
@@ -183,7 +182,7 @@ inline void softmax_attention::check(const problem& p, const state& s) const {
   detail::state_rows::check_store(*this, p.q.type);
   const detail::state_rows rows(*this, s.sizes());
   rows.check(s);
-  rows.check_window(*this, s);
+  rows.check_ring(*this, s);
   require(rows.ring() || s.tokens() + p.k.length <= s.sizes().m, "the state holds ", s.tokens(), " of at most ",
           s.sizes().m, " tokens; ", p.k.length, " more do not fit (make_state with a larger shape.m)");
   shape all = p.shape();
