@@ -57,6 +57,12 @@ def ablation():
     return rows
 
 
+def kept_selections():
+    rows = [recipe(f"{name}, {text}, a selection for {r} steps", select, budget=budget, refresh=r) for name, select, text, budget in
+            (("int8", "int8", "1/8", 1 / 8), ("int8", "int8", "1/4", 1 / 4), ("int4", "int4", "1/8", 1 / 8)) for r in (1, 4, 16, 64)]
+    return rows + [recipe(f"int8, 1/8, one selection a group, for {r} steps", refresh=r, share_group=True) for r in (1, 4, 16, 64)]
+
+
 def rests(a):
     rows = []
     for item in json.loads((pathlib.Path(a.rest) / "settings.json").read_text()) if a.rest else []:
@@ -80,6 +86,8 @@ def measure(a, recipes):
         files = a.files or sorted(str(p) for p in (pathlib.Path(__file__).resolve().parent.parent / "data").glob("smollm2*.safetensors"))
         command = [a.compare, *files, "--no-built-in", "--settings", str(settings), "--pooled", "--no-pictures", "--from", str(a.first), "--report", folder,
                    "--repeats", str(a.repeats), "--seconds", "2" if a.picture else "0.001", "--threads", str(a.threads)]
+        if a.decode:
+            command += ["--decode", str(a.decode)]
         if a.tokens:
             command += ["--tokens", str(a.tokens)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -151,6 +159,7 @@ def main():
     p.add_argument("files", nargs="*", help="safetensors files of q, k, v; none: the causal built-in ones")
     p.add_argument("--tokens", type=int, help="the first TOKENS of each file")
     p.add_argument("--from", dest="first", type=int, default=64, help="judge rows from this one on")
+    p.add_argument("--decode", type=int, help="the last DECODE rows as decoding gives them, with selections that serve 1 to 64 steps")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--picture", metavar="SVG", help="draw the trade-off")
@@ -159,7 +168,7 @@ def main():
     p.add_argument("--recipes", metavar="WORD", help="only recipes whose label holds WORD")
     p.add_argument("--rest", metavar="FOLDER", help="also a linear rest with the maps that `calibrate --window` wrote there for these files")
     a = p.parse_args()
-    recipes = [x for x in (curves() if a.picture else ablation() + rests(a)) if not a.recipes or a.recipes in x["label"]]
+    recipes = [x for x in (curves() if a.picture else kept_selections() if a.decode else ablation() + rests(a)) if not a.recipes or a.recipes in x["label"]]
     found = json.loads(pathlib.Path(a.from_json).read_text()) if a.from_json else measure(a, recipes)
     if a.json:
         pathlib.Path(a.json).write_text(json.dumps(found, indent=1) + "\n")

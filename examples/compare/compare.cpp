@@ -30,7 +30,7 @@ struct options {
   std::string folder = ".", policy_file, error_of = "median", cost_of = "prefill", only, extra;
   double budget = 0, seconds = 0.6;
   int threads = 1, repeats = 5;
-  isize tokens = 0, from = 0;
+  isize tokens = 0, from = 0, decode = 0;
   bool pictures = true, built_in = true, pooled = false;
 };
 
@@ -186,7 +186,10 @@ int run(const options& o, const std::string& command) {
     if (o.from >= in.n)
       throw fovea::file_error(file, "has " + std::to_string(in.n) + " tokens; --from " + std::to_string(o.from) +
                                         " leaves no row to judge");
-    in.from = o.from;
+    if (o.decode > in.n)
+      throw fovea::file_error(
+          file, "has " + std::to_string(in.n) + " tokens; --decode " + std::to_string(o.decode) + " asks for more");
+    in.decode = o.decode, in.from = o.decode > 0 ? in.n - o.decode : o.from;
   }
   std::vector<setting> all = built_in_settings();
   if (!o.built_in) all.erase(all.begin() + 1, all.end());  // exact stays, the yardstick
@@ -241,6 +244,8 @@ int main(int argc, char** argv) {
   app.add_option("--tokens", o.tokens, "use the first TOKENS tokens of each file")->check(CLI::Range(1, 1 << 30));
   app.add_option("--from", o.from, "measure errors on rows from this one on (what calibrate has not seen)")
       ->check(CLI::Range(0, 1 << 30));
+  app.add_option("--decode", o.decode, "measure errors on the last DECODE rows, which come one by one after a prefill")
+      ->check(CLI::Range(1, 1 << 30));
   app.add_option("--threads", o.threads, "threads of each call")->check(CLI::Range(1, 1024));
   app.add_option("--repeats", o.repeats, "timed runs of each setting")->check(CLI::Range(1, 1000));
   app.add_option("--seconds", o.seconds, "at most this long for the timed runs of one setting")

@@ -19,7 +19,8 @@ struct input {
   bool causal = true;
   double scale = 0;
   isize H = 0, G = 0, n = 0, d = 0, e = 0;
-  isize from = 0;  ///< the first row that errors are measured on
+  isize from = 0;    ///< the first row that errors are measured on
+  isize decode = 0;  ///< so many rows at the end come in steps, where the mechanism has them
   std::vector<float> q, k, v;
   std::vector<double> exact;  ///< [H, n, e], computed in double
 

@@ -99,6 +99,18 @@ void time_step(const input& in, const fovea::any_attention& exact, const fovea::
   f.step_ratio = median(x.ratio);
 }
 
+/// The last `in.decode` rows as decoding gives them: one prefill of what is before them, then step by step.
+void decode_rows(const input& in, const fovea::any_attention& a, fovea::exec_ref exec, std::vector<float>& out) {
+  if (in.decode == 0 || !in.causal || !a.streaming()) return;
+  fovea::state s = a.make_state(in.shape());
+  const auto rows = [&](isize first, isize count) {
+    fovea::prefill(exec, a, in.Q().slice(first, count), in.K().slice(first, count), in.V().slice(first, count),
+                   fovea::bhnd(out.data(), 1, in.H, in.n, in.e).slice(first, count), s);
+  };
+  rows(0, in.n - in.decode);
+  for (isize i = in.n - in.decode; i < in.n; ++i) rows(i, 1);
+}
+
 /// Median over rows of all heads of the error against exact attention.
 double median_error(const input& in, const std::vector<float>& out) {
   std::vector<double> errors;
@@ -263,6 +275,7 @@ figures measure(const input& in, const fovea::any_attention& exact, const settin
   time_prefill(in, exact, a, exec, t, out, f);
   time_step(in, exact, a, exec, t, f);
   if (s.family == "int8" || a.takes_skipped()) int8_parts(in, a, exec, out, f);
+  decode_rows(in, a, exec, out);
   compare_rows(in, out, f);
   f.macs = a.macs(in.shape());
   if (in.causal && a.streaming()) {

@@ -34,6 +34,57 @@ TEST_CASE("contract of hybrid: calls and states") {
   CHECK(a.touched() == std::string());
 }
 
+/// A state saved under one configuration and restored under another: what says what it means is in its tag.
+TEST_CASE("contract of hybrid: states of other configurations") {
+  using H = hybrid_attention;
+  const auto changed = [](const H& m, auto&& change) {
+    H x = m;
+    change(x);
+    return x;
+  };
+  const H m{.select = block_selector::int8, .is_causal = true, .compensate = compensation::sampled};
+  const H spread{.is_causal = true, .compensate = compensation::cumulant};
+  const std::vector<std::pair<H, H>> foreign{
+      {m, changed(m, [](H& x) { x.select = block_selector::int4; })},
+      {m, changed(m, [](H& x) { x.block_q = 8; })},
+      {m, changed(m, [](H& x) { x.block_k = 8; })},
+      {m, changed(m, [](H& x) { x.top = 3; })},
+      {m, changed(m, [](H& x) { x.budget = 0.5; })},
+      {m, changed(m, [](H& x) { x.at_least = 16; })},
+      {m, changed(m, [](H& x) { x.first = 0; })},
+      {m, changed(m, [](H& x) { x.window = 0; })},
+      {m, changed(m, [](H& x) { x.top_p = 0.9; })},
+      {m, changed(m, [](H& x) { x.keep_small = 0; })},
+      {m, changed(m, [](H& x) { x.refresh = 4; })},
+      {m, changed(m, [](H& x) { x.share_group = true; })},
+      {m, changed(m, [](H& x) { x.parts = 2; })},
+      {m, changed(m, [](H& x) { x.compensate = compensation::zeroth; })},
+      {m, changed(m, [](H& x) { x.seed = 2; })},
+      {m, changed(m, [](H& x) { x.scale = 0.5; })},
+      {spread, changed(spread, [](H& x) { x.variance_share = 0.25; })},
+      {spread, changed(spread, [](H& x) { x.variance_cap = 1; })},
+      {H::hsa(hsa_mode::local, 8), H::hsa(hsa_mode::fixed, 8)},
+      {H::hsa(hsa_mode::local, 8), H::hsa(hsa_mode::local, 9)},
+      {m, changed(m, [](H& x) { x.compensate = compensation::zeroth, x.target.relative = 0.1; })},
+      {m, changed(m, [](H& x) { x.align = top_left; })},
+      {m, changed(m, [](H& x) { x.is_causal = false; })},
+  };
+  contract::arguments a(3, 3);
+  const problem p = a.good(false);
+  for (const auto& [of, other] : foreign) {
+    const state made = of.make_state(p.shape());
+    state s = state::restore(made.save());
+    CHECK(of.tag() != other.tag());
+    CHECK(!test::refusal([&] { fovea::prefill(serial, other, p.q, p.k, p.v, p.out, s); }).empty());
+    CHECK(!test::refusal([&] { other.merge(s, made); }).empty());
+    CHECK(s.save() == made.save());
+  }
+  CHECK(a.touched() == std::string());
+  // Arithmetic is of a call: its state is the same.
+  const H whole{.is_causal = true}, in_int8{.is_causal = true, .arithmetic = precision::int8};
+  CHECK(whole.tag() == in_int8.tag());
+}
+
 TEST_CASE("contract of hybrid: its own values") {
   using contract::refuses_value;
   using H = hybrid_attention;

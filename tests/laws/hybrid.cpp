@@ -134,6 +134,19 @@ struct two_way : hybrid_base {
     return m;
   }
 };
+/// The selection's scores are those of the pooled tokens: query blocks of a whole vector, and of rows that share one with others.
+struct mean_pooled : hybrid_base {
+  static constexpr const char* name = "hybrid, mean selection shared by 16 rows and the group, zeroth, kept keys";
+  static constexpr laws::promise promises = causal_only;
+  hybrid_attention make(const shape&) {
+    hybrid_attention m = selected(block_selector::mean, 16, compensation::zeroth);
+    m.keep_small = 1.0 / 16, m.share_group = true;
+    return m;
+  }
+};
+struct mean_apart : shared<block_selector::mean, compensation::zeroth> {
+  static constexpr const char* name = "hybrid, mean selection shared by 7 rows, zeroth";
+};
 struct defaults : hybrid_base {
   static constexpr const char* name = "hybrid, default recipe, causal, floor of 32 keys";
   static constexpr laws::promise promises = causal_only;
@@ -142,7 +155,7 @@ struct defaults : hybrid_base {
 
 using law_cases = std::tuple<local_case, strided_case, sparse_case, fixed_case, given_causal, given_full, given_drop,
                              moba_case, int8_each, variance_each, bound_each, sampled_each, exact_shared, linear_shared,
-                             int4_shared, two_way, defaults>;
+                             int4_shared, two_way, mean_pooled, mean_apart, defaults>;
 
 }  // namespace
 

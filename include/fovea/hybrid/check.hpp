@@ -69,14 +69,18 @@ inline void check_hybrid_linear(const hybrid_attention& m) {
           "plain sums: wanted a map of single rows, such as elu1, T2R's or Hedgehog's");
 }
 
-/// `what`: a state, or summaries beside a store.
+/// `what` lasts between calls: a state, or summaries beside a store.
 inline void check_hybrid_streams(const hybrid_attention& m, const char* what) {
   require(m.is_causal, what,
-          " of a hybrid_attention that is not causal (is_causal = true); a row cannot see keys that have not come");
+          " of a hybrid_attention that is not causal; it must be causal (is_causal = true): a row cannot see keys that "
+          "have not come");
+  require(m.align.how == alignment_of_rows::kind::bottom_right, what,
+          " of a hybrid_attention that is not bottom-right; new tokens are the last ones (align = bottom_right)");
   require(!m.target.on(), what,
           " of a hybrid_attention with an error target; the target is of a prefill without a state");
   require(m.compensate != compensation::linear, what,
-          " of a hybrid_attention with compensation::linear; the linear rest is of a prefill without a state");
+          " of a hybrid_attention with compensation::linear; which keys the rest leaves out changes with every "
+          "selection, so no sum of constant size says it: the linear rest is of a prefill without a state");
 }
 
 inline void check_hybrid_refresh(const hybrid_attention& m) {
@@ -149,6 +153,29 @@ inline void check_given_blocks(const hybrid_attention& m, const shape& s, isize 
   require(t.batch == 1 || t.batch == s.B, "blocks has ", t.batch, " batch items; wanted 1 or B = ", s.B);
   require(t.heads == 1 || t.heads == s.H || t.heads == s.G, "blocks has ", t.heads, " heads; wanted 1, G = ", s.G,
           " or H = ", s.H);
+}
+
+inline void check_linear_rest(const hybrid_attention& m, const shape& s) {
+  if (m.compensate != compensation::linear) return;
+  m.map.check(s);
+  require(m.log_weight.data == nullptr || m.log_weight.heads == s.H, "log_weight has ", m.log_weight.heads,
+          " heads; wanted one number for each of ", s.H, " query heads");
+  require(m.query_gate.data == nullptr || (m.query_gate.heads == s.H && m.query_gate.width == s.d), "query_gate is [",
+          m.query_gate.heads, ", ", m.query_gate.width, "]; wanted [", s.H, ", ", s.d, "]");
+}
+
+// ---- the one list of conditions: every entry asks one of these two ----
+
+/// Of the options, for inputs of `type`. holder: what lasts between the calls ("a state", "summaries"), null: nothing.
+inline void check_hybrid(const hybrid_attention& m, dtype type, const char* holder) {
+  check_hybrid_options(m), check_hybrid_storage(m, type);
+  if (holder != nullptr) check_hybrid_streams(m, holder);
+}
+/// Of a call of these sizes, s.m with all keys that came before it. A given mask fits it exactly, or, of a sequence that grows, at least.
+inline void check_hybrid_call(const hybrid_attention& m, const shape& s, const char* holder) {
+  check_hybrid(m, s.type, holder), check_hybrid_align(m, s.B), check_linear_rest(m, s);
+  const bool alone = holder == nullptr;
+  if (m.select == block_selector::given) check_given_blocks(m, s, alone ? s.n : s.m, s.m, alone);
 }
 
 }  // namespace detail

@@ -28,15 +28,6 @@ namespace fovea {
 inline namespace FOVEA_ABI {
 namespace detail {
 
-inline void check_linear_rest(const hybrid_attention& m, const shape& s) {
-  if (m.compensate != compensation::linear) return;
-  m.map.check(s);
-  require(m.log_weight.data == nullptr || m.log_weight.heads == s.H, "log_weight has ", m.log_weight.heads,
-          " heads; wanted one number for each of ", s.H, " query heads");
-  require(m.query_gate.data == nullptr || (m.query_gate.heads == s.H && m.query_gate.width == s.d), "query_gate is [",
-          m.query_gate.heads, ", ", m.query_gate.width, "]; wanted [", s.H, ", ", s.d, "]");
-}
-
 template <class Acc>
 class linear_rest {
   using Arch = simd::native;

@@ -137,7 +137,10 @@ struct hybrid_attention {
   void backward(exec_ref exec, const backward_problem& p, arena scratch) const;
 
   /// A KV cache of shape.m tokens in the storage type, and the block summaries that the selection and the pooling need.
-  bool streaming() const { return is_causal && !target.on() && compensate != compensation::linear; }
+  bool streaming() const {
+    return is_causal && align.how == alignment_of_rows::kind::bottom_right && !target.on() &&
+           compensate != compensation::linear;
+  }
   bool trained() const { return compensate != compensation::linear || map.trained(); }
   state make_state(const shape& s) const;
   std::size_t state_workspace_size(const shape& s, int threads) const;

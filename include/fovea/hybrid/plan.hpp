@@ -102,6 +102,14 @@ struct hybrid_plan {
   /// A tile of so few rows is mostly empty: row by row, as in decoding.
   bool few() const { return plans() && unit_rows < 4 && !of_store; }
   isize units() const { return s.group() * per_head; }
+  /// Does the selection's panel add up the pooled tokens, one a block? Tiles in int8 do that faster, as integers.
+  bool sums_pool() const {
+    const bool simple = m.compensate == compensation::zeroth || m.compensate == compensation::sampled;
+    return simple && parts == 1 && m.selects() && rule.chooses() && !rule.votes_are_logs() && !few() &&
+           !m.target.on() && m.arithmetic == precision::f32;
+  }
+  /// Are the scores of the selection those of the pooled tokens?
+  bool scores_pool() const { return m.select == block_selector::mean && m.compensate == compensation::zeroth; }
 
   /// One query block: rows [first, first + count) of a head of the group.
   struct unit {
@@ -116,6 +124,7 @@ struct hybrid_plan {
   /// Scratch of the plan of one task; laid out over a null arena it measures.
   struct planner {
     kernel::block_select<simd::native, Acc> choose;
+    kernel::pooled_sums<simd::native, Acc> sums;  ///< of the units that it is done with: the start of their tiles
     std::uint8_t* fate;
     std::int32_t* tokens;  // of all lists
     kernel::block_list *computed, *pooled, *kept;
@@ -136,6 +145,7 @@ struct hybrid_plan {
       squares = memory.take<Acc>(x.cumulant() ? x.s.d * 64 : 0);
       row = memory.take<Acc>(std::max(x.s.d, x.s.e));
       bias = memory.take<Acc>(x.rule.pool ? blocks * x.parts : 0);
+      if (x.sums_pool()) sums = {memory, units, x.unit_tiles, x.tile_height, blocks, x.s.d, x.s.e, !x.scores_pool()};
     }
   };
 
@@ -151,18 +161,22 @@ struct hybrid_plan {
       if (!m.selects()) copy_given(b, g * s.group() + x.head, x.block, at.fate + (u - u0) * blocks);
     }
     at.choose.levels_ = summary.levels;
-    if (m.selects() && s.m > 0) at.choose.run(summary, codes, stored_keys(p, b, g), p.q, b, at.list, at.count, at.fate);
+    at.sums.open(summary.pool_k(), sums_pool() ? summary.pool_v() : nullptr, summary.members, rule.block_k, s.m,
+                 at.count);
+    if (m.selects() && s.m > 0)
+      at.choose.run(summary, codes, stored_keys(p, b, g), p.q, b, at.list, at.count, at.fate, at.sums);
     if (record != nullptr) note(at.list, at.count, at.fate, b);
     std::int32_t* to = at.tokens;
     const auto fill = [&](isize u, std::uint8_t wanted, isize pieces) {
       const std::uint8_t* fate = at.fate + u * blocks;
       const std::int32_t* first = to;
       const bool all = wanted == kernel::computed;
-      for (isize J = 0; J < blocks && pieces == 1; ++J) {  // no branch: which ones they are cannot be foreseen
+      const isize end = m.selects() ? rule.reach_of(unit_at(u0 + u).block).seen : blocks;
+      for (isize J = 0; J < end && pieces == 1; ++J) {  // no branch: which ones they are cannot be foreseen
         *to = static_cast<std::int32_t>(J);
         to += fate[J] == wanted && (all || summary.members[J] > 0) ? 1 : 0;
       }
-      for (isize J = 0; J < blocks && pieces != 1; ++J)
+      for (isize J = 0; J < end && pieces != 1; ++J)
         if (fate[J] == wanted)
           for (isize x = J * pieces; x < (J + 1) * pieces; ++x) {
             *to = static_cast<std::int32_t>(x);
@@ -173,7 +187,7 @@ struct hybrid_plan {
     for (isize u = 0; u < at.count; ++u) {
       at.computed[u] = fill(u, kernel::computed, 1);
       at.pooled[u] = {};
-      if (rule.pool) at.pooled[u] = fill(u, kernel::pooled, parts);
+      if (rule.pool && !at.sums.done(u)) at.pooled[u] = fill(u, kernel::pooled, parts);
       at.pools = at.pools || at.pooled[u].count > 0;
       at.kept[u] = kept_of(at.fate + u * blocks, summary, rule.start(unit_at(u0 + u).block), to);
       at.keeps = at.keeps || at.kept[u].count > 0;

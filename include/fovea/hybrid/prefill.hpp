@@ -142,6 +142,10 @@ struct hybrid_run : hybrid_plan<Acc> {
     const auto flush = [&] {
       if (count == 0) return;
       at.run.begin(p.q, b, at.rows, count, rule.scale);
+      for (isize t = 0; t < count; ++t)
+        if (const isize u = at.unit_of[t], y = (at.rows[t].first - this->unit_at(at.first + u).first) / tile_height;
+            at.sums.done(u))
+          at.run.start(t, at.sums.o(u, y), at.sums.m(u, y), at.sums.l(u, y), tile_height, 0);
       for (isize t = 0; t < count; ++t) at.lists[t] = at.computed[at.unit_of[t]];
       if (s.m > 0) at.run.absorb(keys, at.lists, {rule.block_k, rule.causal, rule.offset});
       if (at.pools) absorb_pool(at, pool, count);
@@ -351,10 +355,7 @@ struct hybrid_run : hybrid_plan<Acc> {
 
 inline void hybrid_attention::check(const problem& p) const {
   detail::check_problem(p);
-  detail::check_hybrid_options(*this);
-  detail::check_hybrid_storage(*this, p.q.type), detail::check_hybrid_align(*this, p.q.batch);
-  if (select == block_selector::given) detail::check_given_blocks(*this, p.shape(), p.q.length, p.k.length, true);
-  detail::check_linear_rest(*this, p.shape());
+  detail::check_hybrid_call(*this, p.shape(), nullptr);
 }
 
 /// Enough for calls with a state as well.

@@ -17,6 +17,9 @@ inline std::uint64_t hybrid_attention::tag() const {
         static_cast<isize>(pattern), stride, parts, static_cast<isize>(share_group)})
     f.number(static_cast<double>(x));
   if (refresh > 1) f.number(static_cast<double>(refresh));
+  // What no state has today: one that will have it is foreign to this one.
+  if (target.on()) f.text("target").number(target.relative).number(target.absolute).number(target.estimated ? 1 : 0);
+  if (!is_causal || align.how != alignment_of_rows::kind::bottom_right) f.text("not a stream");
   if (compensate == compensation::cumulant && (variance_share != 1 || std::isfinite(variance_cap)))
     f.number(variance_share).number(std::isfinite(variance_cap) ? variance_cap : -1.0);
   if (compensate == compensation::sampled)
@@ -30,9 +33,7 @@ inline std::size_t hybrid_attention::state_workspace_size(const shape& s, int th
 }
 
 inline state hybrid_attention::make_state(const shape& s) const {
-  detail::check_hybrid_options(*this);
-  detail::check_hybrid_storage(*this, s.type);
-  detail::check_hybrid_streams(*this, "a state");
+  detail::check_hybrid(*this, s.type, "a state");
   require(s.B >= 0 && s.G >= 1 && s.m >= 0 && s.d >= 1 && s.e >= 1, "make_state: B, G, m, d, e are ", s.B, ", ", s.G,
           ", ", s.m, ", ", s.d, ", ", s.e, "; wanted sizes of a problem, m tokens of room");
   return {tag(), s, detail::hybrid_state_bytes(*this, s)};
@@ -40,17 +41,14 @@ inline state hybrid_attention::make_state(const shape& s) const {
 
 inline void hybrid_attention::check(const problem& p, const state& s) const {
   detail::check_problem(p);
-  detail::check_hybrid_options(*this);
-  detail::check_hybrid_storage(*this, p.q.type);
+  shape all = p.shape();
+  all.m = s.tokens() + p.k.length;
+  detail::check_hybrid(*this, p.q.type, "a state");
   s.check(tag(), p.shape(), name);
-  require(!target.on(), "a hybrid_attention with an error target has no state; the target is of a prefill");
-  require(is_causal && align.how == alignment_of_rows::kind::bottom_right,
-          "a hybrid_attention with a state must be causal (is_causal = true) and bottom-right");
+  detail::check_hybrid_call(*this, all, "a state");
   kv_cache::check_room(p, s);
   require(s.bytes() == detail::hybrid_state_bytes(*this, s.sizes()), "the state holds ", s.bytes(),
           " bytes; this hybrid wants ", detail::hybrid_state_bytes(*this, s.sizes()), " (use make_state)");
-  const isize all = s.tokens() + p.k.length;
-  if (select == block_selector::given) detail::check_given_blocks(*this, p.shape(), all, all, false);
 }
 
 #if FOVEA_DEFINES_LOOPS
@@ -129,6 +127,7 @@ void hybrid_append(const hybrid_attention& m, state& earlier, const tensor_ref& 
 }  // namespace detail
 
 inline void hybrid_attention::merge(state& earlier, const state& later) const {
+  detail::check_hybrid(*this, earlier.sizes().type, "a state");
   require(earlier.tag() == tag() && later.tag() == tag(), "merge: a state was not made by this hybrid; use make_state");
   const shape &a = earlier.sizes(), &b = later.sizes();
   require(a.B == b.B && a.G == b.G && a.H == b.H && a.d == b.d && a.e == b.e && a.type == b.type,

@@ -20,8 +20,7 @@ inline namespace FOVEA_ABI {
 
 /// Summaries of one sequence of a store of this shape, for H query heads.
 inline state make_summaries(const hybrid_attention& m, isize H, const kv_shape& s, isize room) {
-  detail::check_hybrid_options(m);
-  detail::check_hybrid_streams(m, "summaries");
+  detail::check_hybrid(m, s.type, "summaries");
   require(H >= 1 && s.heads >= 1 && H % s.heads == 0 && room >= 0, "make_summaries: ", H, " query heads, ", s.heads,
           " KV heads, room for ", room, " tokens; wanted a multiple of the KV heads, and at least 0");
   const shape sizes{1, H, s.heads, 0, room, s.d, s.e, s.type};
@@ -39,11 +38,7 @@ inline softmax_attention pattern_as_mask(const hybrid_attention& m) {
 
 inline void check_hybrid_store(const hybrid_attention& m, const problem& p, const kv_sequence& kv, const state& s) {
   check_problem(p);
-  check_hybrid_options(m);
-  check_hybrid_storage(m, p.q.type);
-  require(m.is_causal && m.align.how == alignment_of_rows::kind::bottom_right,
-          "a hybrid_attention over a store must be causal (is_causal = true) and bottom-right");
-  check_hybrid_streams(m, "summaries");
+  check_hybrid(m, p.q.type, "summaries");
   require(s.tag() == summaries_tag(m), "the summaries were not made for this hybrid; use make_summaries");
   const shape& z = s.sizes();
   require(p.q.batch == 1 && z.H == p.q.heads && z.G == kv.heads && z.d == kv.d && z.e == kv.e && z.type == kv.k.type,
@@ -62,10 +57,7 @@ inline void check_hybrid_store(const hybrid_attention& m, const problem& p, cons
           kv.k.fixed + kv.k.ring, " and would hold ", all, "; a selection looks at all of them");
   require(m.select != block_selector::exact || (kv.k.page == 0 && kv.k.ring == 0 && kv.k.type != dtype::i8),
           "select exact over pages, a ring or int8 rows; it reads keys in one stretch, of a float type");
-  if (m.select == block_selector::given) {
-    const shape sizes{1, p.q.heads, kv.heads, p.q.length, all, kv.d, kv.e, p.q.type};
-    check_given_blocks(m, sizes, all, all, false);
-  }
+  check_hybrid_call(m, {1, p.q.heads, kv.heads, p.q.length, all, kv.d, kv.e, p.q.type}, "summaries");
 }
 
 }  // namespace detail
@@ -107,7 +99,7 @@ void step(exec_ref exec, const hybrid_attention& m, const tensor_ref& q, const t
 /// Bytes that such a call needs, `tokens` of the store with the new ones: for call_options::workspace.
 inline std::size_t store_workspace_size(const hybrid_attention& m, const tensor_ref& q, const kv_shape& s, isize tokens,
                                         int threads) {
-  detail::check_hybrid_options(m), detail::check_hybrid_streams(m, "summaries");
+  detail::check_hybrid(m, q.type, "summaries");
   if (m.select == block_selector::pattern) {
     kv_sequence kv = contiguous_store(s, 0).view();  // no rows are read
     kv.length = tokens;

@@ -21,6 +21,8 @@
 #include <fovea/kernel/block_choose.hpp>
 #include <fovea/kernel/block_summary.hpp>
 #include <fovea/kernel/code_rows.hpp>
+#include <fovea/kernel/mean_scores.hpp>
+#include <fovea/kernel/pooled_sums.hpp>
 #include <fovea/simd/dot8.hpp>
 #include <fovea/simd/exp.hpp>
 #include <fovea/tile/gemm.hpp>
@@ -79,9 +81,10 @@ class block_select {
   }
 
   /// Fates of all key blocks for `count` query blocks: row x of table [count x blocks] is that of list[x]. codes: of s, or null.
+  /// What their pooled tokens add up to besides, where `sums` is on: of query blocks that lie in one panel.
   void run(const block_summary<Acc>& s, const code_keys* codes, const key_rows& keys, const tensor_ref& q, isize b,
-           const query_block* list, isize count, std::uint8_t* table) noexcept {
-    codes_ = has_pass && rule_.score == block_score::code ? codes : nullptr;
+           const query_block* list, isize count, std::uint8_t* table, pooled_sums<Arch, Acc>& sums) noexcept {
+    codes_ = has_pass && rule_.score == block_score::code ? codes : nullptr, sums_ = &sums;
     if (!rule_.chooses()) {  // the blocks that are computed whatever their score
       for (isize x = 0; x < count; ++x) {
         std::fill_n(votes_, rule_.blocks(), Acc(0));
@@ -97,15 +100,22 @@ class block_select {
         const isize all = r.last - r.first, take = std::min(all - done, rows - lanes);
         for (isize x = 0; x < take; ++x) load(q, b, list[at].head, r.first + done + x, lanes + x);
         const bool whole = done + take == all;  // heads that share a selection stand side by side
-        segments_[segments++] = {
-            at, list[at].block, lanes, take, done == 0 && at % rule_.share == 0, whole && (at + 1) % rule_.share == 0};
+        segments_[segments++] = {at,
+                                 list[at].block,
+                                 lanes,
+                                 take,
+                                 done == 0 && at % rule_.share == 0,
+                                 whole && (at + 1) % rule_.share == 0,
+                                 done == 0 && whole};
         past = std::max(past, rule_.reach_of(list[at].block).past);
         lanes += take, done = whole ? 0 : done + take, at += whole ? 1 : 0;
       }
       for (isize x = lanes; x < ceil_div(lanes, W) * W; ++x) clear(x);
+      if (sums.scored()) sums.score(past, lanes);
       ld_ = codes_ != nullptr ? 2 * W : rows, vector_ = codes_ != nullptr ? past * 2 * W : W;
       if (choose_level(segments, past, lanes, table)) continue;
       estimate(s, keys, past, lanes);
+      weighed_ = {-1, -1};
       for (isize x = 0; x < segments; ++x) {
         if (segments_[x].done) continue;
         vote(segments_[x]);
@@ -113,6 +123,8 @@ class block_select {
         std::uint8_t* const fate = table + segments_[x].index * rule_.blocks();
         choose_blocks<Arch>(rule_, segments_[x].block, votes_, fate, sorted_);
         for (isize y = 1; y < rule_.share; ++y) std::copy_n(fate, rule_.blocks(), fate - y * rule_.blocks());
+        for (isize y = x; sums.on() && y >= 0 && segments_[y].index > segments_[x].index - rule_.share; --y)
+          pool(segments_[y], table + segments_[y].index * rule_.blocks());
       }
     }
   }
@@ -120,7 +132,7 @@ class block_select {
  private:
   struct segment {
     isize index, block, lane, count;
-    bool opens, closes, done = false;
+    bool opens, closes, whole, done = false;
   };
 
   /// The query blocks whose masses need no peaks (code_pass.hpp), each a panel's whole segment: chosen, and `done`. True if all of them are.
@@ -144,7 +156,9 @@ class block_select {
       for (isize x = 0; x < segments; ++x) {
         if (!segments_[x].done) continue;
         vote_level(segments_[x], past);
-        choose_blocks<Arch>(rule_, segments_[x].block, votes_, table + segments_[x].index * rule_.blocks(), sorted_);
+        std::uint8_t* const fate = table + segments_[x].index * rule_.blocks();
+        choose_blocks<Arch>(rule_, segments_[x].block, votes_, fate, sorted_);
+        if (sums_->on()) pool(segments_[x], fate);
       }
     }
     return all;
@@ -169,6 +183,7 @@ class block_select {
   }
 
   void clear(isize lane) noexcept {
+    if (sums_->scored()) sums_->clear(lane);
     if constexpr (has_pass)
       if (codes_ != nullptr) return pass_.clear(lane);
     for (isize c = 0; c < d_; ++c) q_[c * rows + lane] = Acc(0);
@@ -181,6 +196,7 @@ class block_select {
     const Acc* x = simd::row_as<Arch, Acc>(q.type, q.row(b, h, i), d_, row_);
     const Acc to_log2 = static_cast<Acc>(rule_.scale * 1.4426950408889634074),
               quarter = static_cast<Acc>(rule_.scale * rule_.scale * 1.4426950408889634074 / 4);
+    if (sums_->scored()) sums_->load(x, to_log2, lane);
     Acc* to = q_ + lane;
     switch (rule_.score) {
       case block_score::code: {
@@ -223,8 +239,8 @@ class block_select {
         for (isize x = 0; x < width; x += W)
           (P::load(peak_ + J * rows + x) * P(Acc(1) / mass_[J])).store(peak_ + J * rows + x);
     }
-    tile::gemm<Arch, Acc>(past, width, d_, s.mean_k, d_, 1, q_, rows, peak_, rows,
-                          rule_.score == block_score::variance);
+    if (rule_.score == block_score::mean) return mean_scores<Arch, Acc>(past, width, d_, s.mean_k, q_, peak_);
+    tile::gemm<Arch, Acc>(past, width, d_, s.mean_k, d_, 1, q_, rows, peak_, rows, true);
   }
 
   isize size_of_block(isize J) const noexcept { return std::min(rule_.block_k, rule_.m - J * rule_.block_k); }
@@ -344,6 +360,24 @@ class block_select {
     }
   }
 
+  /// The pooled tokens of a segment.
+  void pool(const segment& g, const std::uint8_t* fate) noexcept {
+    if (!g.whole) return;
+    const isize past = rule_.reach_of(g.block).past;
+    sums_->begin(g.index);
+    for (isize x = g.lane / W * W; x < g.lane + g.count; x += W) {
+      const isize low = std::max(g.lane - x, isize{0}), high = std::min(g.lane + g.count - x, W);
+      P top(none);
+      if (sums_->scored())
+        top = sums_->weigh(past, x);
+      else if (weighed_.first != past || weighed_.last != x)
+        weigh(past, x);
+      if (!sums_->scored()) top = P::load(top_);
+      sums_->add(g.index, std::max(x - g.lane, isize{0}), low, high, sums_->scored() ? sums_->weights() : weight_, top,
+                 past, fate);
+    }
+  }
+
   /// weight_ [J] = mass 2^(peak - top) of W rows, zeros behind the last block: the shares but for one factor, which is returned.
   P weigh(isize past, isize x) noexcept {
     P top(none), sum(Acc(0));
@@ -356,6 +390,7 @@ class block_select {
       sum = sum + weight;
     }
     for (isize J = past; J < ceil_div(past, W) * W; ++J) P(Acc(0)).store(weight_ + J * W);
+    weighed_ = {past, x}, top.store(top_);
     return P(Acc(1)) / sum;
   }
   static P power(P whole) noexcept {
@@ -374,7 +409,10 @@ class block_select {
   bool per_token_ = false, two_ = false;
   const code_keys* codes_ = nullptr;
   std::conditional_t<has_pass, code_pass<Arch>, no_pass> pass_;
+  pooled_sums<Arch, Acc>* sums_ = nullptr;
   segment segments_[rows];
+  range weighed_{-1, -1};  // weight_ and top_ are of so many blocks, of the rows from this lane on
+  alignas(64) Acc top_[W];
   Acc *q_, *q2_, *factor_, *peak_, *mass_, *s_, *k_, *few_, *row_, *weight_, *votes_, *sorted_;
   std::int8_t* few_code_;  // most_few rows, one to spare
 };

@@ -99,6 +99,13 @@ class sparse_tiles {
     }
   }
 
+  /// After begin: the rows of tile t have sums already, in the form of the accessors below; o [e][height], of which they are rows [row, ..).
+  void start(isize t, const Acc* o, const Acc* m, const Acc* l, isize height, isize row) noexcept {
+    const isize count = std::min(R_, height - row);
+    for (isize c = 0; c < e_; ++c) std::copy_n(o + c * height + row, count, ot_ + (t * e_ + c) * R_);
+    std::copy_n(m + row, count, m_ + t * R_), std::copy_n(l + row, count, l_ + t * R_);
+  }
+
   /// Takes over tiles [first, last) of `from`, which was made for the same sizes, and what they have so far: a branch, to absorb more into.
   void follow(const sparse_tiles& from, isize first, isize last) noexcept {
     used_ = last - first, b_ = from.b_;
