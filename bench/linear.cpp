@@ -3,15 +3,20 @@
 //                              reading, scaling and writing the same memory once over the time of the step
 //        threads/<rule>        one head, N = 16384: time with one thread over time with two (`speedup`), the same bits demanded;
 //                              `halves`: the same where two heads of half the length share nothing, the most that this machine gives
+//        threads/<rule>/H<h>   h heads, N = 4096: the same. threads/windowed: window 64, 4 first keys, elu + 1 for the rest
+//        threads/chunks        one head, prefill_chunks in eighths on two threads against prefill on one
+//        calls/<rule>/n<n>     a call of n tokens with a state: the time of n steps over it (`of_steps`)
 //        dijiang/decode/N<n>   one step of 8 heads of width 64 behind n tokens: time of an exact step over 8192 keys over it (`of_exact`)
 #include "linear.hpp"
 
 #include <cstring>
 
+#include <fovea/core/chunks.hpp>
 #include <fovea/core/kv_cache.hpp>
 #include <fovea/dijiang.hpp>
 #include <fovea/linear.hpp>
 #include <fovea/softmax.hpp>
+#include <fovea/windowed.hpp>
 
 #include "measure.hpp"
 
@@ -64,20 +69,15 @@ void step_of_state(benchmark::State& b, rule u) {
       b, steps, [&] { return pass_over(layers); }, [](double seconds, double pass) { return pass / seconds; });
 }
 
-void two_threads(benchmark::State& b, rule u, isize d) {
-  const isize n = 16384;
-  const fovea::shape s{1, 1, 1, n, n, d, d, fovea::dtype::f32};
-  linear_attention m{.rule = u, .scale = u == rule::none ? 1.0 : 0.01};
-  const tensors t(s);
-  const gate_rows rows(1, n, 1);
-  const fovea::threads two(2);
-  fovea::buffer memory(m.workspace_size(s, 2) + m.workspace_size(s, 1) + 64), first(t.out.size());
-  const fovea::call_options options{.lse = {}, .gates = rows.views(m, 1, n, 1), .workspace = memory.span()};
-  const auto call = [&](fovea::exec_ref exec) { fovea::prefill(exec, m, t.Q(), t.K(), t.V(), t.O(), options); };
+/// `call` on two threads against one, in turn; false where they give other bits.
+template <class Call>
+bool one_against_two(benchmark::State& b, const tensors& t, const fovea::threads& two, Call&& call) {
+  fovea::buffer first(t.out.size());
   call(fovea::serial);
   std::memcpy(first.data(), t.out.data(), t.out.size());
   call(two);
-  if (std::memcmp(first.data(), t.out.data(), t.out.size()) != 0) return b.SkipWithError("two threads give other bits");
+  if (std::memcmp(first.data(), t.out.data(), t.out.size()) != 0)
+    return b.SkipWithError("two threads give other bits"), false;
   b.counters["speedup"] = samples(
       b, [&] { call(two); },
       [&] {
@@ -86,7 +86,21 @@ void two_threads(benchmark::State& b, rule u, isize d) {
         return machine::now() - start;
       },
       [](double seconds, double one) { return one / seconds; });
-  const auto half = [d](const fovea::tensor_mut& x) {
+  return true;
+}
+
+void two_threads(benchmark::State& b, rule u, isize d, isize heads) {
+  const isize n = heads == 1 ? 16384 : 4096;
+  const fovea::shape s{1, heads, heads, n, n, d, d, fovea::dtype::f32};
+  linear_attention m{.rule = u, .scale = u == rule::none ? 1.0 : 0.01};
+  const tensors t(s);
+  const gate_rows rows(heads, n, 1);
+  const fovea::threads two(2);
+  fovea::buffer memory(m.workspace_size(s, 2) + m.workspace_size(s, 1) + 64);
+  const fovea::call_options options{.lse = {}, .gates = rows.views(m, heads, n, 1), .workspace = memory.span()};
+  const auto call = [&](fovea::exec_ref exec) { fovea::prefill(exec, m, t.Q(), t.K(), t.V(), t.O(), options); };
+  if (!one_against_two(b, t, two, call) || heads > 1) return;
+  const auto half = [d, n](const fovea::tensor_mut& x) {
     return fovea::tensor_mut{x.data, x.type, 1, 2, n / 2, d, n * d, n / 2 * d, d};
   };
   const fovea::shape h{1, 2, 2, n / 2, n / 2, d, d, fovea::dtype::f32};
@@ -101,6 +115,75 @@ void two_threads(benchmark::State& b, rule u, isize d) {
     ratios.push_back((between - start) / (machine::now() - between));
   }
   b.counters["halves"] = median(ratios);
+}
+
+void two_threads_windowed(benchmark::State& b, isize heads) {
+  const isize n = heads == 1 ? 16384 : 4096;
+  const fovea::shape s{1, heads, heads, n, n, 64, 64, fovea::dtype::f32};
+  const fovea::windowed_attention m;
+  const tensors t(s);
+  const fovea::threads two(2);
+  const fovea::buffer memory(m.workspace_size(s, 2) + m.workspace_size(s, 1) + 64);
+  one_against_two(b, t, two, [&](fovea::exec_ref exec) {
+    fovea::prefill(exec, m, t.Q(), t.K(), t.V(), t.O(), {.workspace = memory.span()});
+  });
+}
+
+/// Along the length: another sum, so no bits are compared with prefill's.
+void chunks(benchmark::State& b, rule u, isize d) {
+  const isize n = 16384;
+  const fovea::shape s{1, 1, 1, n, n, d, d, fovea::dtype::f32};
+  linear_attention m{.rule = u, .scale = u == rule::none ? 1.0 : 0.01};
+  const tensors t(s);
+  const gate_rows rows(1, n, 1);
+  const fovea::threads two(2);
+  const fovea::call_options options{.lse = {}, .gates = rows.views(m, 1, n, 1), .workspace = {}};
+  state held = m.make_state(s);
+  b.counters["speedup"] = samples(
+      b,
+      [&] {
+        m.clear(held);
+        fovea::prefill_chunks(two, m, t.Q(), t.K(), t.V(), t.O(), held, n / 8, options);
+      },
+      [&] {
+        m.clear(held);
+        const double start = machine::now();
+        fovea::prefill(fovea::serial, m, t.Q(), t.K(), t.V(), t.O(), held, options);
+        return machine::now() - start;
+      },
+      [](double seconds, double one) { return one / seconds; });
+}
+
+void short_call(benchmark::State& b, rule u, isize n) {
+  const fovea::shape s{1, 1, 1, n, n, 64, 64, fovea::dtype::f32};
+  linear_attention m{.rule = u, .scale = u == rule::none ? 1.0 : 0.01};
+  const tensors t(s);
+  const gate_rows rows(1, n, 1);
+  fovea::buffer memory(m.workspace_size(s, 1) + 64);
+  const fovea::gates g = rows.views(m, 1, n, 1);
+  state held = m.make_state(s);
+  const auto part = [](const auto& x, isize i, isize count) { return x ? x.slice(i, count) : x; };
+  const auto call = [&](isize i, isize count) {
+    fovea::prefill(
+        fovea::serial, m, part(t.Q(), i, count), part(t.K(), i, count), part(t.V(), i, count), part(t.O(), i, count),
+        held, {.gates = {part(g.log_decay, i, count), part(g.beta, i, count), {}, {}}, .workspace = memory.span()});
+  };
+  b.counters["of_steps"] = samples(
+      b,
+      [&] {
+        m.clear(held);
+        call(0, n);
+      },
+      [&] {
+        const int rounds = static_cast<int>(20000 / n) / 10 + 1;
+        const double start = machine::now();
+        for (int r = 0; r < rounds; ++r) {
+          m.clear(held);
+          for (isize i = 0; i < n; ++i) call(i, 1);
+        }
+        return (machine::now() - start) / rounds;
+      },
+      [](double seconds, double steps) { return steps / seconds; });
 }
 
 void dijiang_decode(benchmark::State& b, isize held) {
@@ -149,7 +232,23 @@ void register_linear() {
   for (const rule u : {rule::none, rule::decay, rule::gated_delta})
     for (const isize d : {64, 128})
       add(std::string("threads/") + fovea::name_of(u) + "/D" + std::to_string(d),
-          [u, d](benchmark::State& b) { two_threads(b, u, d); });
+          [u, d](benchmark::State& b) { two_threads(b, u, d, 1); });
+  for (const rule u : {rule::none, rule::decay, rule::gated_delta})
+    for (const isize d : {64, 128})
+      for (const isize heads : {3, 8, 9})
+        add(std::string("threads/") + fovea::name_of(u) + "/H" + std::to_string(heads) + "/D" + std::to_string(d),
+            [u, d, heads](benchmark::State& b) { two_threads(b, u, d, heads); });
+  for (const isize heads : {1, 3, 8})
+    add("threads/windowed/H" + std::to_string(heads) + "/D64",
+        [heads](benchmark::State& b) { two_threads_windowed(b, heads); });
+  for (const rule u : {rule::none, rule::decay})
+    for (const isize d : {64, 128})
+      add(std::string("threads/chunks/") + fovea::name_of(u) + "/D" + std::to_string(d),
+          [u, d](benchmark::State& b) { chunks(b, u, d); });
+  for (const rule u : {rule::none, rule::delta, rule::gated_delta})
+    for (const isize n : {2, 4, 8, 33})
+      add(std::string("calls/") + fovea::name_of(u) + "/n" + std::to_string(n),
+          [u, n](benchmark::State& b) { short_call(b, u, n); });
   for (const isize n : {1024, 65536, 1048576})
     add("dijiang/decode/N" + std::to_string(n), [n](benchmark::State& b) { dijiang_decode(b, n); });
 }

@@ -100,6 +100,19 @@ void register_lowrank() {
     // the slots anew (2), softmax over them (5 products of n slots d), dk, dv and dE (4)
     back(b, m, N, 11.0 * static_cast<double>(N * slots * D), dE.data());
   });
+  for (const bool max : {false, true})
+    add(std::string("linformer_128_") + (max ? "max" : "mean") + "/D64/N65536/backward", [max](benchmark::State& b) {
+      using projection = fovea::sequence_projection;
+      const fovea::linformer_attention m{.projection = max ? projection::max : projection::mean, .slots = slots};
+      back(b, m, N, 5.0 * static_cast<double>(N * slots * D),
+           nullptr);  // softmax over the slots, no products beside it
+    });
+  add("linformer_causal_16_of_128/D64/N8192/backward", [](benchmark::State& b) {
+    static std::vector<float> own(static_cast<std::size_t>(128 * 16), 1.0F / 128), dE(own.size());
+    const fovea::linformer_attention m{
+        .E = fovea::bhnd<const float>(own.data(), 1, 1, 128, 16), .causal = true, .block = 128};
+    back(b, m, few, 2.5 * m.macs({1, 1, 1, few, few, D, D, dtype::f32}), dE.data());  // five products for two
+  });
   add("efficient/D64/N65536", [](benchmark::State& b) { forward(b, fovea::efficient_attention{}, N); });
   add("efficient_causal/D64/N65536",
       [](benchmark::State& b) { forward(b, fovea::efficient_attention{.causal = true}, N); });

@@ -5,6 +5,7 @@
 #include <fovea/any_attention.hpp>
 #include <fovea/core/exec.hpp>
 #include <fovea/core/mechanism.hpp>
+#include <fovea/core/chunks.hpp>
 #include <fovea/core/packed.hpp>
 #include <fovea/core/partial.hpp>
 #include <fovea/dijiang.hpp>

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 /// @file  prefill_packed: each sequence has the bits of a call for it alone, with and without states, for any number of threads.
+///        prefill_chunks: the same bits for any number of threads, prefill's numbers to rounding.
 
+#include <fovea/core/chunks.hpp>
 #include <fovea/core/packed.hpp>
 #include <fovea/dijiang.hpp>
 #include <fovea/linear.hpp>
@@ -71,7 +73,73 @@ void check_states(const M& m, bool gated, dtype type, isize d) {
   }
 }
 
+/// 20 tokens into a state, then 700 in chunks of 200: against one thread, and against prefill.
+template <class M>
+void check_chunks(const M& m, isize gate_width, dtype type) {
+  test::random r(6);
+  const isize H = 4, G = 2, d = 16, e = 40, n = 700;
+  inputs x(r, type, H, G, 20 + n, d, e, test::layout::bnhd);
+  tensor gates(type, 1, G, 20 + n, std::max(gate_width, isize{1}));
+  gates.fill([&] { return -r.uniform(0, 0.2); });
+  const auto options = [&](isize first, isize count) {
+    call_options o;
+    if (gate_width > 0) o.gates.log_decay = gates.ref().slice(first, count);
+    return o;
+  };
+  const auto rows = [](auto& t, isize first, isize count) { return t.ref().slice(first, count); };
+  tensor want = test::unwritten(type, 1, H, 20 + n, e);
+  state plain = m.make_state({.H = H, .G = G, .d = d, .e = e, .type = type});
+  prefill(serial, m, rows(x.q, 0, 20), rows(x.k, 0, 20), rows(x.v, 0, 20), rows(want, 0, 20), plain, options(0, 20));
+  const state start = plain;
+  prefill(serial, m, rows(x.q, 20, n), rows(x.k, 20, n), rows(x.v, 20, n), rows(want, 20, n), plain, options(20, n));
+  std::vector<tensor> outs;
+  std::vector<state> ends;
+  for (const int count : {1, 2, 3}) {
+    const threads pool(count);
+    tensor out = test::unwritten(type, 1, H, n, e, test::layout::strided);
+    state s = start;
+    prefill_chunks(pool, m, rows(x.q, 20, n), rows(x.k, 20, n), rows(x.v, 20, n), out, s, 200, options(20, n));
+    CHECK(out.guards_intact());
+    CHECK(s.tokens() == plain.tokens());
+    outs.push_back(std::move(out)), ends.push_back(std::move(s));
+    CAPTURE(count);
+    CHECK_SAME_BITS(outs.back(), outs.front());
+    CHECK(std::memcmp(ends.back().template as<std::byte>(), ends.front().template as<std::byte>(), start.bytes()) == 0);
+  }
+  const tensor behind = test::rows_of(want, 20, n);
+  CHECK_CLOSE(outs.front().values(), behind.values(), {.c = 64});
+  if constexpr (requires { m.store_state(plain); }) {
+    const auto S = m.store_state(ends.front()), T = m.store_state(plain);
+    test::array a{{S.at("S").size()}, {}}, b = a;
+    for (isize i = 0; i < S.at("S").size(); ++i) a.data.push_back(S.at("S").at(i)), b.data.push_back(T.at("S").at(i));
+    CHECK_CLOSE(a, b, {.c = 64});
+  }
+}
+
 }  // namespace
+
+TEST_CASE("chunks: any number of threads gives the same bits, the sweep's numbers to rounding") {
+  for (const dtype type : {dtype::f32, dtype::f64}) {
+    check_chunks(linear_attention{}, 0, type);
+    check_chunks(linear_attention{.map = identity_map{}, .normalise = false}, 0, type);
+    check_chunks(linear_attention{.rule = rule::decay}, 1, type);
+    check_chunks(linear_attention{.rule = rule::gla}, 16, type);
+    check_chunks(dijiang_attention::make({.head_dim = 16}), 0, type);
+  }
+}
+
+TEST_CASE("chunks: what they refuse") {
+  test::random r(7);
+  const inputs x(r, dtype::f32, 2, 2, 10, 8, 8, test::layout::bhnd);
+  tensor out = test::unwritten(dtype::f32, 1, 2, 10, 8);
+  const auto refused = [&](const auto& m, isize chunk) {
+    state s = m.make_state({.H = 2, .G = 2, .d = 8, .e = 8});
+    return test::refusal(
+        [&] { prefill_chunks(serial, m, x.q, x.k, x.v, out, s, chunk, x.options(is_delta(m.rule), 0, 10)); });
+  };
+  CHECK_SAYS(refused(linear_attention{}, 0), "chunk is 0");
+  CHECK_SAYS(refused(linear_attention{.rule = rule::gated_delta}, 4), "r x r matrix");
+}
 
 TEST_CASE("packed calls: states go on, each sequence as if it were alone") {
   check_states(linear_attention{}, false, dtype::f32, 16);

@@ -3,7 +3,11 @@
 
 #include <array>
 #include <cmath>
+#include <cstring>
 
+#include <fovea/feature/favor.hpp>
+#include <fovea/feature/learned.hpp>
+#include <fovea/feature/merge_map.hpp>
 #include <fovea/linear.hpp>
 #include <fovea/linear/reference.hpp>
 
@@ -121,6 +125,39 @@ TEST_CASE("linear: grouped values, grouped queries, many query heads") {
       CHECK_CLOSE(steps.values(), twin(m, x).values(), {.c = 64});
       CHECK(s.tokens() == 70);
     }
+}
+
+TEST_CASE("linear: heads left over by the threads are cut in columns, the bits are those of one thread") {
+  const isize d = 16, e = 96, n = 260;
+  const auto w = feature::orthogonal_directions(24, d, 3);
+  const projection directions(w.data(), 1, 24, d);
+  const struct {
+    int count;
+    isize heads;
+  } cases[] = {{2, 3}, {2, 1}, {3, 4}, {4, 5}};  // 2 + 1 heads, and so on: the last ones in two or three ranges
+  for (const auto& c : cases)
+    for (const rule u : rules)
+      for (const bool maps : {false, true}) {
+        linear_attention m{.rule = u};
+        if (maps && is_delta(u)) continue;
+        if (maps) m.map = u == rule::gla ? feature_map(relu_map{}) : feature_map(favor_plain{directions.ref()});
+        if (maps && u == rule::none) m.map = hedgehog{directions.ref(), directions.ref()};
+        const inputs x(2 * c.heads, c.heads, c.heads, n, d, e);
+        CAPTURE(c.count, c.heads, name_of(u), maps);
+        const threads pool(c.count);
+        CHECK_SAME_BITS(run(m, x, pool), run(m, x));
+        test::tensor one = test::unwritten(dtype::f32, 1, 2 * c.heads, n, e), many = one;
+        state s = m.make_state(x.call(u, one).shape()), t = s;
+        for (const isize first : {isize{0}, isize{130}}) {
+          const auto rows = [&](const tensor_ref& part) { return part ? part.slice(first, 130) : part; };
+          const fovea::gates g = x.gates(u);
+          const call_options o{.gates = {rows(g.log_decay), rows(g.beta), rows(g.erase), rows(g.write)}};
+          prefill(serial, m, rows(x.q), rows(x.k), rows(x.v), one.ref().slice(first, 130), s, o);
+          prefill(pool, m, rows(x.q), rows(x.k), rows(x.v), many.ref().slice(first, 130), t, o);
+        }
+        CHECK_SAME_BITS(many, one);
+        CHECK(std::memcmp(s.as<std::byte>(), t.as<std::byte>(), s.bytes()) == 0);
+      }
 }
 
 TEST_CASE("linear: a copy of the state is a snapshot") {

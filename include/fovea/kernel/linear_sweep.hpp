@@ -66,7 +66,7 @@ struct sweep_block {
   isize tokens, r;
   const Acc *k, *u;  ///< written with k; erased with u (delta rules only)
   isize k_stride, u_stride;
-  isize heads;   ///< query heads that share the state
+  isize heads;   ///< query heads that share the state; 0: nobody reads it (not for delta rules)
   const Acc* q;  ///< [heads][tokens][q_stride]
   isize q_stride, q_head_stride;
   const Acc* x_gain;               ///< [tokens] what k_t x_t^T is multiplied by; null: 1
@@ -123,7 +123,7 @@ FOVEA_INLINE ahead_lines next_lines(const sweep_block<Acc>& b, ahead_place& p, c
 template <class Arch, class Acc, int T, int NR, int H, bool Store, bool Next>
 FOVEA_INLINE void sweep_rows(isize r, Acc* S, isize panel_stride, const Acc* k, isize k_stride, const Acc* q,
                              isize q_stride, isize q_head_stride, const Acc* u, isize u_stride,
-                             const simd::pack<Acc, Arch> (&x)[T][NR], simd::pack<Acc, Arch> (&o)[H][T][NR],
+                             const simd::pack<Acc, Arch> (&x)[T][NR], simd::pack<Acc, Arch> (&o)[H > 0 ? H : 1][T][NR],
                              simd::pack<Acc, Arch> (&w)[T][NR], ahead_lines ahead) {
   using P = simd::pack<Acc, Arch>;
   tile::unroll<T * NR>([&](auto i) FOVEA_INLINE_LAMBDA {
@@ -203,7 +203,7 @@ template <class Arch, class Acc, bool Delta, int T, int NR, int H, bool Store, b
 FOVEA_INLINE void sweep_heads(sweep_place<Arch, Acc, NR>& at, isize t, isize h) {
   using P = simd::pack<Acc, Arch>;
   const auto& b = at.b;
-  P x[T][NR], o[H][T][NR], w[T][NR];
+  P x[T][NR], o[H > 0 ? H : 1][T][NR], w[T][NR];
   tile::unroll<T>([&](auto i) FOVEA_INLINE_LAMBDA {
     tile::unroll<NR>([&](auto n) FOVEA_INLINE_LAMBDA {
       x[i][n] = P::load(at.to.v + (t + i) * at.to.v_stride + n * P::size);
@@ -293,6 +293,36 @@ void sweep_columns_of(const sweep_block<Acc>& b, Acc* S, isize panel_stride, con
   if (b.finish != nullptr) keep_rows<Arch, Acc, NR>(b.r, S, panel_stride, b.finish, b.keep_step);
 }
 
+/// All tokens of a block that nobody reads, over NR vectors of columns, in steps of 6: half the products.
+template <class Arch, class Acc, int NR>
+FOVEA_NOINLINE void update_columns_of(const sweep_block<Acc>& b, Acc* S, isize panel_stride,
+                                      const sweep_columns<Acc>& to) noexcept {
+  constexpr int T = 6;
+  sweep_place<Arch, Acc, NR> at{b, S, panel_stride, to, {static_cast<const char*>(static_cast<void*>(S)), b.r, 0}, {}};
+  for (isize t = 0; t < b.tokens;) {
+    bool step = t + T <= b.tokens;
+    for (int i = 1; step && b.settles != nullptr && i < T; ++i) step = b.settles[t + i] == 0;
+    if (b.settles != nullptr && b.settles[t] != 0)
+      keep_rows<Arch, Acc, NR>(b.r, S, panel_stride, b.keep + t * b.keep_stride, b.keep_step);
+    if (step)
+      sweep_heads<Arch, Acc, false, T, NR, 0, true, false>(at, t, 0);
+    else
+      sweep_heads<Arch, Acc, false, 1, NR, 0, true, false>(at, t, 0);
+    t += step ? T : 1;
+  }
+  if (b.finish != nullptr) keep_rows<Arch, Acc, NR>(b.r, S, panel_stride, b.finish, b.keep_step);
+}
+
+template <class Arch, class Acc>
+void update_panels(const sweep_block<Acc>& b, Acc* S, isize first, isize last, sweep_columns<Acc> to) noexcept {
+  constexpr isize V = panel_width<Acc> / simd::pack<Acc, Arch>::size, W = simd::pack<Acc, Arch>::size;
+  constexpr isize most = Arch::registers >= 32 ? 4 : 2, NR = V < most ? V : most;
+  const isize panel_stride = b.r * panel_width<Acc>;
+  to.v += first * panel_width<Acc>;
+  for (isize c = first * V; c < last * V; c += NR, to.v += NR * W)
+    update_columns_of<Arch, Acc, static_cast<int>(NR)>(b, S + c / V * panel_stride + c % V * W, panel_stride, to);
+}
+
 template <class Arch, class Acc, bool Delta, bool Grouped>
 void sweep_panels_of(const sweep_block<Acc>& b, Acc* S, isize first, isize last, sweep_columns<Acc> to) noexcept {
   constexpr isize V = panel_width<Acc> / simd::pack<Acc, Arch>::size, W = simd::pack<Acc, Arch>::size;
@@ -317,7 +347,9 @@ void sweep_panels_of(const sweep_block<Acc>& b, Acc* S, isize first, isize last,
 /// A block over the columns of panels [first, last). S is the head's state, `to` its column 0.
 template <class Arch, class Acc, bool Delta>
 void sweep_panels(const sweep_block<Acc>& b, Acc* S, isize first, isize last, const sweep_columns<Acc>& to) noexcept {
-  if (b.heads > 1)
+  if (!Delta && b.heads == 0)
+    detail::update_panels<Arch, Acc>(b, S, first, last, to);
+  else if (b.heads > 1)
     detail::sweep_panels_of<Arch, Acc, Delta, true>(b, S, first, last, to);
   else
     detail::sweep_panels_of<Arch, Acc, Delta, false>(b, S, first, last, to);

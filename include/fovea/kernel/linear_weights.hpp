@@ -123,19 +123,19 @@ FOVEA_NOINLINE void row_sums(isize r, row_set<Acc> q, row_set<Acc> k, row_set<Ac
       row_sums_of<Arch, Acc, Decay, false>(r, q, k, a, z, tokens - t, sums + t);
 }
 
-/// sums of tokens [first, first + count) of each head; z moves behind them.
+/// sums of tokens [first, first + count) of each head; z moves behind them, also where there is no head.
 template <class Arch, class Acc>
 FOVEA_NOINLINE void advance_sums(const sweep_block<Acc>& b, const weight_block<Acc>& w, isize first,
                                  isize count) noexcept {
   using P = simd::pack<Acc, Arch>;
-  for (isize h = 0; h < b.heads; ++h) {
+  for (isize h = 0; h < b.heads || h == 0; ++h) {
     Acc* z = w.z;
     if (h + 1 < b.heads) {  // all heads start with the same z
       for (isize e = 0; e < b.r; e += P::size) P::load(w.z + e).store(w.spare + e);
       z = w.spare;
     }
-    const row_set<Acc> q{b.q + h * b.q_head_stride + first * b.q_stride, b.q_stride},
-        k{b.k + first * b.k_stride, b.k_stride};
+    const row_set<Acc> k{b.k + first * b.k_stride, b.k_stride},
+        q = b.heads == 0 ? k : row_set<Acc>{b.q + h * b.q_head_stride + first * b.q_stride, b.q_stride};
     Acc* sums = w.sums + h * w.head_tokens + first;
     if (w.channel != nullptr)
       row_sums<Arch, Acc, 2>(b.r, q, k, {w.channel + first * w.stride, w.stride}, z, count, sums);

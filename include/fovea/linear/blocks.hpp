@@ -70,7 +70,7 @@ class linear_blocks {
     const bool reads = x.query >= 0;
     auto& b = x.sweep;
     b = {};
-    b.tokens = x.count, b.r = n_.r, b.heads = reads ? n_.R : 1;
+    b.tokens = x.count, b.r = n_.r, b.heads = reads ? n_.R : delta_ ? 1 : 0;
     b.k = s.k, b.u = own_erase_ ? s.u : s.k, b.k_stride = b.u_stride = s.stride;
     b.q = s.q, b.q_stride = s.stride, b.q_head_stride = s.q_head;
     lay_rows(at, x);
@@ -103,6 +103,7 @@ class linear_blocks {
   }
 
  private:
+  isize before() const { return partial_ == nullptr ? 0 : partial_->first_head; }
   bool one_token(const linear_block<Acc>& x) const { return x.count == 1 && x.query >= 0; }
 
   /// Rows that the sweep can read where they lie stay there.
@@ -141,7 +142,8 @@ class linear_blocks {
     for (isize t = i; x.t < 0 && t < i + count; ++t) s.clear_key(t);
     if (x.t < 0 || x.sweep.k != s.k) return;
     auto f = rows_.template block<Arch, Acc>(p_.k, s.x, at.b, at.k_head, x.t + i, count);
-    f.head = at.head * n_.R, f.kv_head = at.k_head, f.position = first_position_ + x.t + i, f.key = true;
+    f.head = (before() + at.head) * n_.R, f.kv_head = before() + at.k_head;
+    f.position = first_position_ + x.t + i, f.key = true;
     f.out = s.k + i * s.stride, f.out_stride = s.stride, f.log_scale = s.log_k + i, f.survey = at.survey;
     rows_.map.apply(f, s.map);
   }
@@ -156,7 +158,8 @@ class linear_blocks {
     const isize head = query_head(at, h);
     if (x.sweep.q == s.q) {
       auto f = rows_.template block<Arch, Acc>(p_.q, s.x, at.b, head, x.query + i, count);
-      f.head = head, f.kv_head = at.k_head, f.position = first_position_ + x.query + i + p_.k.length - p_.q.length;
+      f.head = before() * n_.R + head, f.kv_head = before() + at.k_head;
+      f.position = first_position_ + x.query + i + p_.k.length - p_.q.length;
       f.out = q, f.out_stride = s.stride, f.log_scale = s.log_q + i;
       rows_.map.apply(f, s.map);
     }

@@ -13,7 +13,7 @@
 /// state as it was, row i of the rest the state after key i - (n - m) of the call.
 ///
 /// Contract   the problem has passed check() of a mechanism that is causal; scale, eps, clamp, key_sum_eps and normalise do not
-///            apply. l and m [B, H, n, 1] are f32, f64 where q is; m may be null. Cosine maps count positions of keys from p.k's first.
+///            apply. l and m [B, H, n, 1] are f32, f64 where q is; m may be null. A call may hold some heads only (`first_head`). Cosine maps count positions of keys from p.k's first.
 /// Cost       that of the normalised call.
 
 #include <limits>
@@ -25,6 +25,7 @@ inline namespace FOVEA_ABI {
 
 struct linear_partial {
   tensor_mut l, m;
+  isize first_head = 0;  ///< KV heads of the tensors before those of this call: a map may have weights by head
 
   template <class Acc>
   Acc& row(const tensor_mut& t, isize b, isize h, isize i) const {

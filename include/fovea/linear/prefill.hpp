@@ -2,10 +2,10 @@
 #pragma once
 /// @file  Causal linear attention: blocks of 126 tokens per state head, made ready in scratch, then the sweep of kernel/linear_sweep.hpp.
 ///
-/// Tasks are heads. Where there are few heads for the threads, tasks are ranges of column panels of a head: each by itself where rows
-/// are read as they lie, or where two ranges make cheap features; else blocks pass through two kinds of tasks, in this order: what a
-/// block needs (one task a block, in turn), and the sweep (a range a task, block by block). Either way every number is computed by the
-/// same instructions in the same order, so results do not depend on threads.
+/// Tasks are heads. The heads that are left over when each thread has had as many as every other come last, cut into ranges of column
+/// panels: each range by itself where rows are read as they lie, or where two ranges make cheap features; else blocks pass through two
+/// kinds of tasks, in this order: what a block needs (one task a block, in turn), and the sweep (a range a task, block by block).
+/// Either way every number is computed by the same instructions in the same order, so results do not depend on threads.
 
 #include <algorithm>
 #include <array>
@@ -29,7 +29,9 @@ class linear_sweeper {
         state_(s == nullptr ? nullptr : s->as<Acc>()),
         blocks_(m, p, partial, s == nullptr ? 0 : s->tokens(), s != nullptr),
         n_(blocks_.sizes()),
-        ranges_(panel_ranges(n_, threads)) {
+        shares_(n_, threads),
+        ranges_(shares_.ranges),
+        threads_(threads) {
     apart_ = ranges_ > 1 && ranges_apart();
     if (ranges_ > 1) surveys_ = scratch.take<Acc>(n_.B * n_.S);
     if (apart_ && state_ != nullptr) tails_ = scratch.take<Acc>(n_.B * n_.S * n_.tail_elements());
@@ -41,28 +43,16 @@ class linear_sweeper {
   }
 
   void run(exec_ref exec) const {
-    if (apart_) return run_apart(exec);
-    if (ranges_ > 1) return pass_blocks(exec);
-    exec.for_tasks(n_.B * n_.S, [&](isize index, isize slot) {
-      arena a = memory_;
-      for (isize i = 0; i < slot; ++i) scratch_type(a, m_, n_, p_.q.width);
-      scratch_type s(a, m_, n_, p_.q.width);
-      s.clear_padding(n_, used());
-      site at = open(s, s, index, true);
-      for (isize j = 0; j < per_head_; ++j) {
-        block x;
-        prepare(s, at, j, x);
-        if (j == 0) clear(at, 0, n_.panels);
-        sweep(s, at, x, 0, n_.panels);
-      }
-    });
+    if (ranges_ > 1) return apart_ ? run_apart(exec) : pass_blocks(exec);
+    exec.for_tasks(n_.B * n_.S, [&](isize index, isize slot) { whole_head(index, slot); });
   }
 
   static void lay_out(arena& a, const linear_attention& m, const shape& s, int threads) {
     const auto n = sizes_of(m, s);
-    const bool passes = panel_ranges(n, threads) > 1;
-    if (passes) a.take<Acc>(n.B * n.S), a.take<Acc>(n.B * n.S * n.tail_elements());
-    for (isize t = 0; t < (passes ? std::max<isize>(depth, threads) : threads); ++t) scratch_type(a, m, n, s.d);
+    const shares cut(n, threads);
+    if (cut.ranges > 1) a.take<Acc>(n.B * n.S), a.take<Acc>(n.B * n.S * n.tail_elements());
+    const isize places = cut.ranges > 1 ? std::max<isize>(threads, ring_at(cut, threads) + depth) : threads;
+    for (isize t = 0; t < places; ++t) scratch_type(a, m, n, s.d);
   }
 
  private:
@@ -71,11 +61,40 @@ class linear_sweeper {
   using block = linear_block<Acc>;
   static constexpr isize most = kernel::sweep_tokens, depth = 3, most_ranges = 64, most_ahead = 12;
 
-  /// Into how many tasks the columns of a block are cut: one where whole heads keep the threads busy.
-  static isize panel_ranges(const linear_sizes& n, isize threads) {
-    const isize heads = n.B * n.S;
-    if (heads <= 0 || threads == 1 || heads % threads == 0 || heads >= 4 * threads) return 1;
-    return std::min({n.panels, threads, most_ranges});
+  /// The first `whole` heads are a task each; the columns of the others, fewer than there are threads, are cut into `ranges`.
+  struct shares {
+    isize whole, ranges = 1;
+    /// A range does about a fifth of a head's work whatever its columns: keys, queries and features are read in full.
+    shares(const linear_sizes& n, isize threads) : whole(n.B * n.S) {
+      const isize rest = whole % threads, most_cuts = std::min({n.panels, threads, most_ranges});
+      double least = 1;  // time for the rest, one head = 1
+      for (isize cuts = 2; rest > 0 && whole < 16 * threads && cuts <= most_cuts; ++cuts) {
+        const double part = static_cast<double>(ceil_div(n.panels, cuts)) / static_cast<double>(n.panels);
+        const double time = static_cast<double>(ceil_div(rest * cuts, threads)) * (0.2 + 0.8 * part);
+        if (time < least) least = time, ranges = cuts;
+      }
+      if (ranges > 1) whole -= rest;
+    }
+  };
+  /// Before the ring lie the places of whole heads, one a thread.
+  static isize ring_at(const shares& cut, isize threads) { return cut.whole > 0 ? threads : 0; }
+  isize cut_heads() const { return n_.B * n_.S - shares_.whole; }
+
+  scratch_type scratch_at(isize slot) const {
+    arena a = memory_;
+    for (isize i = 0; i < slot; ++i) scratch_type(a, m_, n_, p_.q.width);
+    return scratch_type(a, m_, n_, p_.q.width);
+  }
+  void whole_head(isize index, isize slot) const {
+    scratch_type s = scratch_at(slot);
+    s.clear_padding(n_, used());
+    site at = open(s, s, index, true);
+    for (isize j = 0; j < per_head_; ++j) {
+      block x;
+      prepare(s, at, j, x);
+      if (j == 0) clear(at, 0, n_.panels);
+      sweep(s, at, x, 0, n_.panels);
+    }
   }
 
   /// May each range prepare its blocks by itself? What a block needs is then a few numbers a token; or there are two ranges, and
@@ -88,15 +107,14 @@ class linear_sweeper {
   }
   /// Every range of columns goes through the sequence alone, with a tail of its own: no thread waits for another.
   void run_apart(exec_ref exec) const {
-    const isize tail = n_.tail_elements();
-    for (isize i = 0; tails_ != nullptr && i < n_.B * n_.S; ++i)
+    const isize tail = n_.tail_elements(), whole = shares_.whole;
+    for (isize i = whole; tails_ != nullptr && i < n_.B * n_.S; ++i)
       std::copy_n(state_ + i * n_.head_elements() + n_.S_elements(), tail, tails_ + i * tail);
-    exec.for_tasks(n_.B * n_.S * ranges_, [&](isize task, isize slot) {
-      const isize index = task / ranges_, r = task % ranges_, first = n_.panels * r / ranges_,
-                  last = n_.panels * (r + 1) / ranges_;
-      arena a = memory_;
-      for (isize i = 0; i < slot; ++i) scratch_type(a, m_, n_, p_.q.width);
-      scratch_type s(a, m_, n_, p_.q.width);
+    exec.for_tasks(whole + cut_heads() * ranges_, [&](isize task, isize slot) {
+      if (task < whole) return whole_head(task, slot);
+      const isize index = whole + (task - whole) / ranges_, r = (task - whole) % ranges_,
+                  first = n_.panels * r / ranges_, last = n_.panels * (r + 1) / ranges_;
+      scratch_type s = scratch_at(slot);
       s.clear_padding(n_, used());
       site at = open(s, s, index, true);
       if (tails_ != nullptr) {
@@ -116,26 +134,26 @@ class linear_sweeper {
 
   /// Blocks are prepared one ahead of those that are swept, in a ring of scratch memories.
   void pass_blocks(exec_ref exec) const {
-    arena a = memory_;
-    const std::array<scratch_type, depth> made{scratch_type(a, m_, n_, p_.q.width), scratch_type(a, m_, n_, p_.q.width),
-                                               scratch_type(a, m_, n_, p_.q.width)};
-    std::array<scratch_type, depth> ring = made;
+    const isize base = ring_at(shares_, threads_);
+    std::array<scratch_type, depth> ring{scratch_at(base), scratch_at(base + 1), scratch_at(base + 2)};
     for (auto& s : ring) s.clear_padding(n_, used());
     std::array<block, depth> ready;
     std::array<progress, most_ranges> swept;
     progress prepared;
-    const isize blocks = n_.B * n_.S * per_head_, unit = ranges_ + 1;
+    const isize whole = shares_.whole, blocks = cut_heads() * per_head_, unit = ranges_ + 1;
     const auto make = [&](isize g) {
       for (isize r = 0; r < ranges_; ++r) swept[static_cast<std::size_t>(r)].wait(g - depth + 1);
       prepared.wait(g);
       const auto slot = static_cast<std::size_t>(g % depth);
-      site at = open(ring[slot], ring[0], g / per_head_, g % per_head_ == 0);
+      site at = open(ring[slot], ring[0], whole + g / per_head_, g % per_head_ == 0);
       prepare(ring[slot], at, g % per_head_, ready[slot]);
       prepared.reach(g + 1);
     };
-    exec.for_tasks(1 + blocks * unit, [&](isize task, isize) {
-      if (task == 0) return make(0);
-      const isize g = (task - 1) / unit, r = (task - 1) % unit - 1, first = n_.panels * r / ranges_,
+    exec.for_tasks(whole + 1 + blocks * unit, [&](isize number, isize own) {
+      if (number < whole) return whole_head(number, own);
+      const isize task = number - whole - 1;
+      if (task < 0) return make(0);
+      const isize g = task / unit, r = task % unit - 1, first = n_.panels * r / ranges_,
                   last = n_.panels * (r + 1) / ranges_;
       if (r < 0) {
         if (g + 1 < blocks) make(g + 1);
@@ -144,7 +162,7 @@ class linear_sweeper {
       auto& mine = swept[static_cast<std::size_t>(r)];
       prepared.wait(g + 1), mine.wait(g);
       const auto slot = static_cast<std::size_t>(g % depth);
-      const site at = open(ring[slot], ring[0], g / per_head_, false);
+      const site at = open(ring[slot], ring[0], whole + g / per_head_, false);
       if (g % per_head_ == 0) clear(at, first, last);
       sweep(ring[slot], at, ready[slot], first, last);
       mine.reach(g + 1);
@@ -283,7 +301,8 @@ class linear_sweeper {
   bool apart_ = false;
   linear_blocks<Arch, Acc> blocks_;
   linear_sizes n_;
-  isize ranges_, held_ = 0, unread_ = 0, per_head_ = 1;
+  shares shares_;
+  isize ranges_, threads_, held_ = 0, unread_ = 0, per_head_ = 1;
   arena memory_;
 };
 

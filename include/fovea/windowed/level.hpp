@@ -23,12 +23,13 @@ class windowed_level {
   windowed_level(const windowed_attention& m, const shape& s)
       : m_(m), d_(s.d), group_(s.group()), scale_(static_cast<Acc>(m.exact().scale_for(s))) {}
 
-  /// Of row x of q, whose own key is row `last` of k; `top`: the key with the largest score, if the level depends on it.
+  /// Of row x of q, whose own key is row `last` of k; `top`: the key with the largest score, if the level depends on it;
+  /// `before`: query heads of the weights before head 0 of q.
   Acc of(const tensor_ref& q, const tensor_ref& k, isize b, isize h, isize x, isize last, Acc* scratch,
-         isize* top = nullptr) const {
+         isize* top = nullptr, isize before = 0) const {
     const Acc* row = simd::row_as<Arch, Acc>(q.type, q.row(b, h, x), d_, scratch);
-    Acc a = m_.log_weight.data != nullptr ? static_cast<Acc>(*m_.log_weight.row(0, h, 0)) : Acc(0);
-    if (m_.query_gate.data != nullptr) a += dot(row, gate(h, scratch + d_));
+    Acc a = m_.log_weight.data != nullptr ? static_cast<Acc>(*m_.log_weight.row(0, before + h, 0)) : Acc(0);
+    if (m_.query_gate.data != nullptr) a += dot(row, gate(before + h, scratch + d_));
     if (m_.level == rest_level::absolute) return a;
     Acc most = -std::numeric_limits<Acc>::infinity();
     for (isize j = last < m_.window ? 0 : last - m_.window + 1; j <= last; ++j) {

@@ -65,34 +65,45 @@ struct windowed_rows {
   }
 };
 
+/// KV heads are tasks where each thread has as many; else all heads go through each part on all threads.
 template <class Acc>
 struct windowed_held {
   windowed_rows rows;
-  windowed_run<Acc> run;
+  shape call;  ///< of a task, or of all heads
+  bool by_head;
+  arena memory;
   double* own;
 
   static isize chunk_of(const shape& s) { return s.n < windowed_chunk ? s.n : windowed_chunk; }
-  static shape sizes(const windowed_attention& m, shape s) {
-    s.m = m.first + m.window + chunk_of(s);
+  static shape sizes(const windowed_attention& m, shape s, bool alone) {
+    if (alone) s = windowed_unit(s, s.n);
+    s.n = chunk_of(s), s.m = m.first + m.window + s.n;
     return s;
   }
   windowed_held(arena& a, const windowed_attention& m, const shape& s, int threads)
       : rows(a, s, s.n == 1 && m.level == rest_level::absolute ? 1 : m.first + m.window + chunk_of(s)),
-        run(a, m, sizes(m, s), chunk_of(s), threads),
-        own(a.take<double>(threads * (s.d > s.e ? s.d : s.e))) {}
+        call(sizes(m, s, s.n > 1 && threads > 1 && s.B * s.G % threads == 0)),
+        by_head(s.n > 1 && threads > 1 && s.B * s.G % threads == 0),
+        own(a.take<double>(threads * (s.d > s.e ? s.d : s.e))) {
+    memory = a;
+    for (int t = 0; t < (by_head ? threads : 1); ++t) windowed_spot<Acc>(a, m, call, by_head ? 1 : threads);
+  }
 
   void prefill(exec_ref exec, const windowed_attention& m, const problem& p, state& s) const {
     const windowed_parts parts(m, s.sizes());
     state ring = parts.ring_of(s), far = parts.far_of(s, m);
     if (s.tokens() == 0) parts.rest.clear(far);
     const state_rows held_rows(parts.exact, s.sizes());
-    const isize B = p.q.batch, n = p.q.length, c = run.chunk();
+    const isize B = p.q.batch, n = p.q.length, c = call.n;
+    const windowed_run<Acc> run(m, call);
+    arena first = memory;
+    const windowed_spot<Acc> at(first, m, call, by_head ? 1 : exec.concurrency());
     if (n == 1 && m.level == rest_level::absolute) {
       const isize T = s.tokens();
       if (T >= m.first + m.window)  // the oldest key of the window leaves it
         for (isize b = 0; b < B; ++b) rows.hold(held_rows.sequence(ring, b), b, m.first, 1);
       held_rows.append(parts.exact, exec, p, 0, 1, ring, own);
-      run.attend_one(exec, p, rows.k, rows.v, held_rows, ring, T, far);
+      run.attend_one(exec, {p.q, rows.k, rows.v, p.out, p.lse, T}, held_rows, ring, at.place, at.own, far);
       s.set_tokens(T + 1);
       return;
     }
@@ -101,13 +112,38 @@ struct windowed_held {
       const isize held = T < m.first + m.window ? T : m.first + m.window;
       for (isize b = 0; b < B && held > 0; ++b) rows.hold(held_rows.sequence(ring, b), b, 0, held);
       windowed_rows::copy_new(p.k, i, count, rows.k, held), windowed_rows::copy_new(p.v, i, count, rows.v, held);
-      problem part = p;
-      part.q = p.q.slice(i, count), part.out = p.out.slice(i, count);
-      if (p.lse) part.lse = p.lse.slice(i, count);
-      run.attend(exec, part, rows.k.slice(0, held + count), rows.v.slice(0, held + count), T, far);
+      windowed_rows_of x{p.q.slice(i, count),
+                         rows.k.slice(0, held + count),
+                         rows.v.slice(0, held + count),
+                         p.out.slice(i, count),
+                         {},
+                         T};
+      if (p.lse) x.lse = p.lse.slice(i, count);
+      if (by_head)
+        exec.for_tasks(p.k.batch * p.k.heads, [&](isize unit, isize slot) { attend_head(m, x, unit, slot, parts, s); });
+      else
+        run.attend(exec, x, at.place, at.own, far);
       held_rows.append(parts.exact, exec, p, i, count, ring, own);
     }
     s.set_tokens(s.tokens() + n);
+  }
+
+  void attend_head(const windowed_attention& m, const windowed_rows_of& all, isize unit, isize slot,
+                   const windowed_parts& parts, const state& s) const {
+    const isize G = all.k.heads, R = call.H, b = unit / G, g = unit % G;
+    windowed_rows_of x{all.q.part(b, g * R, R),
+                       all.k.part(b, g, 1),
+                       all.v.part(b, g, 1),
+                       all.out.part(b, g * R, R),
+                       {},
+                       all.position,
+                       g};
+    if (all.lse) x.lse = all.lse.part(b, g * R, R);
+    const auto bytes = static_cast<isize>(parts.rest.state_bytes(call));
+    state far = state::over(parts.rest.tag(), call, 0,
+                            {parts.far_of(s, m).as<std::byte>() + unit * bytes, static_cast<std::size_t>(bytes)});
+    const auto at = windowed_spot<Acc>::at(memory, slot, m, call);
+    windowed_run<Acc>(m, call).attend(serial, x, at.place, at.own, far);
   }
 };
 
