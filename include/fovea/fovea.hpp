@@ -3,9 +3,9 @@
 /// @file  Everything for the CPU: all mechanisms, their masks, scores and feature maps, any_attention. No third-party library but xsimd.
 
 #include <fovea/any_attention.hpp>
+#include <fovea/core/chunks.hpp>
 #include <fovea/core/exec.hpp>
 #include <fovea/core/mechanism.hpp>
-#include <fovea/core/chunks.hpp>
 #include <fovea/core/packed.hpp>
 #include <fovea/core/partial.hpp>
 #include <fovea/dijiang.hpp>
