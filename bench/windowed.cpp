@@ -26,11 +26,9 @@ struct weights {
   }
 };
 
-void run(benchmark::State& b, bool hedgehog, isize d, isize n) {
+template <class M>
+void against_exact(benchmark::State& b, const M& m, isize d, isize n) {
   const tensors t({1, 1, 1, n, n, d, d});
-  const weights own(d);
-  fovea::windowed_attention m;
-  if (hedgehog) m.map = fovea::hedgehog{own.w.ref(), own.w.ref()};
   const fovea::softmax_attention exact{.mask = fovea::causal{}};
   const fovea::buffer scratch(std::max(m.workspace_size(t.s, 1), exact.workspace_size(t.s, 1)));
   const auto call = [&](const auto& mechanism) {
@@ -45,15 +43,25 @@ void run(benchmark::State& b, bool hedgehog, isize d, isize n) {
       b, [&] { call(m); }, rate, [](double seconds, double rate_of_exact) { return 1 / rate_of_exact / seconds; });
 }
 
+void run(benchmark::State& b, const std::string& rest, isize d, isize n) {
+  if (rest == "no_rest") {
+    const fovea::softmax_attention near{.mask = fovea::window{.width = 64, .first = 4}};
+    return against_exact(b, near, d, n);
+  }
+  const weights own(d);
+  fovea::windowed_attention m;
+  if (rest == "hedgehog") m.map = fovea::hedgehog{own.w.ref(), own.w.ref()};
+  against_exact(b, m, d, n);
+}
+
 }  // namespace
 
 void register_windowed() {
-  for (const bool hedgehog : {false, true})
+  for (const std::string rest : {"no_rest", "elu1", "hedgehog"})
     for (const isize n : {isize{2048}, isize{16384}}) {
-      const std::string name =
-          std::string("windowed/") + (hedgehog ? "hedgehog" : "elu1") + "/w64f4/D64/N" + std::to_string(n);
+      const std::string name = "windowed/" + rest + "/w64f4/D64/N" + std::to_string(n);
       benchmark::RegisterBenchmark(name.c_str(), [=](benchmark::State& b) {
-        run(b, hedgehog, 64, n);
+        run(b, rest, 64, n);
       })->Unit(benchmark::kMillisecond);
     }
 }
