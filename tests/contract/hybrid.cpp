@@ -91,6 +91,7 @@ TEST_CASE("contract of hybrid: its own values") {
   refuses_value(H{.block_q = 0}, {"block_q", "0"});
   refuses_value(H{.block_k = -16}, {"block_k", "-16"});
   refuses_value(H{.top = -1}, {"top", "-1"});
+  refuses_value(H{.is_causal = true, .align = at_offset(PTRDIFF_MIN)}, {"the offset of row 0 is -9223372036854775808"});
   refuses_value(H{.budget = -0.1}, {"budget is -0.1"});
   refuses_value(H{.budget = 1.5}, {"budget is 1.5"});
   refuses_value(H{.budget = bad}, {"budget is nan"});

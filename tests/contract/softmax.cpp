@@ -31,6 +31,13 @@ TEST_CASE("contract of softmax: its own values") {
   refuses_value(S{.mask = two_sided{-2, 1}}, {"two_sided left, right are -2, 1"});
   refuses_value(S{.mask = two_sided{2, PTRDIFF_MAX}}, {"two_sided left, right are 2, 9223372036854775807"});
   refuses_value(S{.mask = window{PTRDIFF_MAX}}, {"window width, first are 9223372036854775807, 0"});
+  for (const mask& x : {mask(causal{at_offset(PTRDIFF_MAX)}), mask(window{4, 0, at_offset(PTRDIFF_MAX)}),
+                        mask(two_sided{1, 1, at_offset(PTRDIFF_MAX)}), mask(chunked_local{4, at_offset(PTRDIFF_MAX)}),
+                        mask(both{causal{at_offset(PTRDIFF_MAX)}, window{4}})})
+    refuses_value(S{.mask = x}, {"the offset of row 0 is 9223372036854775807"});
+  refuses_value(S{.mask = causal{at_offsets(nullptr)}}, {"at_offsets has null offsets"});
+  const float slope[] = {0.5F, 0.5F, 0.5F, 0.5F};
+  refuses_value(S{.score = alibi{slope, 4, at_offsets(nullptr)}}, {"at_offsets has null offsets"});
   refuses_value(S{.mask = boolean_mask{}}, {"boolean_mask has a null table", "3 x 5"});
   refuses_value(S{.mask = block_mask{}}, {"block_mask has a null table"});
   const std::int32_t q[] = {0, 1, 3}, k[] = {0, 2, 4};

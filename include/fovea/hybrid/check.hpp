@@ -135,6 +135,7 @@ inline void check_hybrid_options(const hybrid_attention& m) {
 
 /// Query blocks lie alike in every item; a pattern is a mask, and asks for itself.
 inline void check_hybrid_align(const hybrid_attention& m, isize B) {
+  m.align.check();
   require(m.select == block_selector::pattern || m.align.how != alignment_of_rows::kind::offsets || B <= 1,
           "align has an offset for each of ", B,
           " batch items; a selection wants one for all: bottom_right, top_left, or at_offset");

@@ -20,11 +20,19 @@
 namespace fovea {
 inline namespace FOVEA_ABI {
 
+/// What a mask may look back or ahead, and how far rows may be placed: sums with positions stay numbers.
+inline constexpr isize most_keys = PTRDIFF_MAX / 4;
+
 /// How query rows are placed among the keys.
 struct alignment_of_rows {
   enum class kind : unsigned char { bottom_right, top_left, offset, offsets } how = kind::bottom_right;
   isize offset = 0;                       ///< position of row 0, for kind::offset
   const std::int32_t* offsets = nullptr;  ///< [B] the same for each item of the batch, for kind::offsets
+  void check() const {
+    require(how != kind::offset || (offset >= -most_keys && offset <= most_keys), "align: the offset of row 0 is ",
+            offset, "; wanted -2^61 to 2^61");
+    require(how != kind::offsets || offsets != nullptr, "align: at_offsets has null offsets; wanted one an item");
+  }
   FOVEA_HD isize position(const mask_site& at, isize i) const {
     switch (how) {
       case kind::bottom_right: return i + at.m - at.n;
@@ -41,12 +49,10 @@ constexpr alignment_of_rows at_offsets(const std::int32_t* first_rows) {
   return {alignment_of_rows::kind::offsets, 0, first_rows};
 }
 
-/// What a mask may look back or ahead: sums of it with positions stay numbers.
-inline constexpr isize most_keys = PTRDIFF_MAX / 4;
-
 struct causal {
   alignment_of_rows align = bottom_right;
 
+  void check(const mask_site&) const { align.check(); }
   FOVEA_HD bool is_causal() const { return align.how == alignment_of_rows::kind::bottom_right; }
   FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const { return j <= align.position(at, i); }
   FOVEA_HD range keys(const mask_site& at, isize, isize i1) const { return {0, align.position(at, i1 - 1) + 1}; }
@@ -64,6 +70,7 @@ struct window {
   alignment_of_rows align = bottom_right;
 
   void check(const mask_site&) const {
+    align.check();
     require(width >= 1, "window width is ", width, "; it counts the query's own key and must be at least 1");
     require(first >= 0, "window first is ", first, "; it must not be negative");
     require(width <= most_keys && first <= most_keys, "window width, first are ", width, ", ", first,
@@ -97,6 +104,7 @@ struct two_sided {
   alignment_of_rows align = bottom_right;
 
   void check(const mask_site&) const {
+    align.check();
     require(left >= 0 && right >= 0, "two_sided left, right are ", left, ", ", right, "; they must not be negative");
     require(left <= most_keys && right <= most_keys, "two_sided left, right are ", left, ", ", right,
             "; wanted at most 2^61");
@@ -127,6 +135,7 @@ struct prefix_lm {
   alignment_of_rows align = bottom_right;
 
   void check(const mask_site& at) const {
+    align.check();
     require(length(at) >= 0, "prefix_lm prefix is ", length(at), "; it must not be negative");
   }
   FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const { return j < end(at, i); }
@@ -153,6 +162,7 @@ struct chunked_local {
   alignment_of_rows align = bottom_right;
 
   void check(const mask_site&) const {
+    align.check();
     require(chunk >= 1, "chunked_local chunk is ", chunk, "; it must be at least 1");
   }
   FOVEA_HD bool is_causal() const { return align.how == alignment_of_rows::kind::bottom_right; }

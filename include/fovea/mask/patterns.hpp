@@ -35,7 +35,10 @@ struct hsa_pattern {
   alignment_of_rows align = bottom_right;
 
   FOVEA_HD bool is_causal() const { return align.how == alignment_of_rows::kind::bottom_right; }
-  void check(const mask_site&) const { require(stride >= 1, "pattern stride is ", stride, "; it must be at least 1"); }
+  void check(const mask_site&) const {
+    align.check();
+    require(stride >= 1, "pattern stride is ", stride, "; it must be at least 1");
+  }
 
   FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const {
     const isize p = align.position(at, i);
@@ -127,6 +130,7 @@ struct dilated {
 
   FOVEA_HD bool is_causal() const { return align.how == alignment_of_rows::kind::bottom_right; }
   void check(const mask_site&) const {
+    align.check();
     require(window >= 1 && step >= 1 && window <= PTRDIFF_MAX / step, "dilated window, step are ", window, ", ", step,
             "; they must be at least 1");
   }
@@ -163,6 +167,7 @@ struct global_tokens {
   alignment_of_rows align = bottom_right;
 
   void check(const mask_site&) const {
+    align.check();
     require(count >= 0, "global_tokens count is ", count, "; it must not be negative");
   }
   FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const {
@@ -190,6 +195,7 @@ struct bigbird {
   alignment_of_rows align = bottom_right;
 
   void check(const mask_site&) const {
+    align.check();
     require(block >= 1, "bigbird block is ", block, "; it must be at least 1");
     require(window >= 1 && window % 2 == 1 && global >= 0 && random >= 0, "bigbird window, global, random are ", window,
             ", ", global, ", ", random, "; the window must be odd and positive, the others not negative");

@@ -154,7 +154,8 @@ class rope_table {
   rope_table() = default;
   explicit rope_table(const rope_options& o) : positions_(o.positions), width_(o.width), pair_(o.pair) {
     require(o.width >= 2 && o.width % 2 == 0, "rope width is ", o.width, "; it must be even and at least 2");
-    require(o.positions >= 1, "rope positions is ", o.positions, "; it must be at least 1");
+    require(o.positions >= 1 && o.positions <= (isize{1} << 31), "rope positions is ", o.positions,
+            "; it must be at least 1, and at most 2^31");
     require(o.base > 0 && std::isfinite(o.base), "rope base is ", o.base, "; it must be positive and finite");
     for (isize i = 0; i < o.width / 2; ++i)
       frequencies_.push_back(std::pow(o.base, -2.0 * static_cast<double>(i) / static_cast<double>(o.width)));

@@ -113,6 +113,7 @@ struct relative_bias {
   alignment_of_rows align = bottom_right;
 
   void check(const mask_site& at) const {
+    align.check();
     require(table != nullptr, "relative_bias has a null table; wanted [", at.H, "][left + right + 1]");
     require(left >= 0 && right >= 0, "relative_bias left, right are ", left, ", ", right,
             "; they must not be negative");

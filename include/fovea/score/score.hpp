@@ -58,6 +58,7 @@ struct alibi {
   isize count = 0;                         ///< how many there are; 0: not checked
   alignment_of_rows align = bottom_right;  ///< that of the mask, where it has one
   void check(const mask_site& at) const {
+    align.check();
     require(slopes != nullptr && (count == 0 || count == at.H), "alibi has ", slopes == nullptr ? 0 : count,
             " slopes; wanted one for each of ", at.H, " heads");
     for (isize h = 0; h < at.H; ++h)
