@@ -71,7 +71,8 @@ TEST_CASE("contract of hybrid: states of other configurations") {
   };
   contract::arguments a(3, 3);
   const problem p = a.good(false);
-  for (const auto& [of, other] : foreign) {
+  for (const auto& pair : foreign) {
+    const H &of = pair.first, &other = pair.second;  // not by [of, other]: clang 14 takes no such name into a lambda
     const state made = of.make_state(p.shape());
     state s = state::restore(made.save());
     CHECK(of.tag() != other.tag());
