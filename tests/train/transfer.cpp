@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// @file  Learning of feature maps: the gradient of the loss, the fall of the loss on real rows, resuming, threads, refusals.
+/// @file  Learning of feature maps: the gradient of the loss, the fall of the loss on real rows, resuming, stopping, threads, refusals.
 
 #include <fovea/interop/safetensors.hpp>
 #include <fovea/train.hpp>
@@ -158,6 +158,32 @@ TEST_CASE("calibration: threads and an interruption change no bit") {
   CHECK(again.finished());
   CHECK(same(whole.weights(), again.weights()));
   CHECK(same(whole.checkpoint(), again.checkpoint()));
+}
+
+TEST_CASE(
+    "calibration: a head stops when looks are no better, with the weights of the best, and the seed decides the "
+    "draws") {
+  const captured data;
+  calibration_options o = small(map_kind::hedgehog_two, 0);
+  calibration one = data.make(o);
+  o.seed = 2;
+  calibration two = data.make(o);
+  one.run(serial, silent), two.run(serial, silent);
+  CHECK_FALSE(same(one.weights(), two.weights()));
+
+  o.optimiser.rate = 50, o.look_every = 1, o.patience = 3;  // every step makes it worse
+  calibration c = data.make(o);
+  isize stopped = 0;
+  c.run(serial, [&](const calibration_progress& p) {
+    if (!p.stopped) return true;
+    ++stopped;
+    CHECK(p.step == 3);
+    CHECK(p.best == p.first);
+    return true;
+  });
+  CHECK(stopped == 2);
+  CHECK(c.finished());
+  CHECK(same(c.weights(), data.make(o).weights()));
 }
 
 TEST_CASE("calibration: refusals") {
