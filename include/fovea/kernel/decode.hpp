@@ -12,6 +12,8 @@
 #include <limits>
 
 #include <fovea/kernel/online_softmax.hpp>
+#include <fovea/kernel/row_pieces.hpp>
+#include <fovea/kernel/row_requests.hpp>
 #include <fovea/simd/reduce.hpp>
 
 namespace fovea {
@@ -22,7 +24,6 @@ template <class Arch, class Acc>
 class decode_rows {
   using P = simd::pack<Acc, Arch>;
   static constexpr isize W = P::size, keys = 64, s_ld = keys + W;  // scores of a block, and room behind them
-  static constexpr isize short_stretch = 16;
   static constexpr Acc log2e = static_cast<Acc>(1.4426950408889634074);
 
  public:
@@ -63,6 +64,11 @@ class decode_rows {
     for (isize r = 0; set.visible != nullptr && r < count_; ++r) {
       const range x = meet(set.visible->keys(site(set, r), query(r), query(r) + 1), {j0, j1});
       if (!x.empty()) seen = {x.first < seen.first ? x.first : seen.first, x.last > seen.last ? x.last : seen.last};
+    }
+    if (set.k.form == row_form::plain && !seen.empty()) {
+      const isize second = end_of(set, seen.first);
+      detail::touch_pages(set.k, seen.first, end_of(set, second));
+      detail::touch_pages(set.v, seen.first, second);
     }
     for (isize j = seen.first; j < seen.last; j += keys)
       block(set, j, j + keys < seen.last ? j + keys : seen.last, m, l, o);
@@ -120,65 +126,29 @@ class decode_rows {
   template <class S>
   static constexpr bool is_i8 = std::is_same_v<S, std::int8_t>;
 
-  /// Rows of a block that lie one behind the other: keys [first, first + count) of the block.
   template <class S>
-  struct piece {
-    const S* rows;
-    const float* scales;
-    isize ld, first, count;
-  };
+  using piece = detail::row_piece<S>;
   template <class S>
-  struct pieces {
-    piece<S> list[keys / short_stretch + 4];  // pages of at least `short_stretch`, cut at both ends; a ring's seams
-    isize count = 0;
-  };
-
-  /// Pages too short to be worth a loop of their own are copied, as they are stored, into one stretch.
-  template <class S>
-  void find(const row_source& from, isize j0, isize count, isize width, std::byte* gathered, float* scales,
-            pieces<S>& out) const noexcept {
-    const isize row = width * static_cast<isize>(sizeof(S));
-    if constexpr (is_i8<S>)
-      if (from.form != row_form::plain) {
-        gather_codes(from, j0, count, width, reinterpret_cast<S*>(gathered), width, scales);
-        out.list[out.count++] = {reinterpret_cast<const S*>(gathered), scales, width, 0, count};
-        return;
-      }
-    if (from.table != nullptr && from.page < short_stretch && from.page < count) {
-      for (isize x = 0; x < count; ++x) {
-        const stretch s = from.at(j0 + x);
-        std::memcpy(gathered + x * row, s.data, static_cast<std::size_t>(row));
-        for (isize y = 0; y < from.scale_row; ++y) scales[x * from.scale_row + y] = s.scales[y];
-      }
-      out.list[out.count++] = {reinterpret_cast<const S*>(gathered), scales, width, 0, count};
-      return;
-    }
-    for (isize x = 0; x < count;) {
-      const stretch s = from.at(j0 + x);
-      const isize here = s.count < count - x ? s.count : count - x;
-      out.list[out.count++] = {reinterpret_cast<const S*>(s.data), s.scales,
-                               from.row_bytes / static_cast<isize>(sizeof(S)), x, here};
-      x += here;
-    }
-  }
+  using pieces = detail::row_pieces<S, keys>;
 
   /// The block's rows are read where they lie, stored as S, and widened in registers.
   template <class S>
   void block_of(const key_set<Acc>& set, isize j0, isize count, const std::uint64_t* seen, bool all, Acc* m, Acc* l,
                 Acc* o) noexcept {
     constexpr bool scaled = std::is_same_v<S, std::int8_t>;
-    pieces<S> k, v;
-    find<S>(set.k, j0, count, d_, k_rows_, k_scales_, k);
-    find<S>(set.v, j0, count, e_, v_rows_, v_scales_, v);
+    const pieces<S> k(set.k, j0, count, d_, k_rows_, k_scales_), v(set.v, j0, count, e_, v_rows_, v_scales_);
     const isize k_groups = scaled ? set.k.scale_row : 0, v_groups = scaled ? set.v.scale_row : 0;
     // However short: between two steps of a model its weights pass through the caches. Rows that are there cost little to ask for.
     const bool far = set.k.form == row_form::plain;
+    const isize j1 = j0 + count, j2 = end_of(set, j1), j3 = end_of(set, j2);
     // While this block's keys are scored its values are on their way, and with the values the next block's keys.
-    for (isize x = 0; x < k.count; ++x) {
-      const S* const ahead = far && x < v.count ? v.list[x].rows : nullptr;
-      const isize ld = x < v.count ? v.list[x].ld : 0;
-      for_groups([&](auto R, isize r) { scores<R>(k.list[x], k_groups, r, r == 0 ? ahead : nullptr, ld); });
+    requests ahead;
+    if (far) {
+      detail::touch_pages(set.v, j1, j2);
+      ahead = {set.v, j0, j1, e_};
     }
+    for (isize x = 0; x < k.count; ++x)
+      for_groups([&](auto R, isize r) { scores<R>(k.list[x], k_groups, r, far && r == 0 ? &ahead : nullptr); });
     Acc alpha[most_rows];
     for (isize r = 0; r < count_; ++r) {
       if (scaled && set.k.scale_row == 1) scale_by(k, s_ + r * s_ld);
@@ -186,17 +156,26 @@ class decode_rows {
       if (scaled && set.v.scale_row == 1) scale_by(v, s_ + r * s_ld);
     }
     if (!all) return masked_values(set.v, j0, count, seen, alpha, o);
+    if (far) {
+      detail::touch_pages(set.k, j2, j3);
+      ahead = {set.k, j1, j2, d_};
+    }
     for (isize x = 0; x < v.count; ++x) {
-      const bool more = far && j0 + count < set.count && x < k.count;
-      const isize next = j0 + count + (more ? k.list[x].first : 0);
-      const S* const ahead = more && next < set.count ? reinterpret_cast<const S*>(set.k.at(next).data) : nullptr;
-      const isize ld = more ? set.k.row_bytes / static_cast<isize>(sizeof(S)) : 0;
-      for_groups([&](auto R, isize r) { values<R>(v.list[x], v_groups, alpha, r, o, r == 0 ? ahead : nullptr, ld); });
+      for_groups(
+          [&](auto R, isize r) { values<R>(v.list[x], v_groups, alpha, r, o, far && r == 0 ? &ahead : nullptr); });
       for (isize r = 0; r < count_; ++r) alpha[r] = Acc(1);
     }
   }
 
-  /// s_[r + y][x] = q[r + y] . K[x] for R rows: W accumulators are W / R keys times R rows, reduced together.
+  using requests = detail::paced_requests;
+  static isize end_of(const key_set<Acc>& set, isize j) noexcept { return j + keys < set.count ? j + keys : set.count; }
+  /// Asks for as many lines as a step of `Bytes` bytes of other rows reads; step x of many.
+  template <isize Bytes>
+  FOVEA_INLINE static void ask(requests& ahead, requests::cursor& lines, isize x) noexcept {
+    if (Bytes >= 64 || x * Bytes % 64 == 0) ahead.ask<static_cast<int>(ceil_div(Bytes, 64))>(lines);
+  }
+  /// Narrow rows are asked for once more, 1 KB ahead of their use, into the first-level cache; f32 would gain nothing.
+  static isize near_rows(isize bytes) noexcept { return bytes > 256 ? 4 : 1024 / bytes; }
   /// int8 rows with a scale for each group are scaled as they are read; those with one scale in their scores and weights.
   template <bool Grouped>
   FOVEA_INLINE static P scaled(P x, [[maybe_unused]] const float* scales, [[maybe_unused]] isize c) noexcept {
@@ -208,23 +187,28 @@ class decode_rows {
 
   /// s_[r + z][x] = q[r + z] . K[x] for R rows: W accumulators are W / R keys times R rows, reduced together.
   template <int R, class S>
-  void scores(const piece<S>& from, isize groups, isize r, const S* ahead, isize ahead_ld) noexcept {
+  void scores(const piece<S>& from, isize groups, isize r, requests* ahead) noexcept {
     if constexpr (is_i8<S>)
-      if (groups > 1) return scores<R, true>(from, groups, r, ahead, ahead_ld);
-    scores<R, false>(from, groups, r, ahead, ahead_ld);
+      if (groups > 1) return scores<R, true>(from, groups, r, ahead);
+    scores<R, false>(from, groups, r, ahead);
   }
   template <int R, bool Grouped, class S>
-  FOVEA_NOINLINE void scores(const piece<S>& from, isize groups, isize r, const S* ahead, isize ahead_ld) noexcept {
+  FOVEA_NOINLINE void scores(const piece<S>& from, isize groups, isize r, requests* ahead) noexcept {
     constexpr int per = static_cast<int>(W) / R;
     const Acc* const q = q_ + r * q_ld_;
     const isize whole = d_ / W * W;
+    constexpr isize size = static_cast<isize>(sizeof(S));
+    const isize near = near_rows(from.ld * size);
+    requests::cursor lines = ahead != nullptr ? ahead->now : requests::cursor{};
+    // A few lines at a time, between products: a burst would fill the core's few line buffers and stop it.
+    const auto ask_row = [&](const S* p, isize columns) FOVEA_INLINE_LAMBDA {
+      if (ahead == nullptr) return;
+      ask<4 * W * size>(*ahead, lines, 0);
+      for (isize c = 0; size < 4 && c < columns; c += 64 / size) simd::prefetch_line(p + c);
+    };
     for (isize x = 0; x < from.count; x += per) {
+      const isize soon = x + per + near <= from.reach ? near * from.ld : 0;  // behind a page lie other heads
       P acc[W];
-      // One line at a time, between products: a burst would fill the core's few line buffers and stop it.
-      const auto ask = [&](isize y, isize c) FOVEA_INLINE_LAMBDA {
-        if (ahead != nullptr && c * static_cast<isize>(sizeof(S)) % 64 == 0)
-          simd::prefetch(ahead + (x + y) * ahead_ld + c, 64);
-      };
       const isize last =
           from.count - 1 - x;  // rows behind the end are replaced by the last one; nobody reads their scores
       const auto at = [&](isize y) FOVEA_INLINE_LAMBDA { return x + (y < last ? y : last); };
@@ -235,13 +219,15 @@ class decode_rows {
           const float* scales = Grouped ? from.scales + at(y) * groups : nullptr;
           P sum(Acc(0)), other(Acc(0));
           isize c = 0;
-          for (; c + 4 * W <= whole; c += 4 * W)
+          for (; c + 4 * W <= whole; c += 4 * W) {
+            ask_row(row + soon + c, 4 * W);
             tile::unroll<4>([&](auto u) FOVEA_INLINE_LAMBDA {
               P& to = u % 2 == 0 ? sum : other;
               to = simd::fma(scaled<Grouped>(simd::load_as<P>(row + c + u * W), scales, c + u * W),
                              P::load(q + c + u * W), to);
-              ask(y, c + u * W);
             });
+          }
+          if (c < d_) ask_row(row + soon + c, d_ - c);
           for (; c < whole; c += W)
             sum = simd::fma(scaled<Grouped>(simd::load_as<P>(row + c), scales, c), P::load(q + c), sum);
           if (c < d_)
@@ -270,19 +256,21 @@ class decode_rows {
             tile::unroll<per>([&](auto u)
                                   FOVEA_INLINE_LAMBDA { acc[z * per + u] = simd::fma(k[u], y, acc[z * per + u]); });
           });
-          tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA { ask(y, c); });
+          if (ahead == nullptr) return;
+          ask<W * size * per>(*ahead, lines, c / W);
+          if (size < 4 && c * size % 64 == 0)
+            tile::unroll<per>([&](auto y) FOVEA_INLINE_LAMBDA { simd::prefetch_line(row[y] + soon + c); });
         };
         isize c = 0;
         for (; c < whole; c += W) step(c, std::false_type{});
         if (c < d_) step(c, std::true_type{});
       }
-      for (isize y = 0; ahead != nullptr && d_ < e_ && y < per; ++y)
-        simd::prefetch(ahead + (x + y) * ahead_ld + d_, (e_ - d_) * static_cast<isize>(sizeof(S)));
       alignas(64) Acc lanes[W];
       simd::sum_each(acc).store(lanes);
       for (isize z = 0; z < R; ++z)
         std::memcpy(s_ + (r + z) * s_ld + from.first + x, lanes + z * per, per * sizeof(Acc));
     }
+    if (ahead != nullptr) ahead->now = lines;
   }
 
   /// Scale, score modification, mask, running maximum and exponentials of one row of a block: s_ becomes P.
@@ -318,41 +306,46 @@ class decode_rows {
   }
 
   template <int R, class S>
-  void values(const piece<S>& from, isize groups, const Acc* alpha, isize r, Acc* o, const S* ahead,
-              isize ahead_ld) noexcept {
+  void values(const piece<S>& from, isize groups, const Acc* alpha, isize r, Acc* o, requests* ahead) noexcept {
     if constexpr (is_i8<S>)
-      if (groups > 1) return values<R, true>(from, groups, alpha, r, o, ahead, ahead_ld);
-    values<R, false>(from, groups, alpha, r, o, ahead, ahead_ld);
+      if (groups > 1) return values<R, true>(from, groups, alpha, r, o, ahead);
+    values<R, false>(from, groups, alpha, r, o, ahead);
   }
   template <int R, bool Grouped, class S>
-  void values(const piece<S>& from, isize groups, const Acc* alpha, isize r, Acc* o, const S* ahead,
-              isize ahead_ld) noexcept {
+  void values(const piece<S>& from, isize groups, const Acc* alpha, isize r, Acc* o, requests* ahead) noexcept {
     constexpr int most = R == 1 ? 8 : 4;
     isize c = 0;
-    for (; c + most * W <= e_; c += most * W)
-      value_columns<R, most, Grouped>(from, groups, c, alpha, r, o + c, ahead, ahead_ld);
-    for (; c + 4 * W <= e_; c += 4 * W) value_columns<R, 4, Grouped>(from, groups, c, alpha, r, o + c, ahead, ahead_ld);
-    for (; c + W <= e_; c += W) value_columns<R, 1, Grouped>(from, groups, c, alpha, r, o + c, ahead, ahead_ld);
-    if (c < e_) value_edge<R, Grouped>(from, groups, c, alpha, r, o + c, e_ - c);
+    for (; c + most * W <= e_; c += most * W) value_columns<R, most, Grouped>(from, groups, c, alpha, r, o + c, ahead);
+    for (; c + 4 * W <= e_; c += 4 * W) value_columns<R, 4, Grouped>(from, groups, c, alpha, r, o + c, ahead);
+    for (; c + W <= e_; c += W) value_columns<R, 1, Grouped>(from, groups, c, alpha, r, o + c, ahead);
+    if (c < e_) value_edge<R, Grouped>(from, groups, c, alpha, r, o + c, e_ - c, ahead);
   }
 
   template <int R, int N, bool Grouped, class S>
   FOVEA_NOINLINE void value_columns(const piece<S>& from, isize groups, isize c, const Acc* alpha, isize r, Acc* o,
-                                    const S* ahead, isize ahead_ld) noexcept {
+                                    requests* ahead) noexcept {
     P acc[R][N];
     tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA {
       tile::unroll<N>([&](auto z)
                           FOVEA_INLINE_LAMBDA { acc[y][z] = P::load(o + (r + y) * e_ + z * W) * P(alpha[r + y]); });
     });
     const Acc* p = s_ + r * s_ld + from.first;
+    requests::cursor lines = ahead != nullptr ? ahead->now : requests::cursor{};
     const S* v = from.rows + c;
+    constexpr isize size = static_cast<isize>(sizeof(S));
+    const isize near = near_rows(from.ld * size);
     for (isize x = 0; x < from.count; ++x, v += from.ld) {
-      if (ahead != nullptr && c < d_) simd::prefetch(ahead + x * ahead_ld + c, N * W * static_cast<isize>(sizeof(S)));
+      if (ahead != nullptr) {
+        const isize soon = x + near < from.reach ? near * from.ld : 0;
+        ask<N * W * size>(*ahead, lines, x);
+        for (isize y = 0; size < 4 && y < N * W; y += 64 / size) simd::prefetch_line(v + soon + y);
+      }
       tile::unroll<N>([&](auto z) FOVEA_INLINE_LAMBDA {
         const P t = scaled<Grouped>(simd::load_as<P>(v + z * W), from.scales + x * groups, c + z * W);
         tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA { acc[y][z] = simd::fma(P(p[y * s_ld + x]), t, acc[y][z]); });
       });
     }
+    if (ahead != nullptr) ahead->now = lines;
     tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA {
       tile::unroll<N>([&](auto z) FOVEA_INLINE_LAMBDA { acc[y][z].store(o + (r + y) * e_ + z * W); });
     });
@@ -360,12 +353,13 @@ class decode_rows {
 
   template <int R, bool Grouped, class S>
   FOVEA_NOINLINE void value_edge(const piece<S>& from, isize groups, isize c, const Acc* alpha, isize r, Acc* o,
-                                 isize columns) noexcept {
+                                 isize columns, requests* ahead) noexcept {
     P acc[R];
     tile::unroll<R>([&](auto y)
                         FOVEA_INLINE_LAMBDA { acc[y] = simd::load_n<P>(o + (r + y) * e_, columns) * P(alpha[r + y]); });
     const Acc* p = s_ + r * s_ld + from.first;
     for (isize x = 0; x < from.count; ++x) {
+      if (ahead != nullptr) ask<W* static_cast<isize>(sizeof(S))>(*ahead, ahead->now, x);
       const P t =
           scaled<Grouped>(simd::load_as_n<P>(from.rows + x * from.ld + c, columns), from.scales + x * groups, c);
       tile::unroll<R>([&](auto y) FOVEA_INLINE_LAMBDA { acc[y] = simd::fma(P(p[y * s_ld + x]), t, acc[y]); });

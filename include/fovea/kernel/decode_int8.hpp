@@ -21,6 +21,7 @@
 
 #include <fovea/kernel/code_block.hpp>
 #include <fovea/kernel/online_softmax.hpp>
+#include <fovea/kernel/row_requests.hpp>
 #include <fovea/simd/reduce.hpp>
 #include <fovea/simd/word_ops.hpp>
 
@@ -125,6 +126,11 @@ class decode_int8 {
       const code_block& now = two[x];
       const isize next = now.first + now.count;
       if (next < seen.last) two[x ^ 1].find<Packed>(set.k, set.v, next, seen.last);
+      if (far_) {  // the rows that will be asked for with the next block
+        const isize end = next + keys < seen.last ? next + keys : seen.last;
+        detail::touch_pages(set.v, next, end);
+        detail::touch_pages(set.k, end, end + keys < seen.last ? end + keys : seen.last);
+      }
       one_block<Packed>(set, now, next < seen.last ? &two[x ^ 1] : nullptr, m, l);
       if (next >= seen.last) return;
     }
