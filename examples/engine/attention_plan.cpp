@@ -25,7 +25,18 @@ std::vector<std::vector<isize>> uniform_groups(const model_config& c, std::vecto
   for (const auto& [g, of_g] : readers)
     by_count[of_g.size()].insert(by_count[of_g.size()].end(), of_g.begin(), of_g.end());
   std::vector<std::vector<isize>> groups;
-  for (auto& [count, group] : by_count) groups.push_back(std::move(group));
+  for (const auto& [count, group] : by_count) {
+    // KV heads in equal steps: `count` query heads belong to each.
+    isize last = -1, step = 0;
+    for (std::size_t i = 0; i < group.size(); i += count) {
+      const isize g = group[i] / c.group();
+      const bool begins = i == 0 || (step != 0 && g - last != step);
+      if (begins) groups.emplace_back();
+      step = begins ? 0 : g - last, last = g;
+      groups.back().insert(groups.back().end(), group.begin() + static_cast<std::ptrdiff_t>(i),
+                           group.begin() + static_cast<std::ptrdiff_t>(i + count));
+    }
+  }
   return groups;
 }
 

@@ -6,8 +6,8 @@
 ///   p.layers[5] = {{softmax, {0, 1, 2, 3, 4, 5}}, {dijiang, {6, 7, 8}}};      heads 6 to 8 read KV head 2
 ///
 /// Contract   a group is one call of fovea: its mechanism sees the query heads `heads` (ascending) as heads 0, 1, ... and the KV heads
-///            that they read as 0, 1, ..., and every one of these KV heads is read by equally many of them. `uniform_groups` cuts any
-///            set of heads into such groups; per-head weights of a mechanism are those of its group. Every head of a layer belongs to
+///            that they read as 0, 1, ..., these lie in equal steps, and every one of them is read by equally many query heads.
+///            `uniform_groups` cuts any set of heads into such groups; per-head weights of a mechanism are those of its group. Every head of a layer belongs to
 ///            exactly one group. q and k come turned by RoPE: mechanisms turn nothing themselves.
 
 #include <span>
@@ -31,7 +31,7 @@ struct attention_plan {
 /// Causal softmax everywhere.
 attention_plan exact_plan(const model_config& c);
 
-/// `heads` (any order, no duplicates) as groups in which every KV head serves equally many query heads.
+/// `heads` (any order, no duplicates) as groups whose KV heads lie in equal steps and serve equally many query heads each.
 std::vector<std::vector<isize>> uniform_groups(const model_config& c, std::vector<isize> heads);
 
 /// The KV heads that a group of query heads reads, ascending.

@@ -2,16 +2,17 @@
 #pragma once
 /// @file  The attention of all layers, through fovea's public interface alone: RoPE, KV stores and states, calls.
 ///
-///   softmax with a plain store   contiguous_store of a sequence; all sequences of a call in one fovea::prefill (cu_q), RoPE inside
-///   hybrid                       contiguous_store and its summaries; q and k turned by fovea::rotate; one fovea::prefill a sequence
+///   softmax with a plain store   all sequences of a call in one fovea::prefill (cu_q) over their KV stores, RoPE inside
+///   hybrid                       KV store and summaries; q and k turned by fovea::rotate; one fovea::prefill a sequence
 ///   anything else                a fovea::state of a sequence; q and k turned by fovea::rotate; one fovea::prefill a sequence
+///
+/// The groups of a layer whose rows are stored alike share one contiguous_store of a sequence, which holds the KV heads that any of them reads.
 ///
 /// Contract   q [rows, H, d], k, v [rows, G, d], out [rows, H, d]; the rows of a part are the next tokens of its sequence. q and k of
 ///            layers whose groups are not all plain softmax, and of observed calls, are turned in place.
 
 #include <functional>
 #include <span>
-#include <variant>
 #include <vector>
 
 #include <fovea/cache/contiguous_store.hpp>
@@ -28,14 +29,8 @@ namespace engine {
 /// The mechanism, if it is softmax that the engine serves from a contiguous_store; else null.
 const fovea::softmax_attention* plain_softmax(const head_group& g);
 
-/// A KV store and what a selection keeps beside it.
-struct selected_store {
-  fovea::contiguous_store store;
-  fovea::state summaries;
-  std::size_t bytes() const { return store.bytes() + summaries.bytes(); }
-};
-
-/// What one sequence remembers: a KV store or a state for each group of each layer. A value: a copy is a fork.
+/// What one sequence remembers: of each layer its KV stores, and for each group a state, or summaries (empty for softmax over a store).
+/// A value: a copy is a fork.
 class sequence {
  public:
   isize tokens() const { return tokens_; }
@@ -44,8 +39,11 @@ class sequence {
  private:
   friend class layer_attention;
   friend class session;
-  using memory = std::variant<fovea::contiguous_store, selected_store, fovea::state>;
-  std::vector<std::vector<memory>> layers_;
+  struct layer {
+    std::vector<fovea::contiguous_store> stores;
+    std::vector<fovea::state> states;
+  };
+  std::vector<layer> layers_;
   isize tokens_ = 0;
 };
 
@@ -70,12 +68,29 @@ class layer_attention {
 
  private:
   struct call;
+  /// A KV store of a layer: the heads that it holds, ascending.
+  struct layer_store {
+    fovea::kv_shape shape;
+    std::vector<isize> kv_heads;
+  };
+  /// Which store a group reads, and which of its heads; store < 0: it has a state.
+  struct store_heads {
+    isize store = -1, first = 0, count = 0, step = 1;
+  };
+  struct layer_stores {
+    std::vector<layer_store> stores;
+    std::vector<store_heads> groups;
+  };
+  layer_stores lay_out(const layer_plan& layer) const;
+  void append(isize layer, std::span<const sequence_rows> parts, isize rows, const float* k, const float* v,
+              bool turned);
   void attend(fovea::exec_ref exec, isize layer, std::size_t group, std::span<const sequence_rows> parts, const call& c,
               bool turned);
   void attend_stores(fovea::exec_ref exec, const fovea::softmax_attention& m, isize layer, std::size_t group,
                      std::span<const sequence_rows> parts, const call& c);
   void attend_states(fovea::exec_ref exec, const fovea::any_attention& m, isize layer, std::size_t group,
                      std::span<const sequence_rows> parts, const call& c);
+  fovea::kv_sequence rows_of(const sequence& s, isize layer, std::size_t group) const;
   std::span<std::byte> scratch(std::size_t bytes);
 
   model_config config_;
@@ -85,6 +100,7 @@ class layer_attention {
   fovea::rope_table table_;
   fovea::rope rope_;
   std::vector<bool> turns_first_;
+  std::vector<layer_stores> stores_;
   fovea::buffer scratch_;
   std::vector<float> gathered_;
 };

@@ -208,6 +208,14 @@ TEST_CASE("contract of hybrid: summaries and the store beside them") {
   state of_given = make_summaries(given, 4, sizes, 8);
   CHECK_SAYS(says(given, q, k, of_given), "blocks is null");
   CHECK_SAYS(refusal([&] { step(serial, m, q, k, v, out, store, s); }), "step takes one token");
+  const kv_sequence held = sequence_of(k, v);
+  CHECK_SAYS(refusal([&] { step(serial, m, q, held, out, s); }), "step takes one token");
+  CHECK_SAYS(refusal([&] { prefill(serial, m, q, sequence_of(k.ref().slice(0, 2), v.ref().slice(0, 2)), out, s); }),
+             "q has 3 tokens and the sequence holds 2 rows");
+  CHECK_SAYS(refusal([&] { prefill(serial, larger, q, held, out, s); }), "not made for this hybrid");
+  CHECK_SAYS(refusal([&] { prefill(serial, m, q, some_heads(held, 0, 1), out, s); }), "the store holds 1 KV heads");
+  CHECK_SAYS(refusal([&] { (void)some_heads(held, 1, 2); }), "2 heads from 1 on, 1 apart; the sequence has 2");
+  CHECK(out.bytes() == before);
 
   ring_store ring(sizes, {2, 0, 1});
   CHECK_SAYS(refusal([&] { prefill(serial, m, q, k, v, out, ring, s); }), "the ring store drops tokens");
@@ -242,4 +250,49 @@ TEST_CASE("hybrid over a store: a call runs in the memory that was announced") {
     CHECK(out.bytes() == want.bytes());
     CHECK(a.tokens() == 40);
   }
+}
+
+TEST_CASE("hybrid and softmax over some heads of a shared store are those over a store of their own") {
+  test::random r(8);
+  const isize n = 70, H = 8, G = 4;
+  const test::tensor q = test::normal(r, dtype::f32, 1, H, n, 8), k = test::normal(r, dtype::f32, 1, G, n, 8),
+                     v = test::normal(r, dtype::f32, 1, G, n, 6);
+  const hybrid_attention hybrid{.block_q = 4, .block_k = 4, .is_causal = true, .at_least = 0};
+  const softmax_attention exact{.mask = causal{}};
+  for (const kv_shape& form :
+       {kv_shape{.heads = G, .d = 8, .e = 6, .type = dtype::bf16},
+        kv_shape{.heads = G, .d = 8, .e = 6, .type = dtype::i8, .form = kv_form::packed, .rotated = true}})
+    for (const isize page : {0, 16}) {
+      // KV heads 1 and 3: query heads 2, 3, 6, 7.
+      kv_shape few = form;
+      few.heads = 2;
+      const auto pick = [](const test::tensor& from, isize first, isize width) {
+        test::tensor to(dtype::f32, 1, 4, n, width);
+        for (isize h = 0; h < 4; ++h)
+          for (isize i = 0; i < n; ++i)
+            for (isize c = 0; c < width; ++c) to.set(0, h, i, c, from.get(0, first + (h / 2) * 4 + h % 2, i, c));
+        return to;
+      };
+      const test::tensor some = pick(q, 2, 8);
+      tensor_ref k13 = k.ref().part(0, 1, 3), v13 = v.ref().part(0, 1, 3);
+      for (tensor_ref* x : {&k13, &v13}) x->heads = 2, x->head_stride *= 2;
+      const auto compare = [&](auto&& shared, auto&& own) {
+        shared.append(k, v, key_positions{}), own.append(k13, v13, key_positions{});
+        const kv_sequence two = some_heads(shared.view(), 1, 2, 2), alone = own.view();
+        test::tensor a = test::unwritten(dtype::f32, 1, 4, n, 6), b = test::unwritten(dtype::f32, 1, 4, n, 6);
+        prefill(serial, exact, some, {&two, 1}, a), prefill(serial, exact, some, {&alone, 1}, b);
+        CHECK(a.bytes() == b.bytes());
+        state s = make_summaries(hybrid, 4, few, n), t = make_summaries(hybrid, 4, few, n);
+        prefill(serial, hybrid, some, two, a, s), prefill(serial, hybrid, some, alone, b, t);
+        CHECK(a.bytes() == b.bytes());
+        CHECK(s.save() == t.save());
+      };
+      if (page == 0) {
+        compare(contiguous_store(form, n), contiguous_store(few, n));
+      } else {
+        paged_pool all(form, page, 8), half(few, page, 8);
+        page_table at_all, at_half;
+        compare(pooled_sequence(all, at_all), pooled_sequence(half, at_half));
+      }
+    }
 }

@@ -210,9 +210,15 @@ void through(const draw& x, const hybrid_attention& m, numbers& y, Store&& store
       x,
       [&](isize from, isize to, isize count) {
         from = std::max(from, isize{0});
-        fovea::prefill(serial, m, y.q.ref().slice(from, count), y.k.ref().slice(from, count),
-                       y.v.ref().slice(from, count), y.out.ref().slice(to, count), store, s,
-                       {.lse = y.lse.ref().slice(to, count)});
+        const tensor_ref q = y.q.ref().slice(from, count), k = y.k.ref().slice(from, count),
+                         v = y.v.ref().slice(from, count);
+        const call_options lse{.lse = y.lse.ref().slice(to, count)};
+        if (x.seed % 3 == 1) {  // rows that are there already
+          store.append(k, v, key_positions{nullptr, store.tokens(), nullptr});
+          fovea::prefill(serial, m, q, store.view(), y.out.ref().slice(to, count), s, lse);
+        } else {
+          fovea::prefill(serial, m, q, k, v, y.out.ref().slice(to, count), store, s, lse);
+        }
       },
       back);
   if (x.type == dtype::f64) return;

@@ -2,6 +2,7 @@
 /// @file  The engine on a small random model: against plain loops, cut in every way, in batches, with mixed heads, on threads.
 #include "catch.hpp"
 
+#include <fovea/hybrid.hpp>
 #include <fovea/softmax.hpp>
 
 #include "engine/error.hpp"
@@ -146,6 +147,34 @@ TEST_CASE("groups of heads read their KV heads equally often") {
   using groups = std::vector<std::vector<isize>>;
   CHECK(uniform_groups(m.config(), {5, 0, 1, 2, 3, 4}) == groups{{0, 1, 2, 3, 4, 5}});
   CHECK(uniform_groups(m.config(), {0, 1, 2, 4}) == groups{{0, 1, 2}, {4}});
+  const tiny::folder wide({.heads = 12, .kv_heads = 6});
+  const model w(wide.path());
+  CHECK(uniform_groups(w.config(), {0, 1, 4, 5, 8, 9}) == groups{{0, 1, 4, 5, 8, 9}});
+  CHECK(uniform_groups(w.config(), {0, 1, 4, 5, 6, 7}) == groups{{0, 1, 4, 5}, {6, 7}});
+}
+
+TEST_CASE("groups whose rows are stored alike share a KV store") {
+  const tiny::folder f({.heads = 12, .kv_heads = 6});
+  const model m(f.path());
+  const auto exact = exact_plan(m.config()).layers[0][0].mechanism;
+  const auto hybrid = fovea::any_attention::hold(
+      fovea::hybrid_attention{.block_q = 4, .block_k = 4, .is_causal = true, .budget = 1, .at_least = 1 << 20});
+  const auto int8 = fovea::any_attention::hold(fovea::softmax_attention{
+      .mask = fovea::causal{}, .store = {.kind = fovea::state_store::form::contiguous, .type = fovea::dtype::i8}});
+  attention_plan p = exact_plan(m.config());
+  // KV heads 0, 2, 4 beside 3: not in equal steps among {0, 2, 3, 4}.
+  p.layers[0] = {{exact, {0, 1, 4, 5, 8, 9}}, {exact, {6, 7}}, {ring(64), {2, 3, 10, 11}}};
+  p.layers[1] = {{exact, {0, 2, 4}}, {hybrid, {1, 3, 5}}, {exact, {6, 7, 8, 9, 10, 11}}};
+  session s(m, p, fovea::serial, exact_cache), plain(m, exact_plan(m.config()), fovea::serial, exact_cache);
+  const auto want = f.logits(some(30));
+  for (const auto& cuts : {std::vector<std::size_t>{30}, {11, 1, 1, 17}})
+    check_close(run(s, some(30), cuts), want, 1e-5);
+  attention_plan apart = exact_plan(m.config()), mixed = apart;
+  apart.layers[1] = {{exact, {0, 2, 4, 6, 8, 10}}, {exact, {1, 3, 5, 7, 9, 11}}};
+  mixed.layers[1] = {{int8, {0, 2, 4, 6, 8, 10}}, {exact, {1, 3, 5, 7, 9, 11}}};
+  session two(m, apart, fovea::serial, exact_cache), types(m, mixed, fovea::serial, exact_cache);
+  CHECK(two.make_sequence().bytes() == plain.make_sequence().bytes());
+  CHECK(types.make_sequence().bytes() > plain.make_sequence().bytes());
 }
 
 TEST_CASE("a window changes the logits, and only behind the window") {

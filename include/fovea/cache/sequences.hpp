@@ -5,6 +5,7 @@
 ///   sequence_of(k, v, b)                              item b of views [B, G, m, d] and [B, G, m, e]
 ///   paged_sequence(shape, k, v, page, table, tokens)  pages anywhere: k and v apart, or interleaved (then v.data = k.data + offset)
 ///   ring_sequence(shape, k, v, first, size, tokens)   token t >= first in slot first + (t - first) % size
+///   some_heads(sequence, first, count, step)          KV heads first, first + step, ...: what one of several calls over a store takes
 ///
 /// Contract   nothing is copied and nothing owned: memory and table stay where they are until the call is over. Strides are in bytes,
 ///            those of scales in floats.
@@ -86,6 +87,16 @@ inline kv_sequence ring_sequence(const kv_shape& s, const row_memory& k, const r
   index.first = first, index.size = size;
   index.append(tokens);
   return index.view(detail::sequence_in(s, k, v, 0));
+}
+
+/// `count` of the KV heads of `all`, `step` apart; the rows stay where they are.
+inline kv_sequence some_heads(const kv_sequence& all, isize first, isize count, isize step = 1) {
+  require(first >= 0 && count >= 0 && step >= 1 && (count == 0 || first + (count - 1) * step < all.heads),
+          "some_heads: ", count, " heads from ", first, " on, ", step, " apart; the sequence has ", all.heads);
+  kv_sequence x = all;
+  x.k = all.keys(first), x.v = all.values(first), x.heads = count;
+  x.k_head_bytes *= step, x.v_head_bytes *= step, x.k_head_scales *= step, x.v_head_scales *= step;
+  return x;
 }
 
 }  // namespace FOVEA_ABI

@@ -4,6 +4,8 @@
 ///
 ///   state s = make_summaries(m, H, store.shape(), room)            what the selection keeps beside the store, for up to `room` tokens
 ///   prefill / step(exec, m, q, k, v, out, store, s [, options])    append k, v to the store, take them in, attend
+///   prefill / step(exec, m, q, kv, out, s [, options])             the same where the kv_sequence holds the rows of q's tokens already:
+///                                                                  memory of an engine's own, a store that several calls read
 ///
 /// Contract   as a call with a state of m, on the rows as the store holds them. The summaries follow the store by themselves: tokens that
 ///            were appended elsewhere are taken in by the next call, and after store.truncate(t) so are the ones that replace the others,
@@ -36,28 +38,26 @@ inline softmax_attention pattern_as_mask(const hybrid_attention& m) {
   return {.mask = hsa_pattern{m.pattern, m.stride, m.align}, .scale = m.scale};
 }
 
-inline void check_hybrid_store(const hybrid_attention& m, const problem& p, const kv_sequence& kv, const state& s) {
-  check_problem(p);
-  check_hybrid(m, p.q.type, "summaries");
+/// `kv`: the store as it will be, q's tokens in it.
+inline void check_hybrid_store(const hybrid_attention& m, const tensor_ref& q, const kv_sequence& kv, const state& s) {
+  check_hybrid(m, q.type, "summaries");
   require(s.tag() == summaries_tag(m), "the summaries were not made for this hybrid; use make_summaries");
   const shape& z = s.sizes();
-  require(p.q.batch == 1 && z.H == p.q.heads && z.G == kv.heads && z.d == kv.d && z.e == kv.e && z.type == kv.k.type,
+  require(q.batch == 1 && z.H == q.heads && z.G == kv.heads && z.d == kv.d && z.e == kv.e && z.type == kv.k.type,
           "the summaries were made for H, G, d, e = ", z.H, ", ", z.G, ", ", z.d, ", ", z.e, " and rows of ",
-          name_of(z.type), "; q is ", describe(p.q), " and the store holds ", kv.heads, " KV heads, ", kv.d, ", ", kv.e,
+          name_of(z.type), "; q is ", describe(q), " and the store holds ", kv.heads, " KV heads, ", kv.d, ", ", kv.e,
           " wide, of ", name_of(kv.k.type));
   require(s.bytes() == hybrid_summary_bytes(m, z), "the summaries hold ", s.bytes(), " bytes; this hybrid wants ",
           hybrid_summary_bytes(m, z));
-  require((p.q.type == dtype::f64) == (kv.k.type == dtype::f64), "q is ", name_of(p.q.type), " and the store holds ",
+  require((q.type == dtype::f64) == (kv.k.type == dtype::f64), "q is ", name_of(q.type), " and the store holds ",
           name_of(kv.k.type), "; f64 goes with f64 only");
-  require(p.q.length == p.k.length, "q has ", p.q.length, " tokens and k has ", p.k.length,
-          "; a call that appends takes the same new tokens in both");
-  const isize all = kv.length + p.k.length;
+  const isize all = kv.length;
   require(all <= z.m, "the store will hold ", all, " tokens; the summaries have room for ", z.m);
   require(kv.dropped == 0 && (kv.k.ring == 0 || all <= kv.k.fixed + kv.k.ring), "the ring store drops tokens at ",
           kv.k.fixed + kv.k.ring, " and would hold ", all, "; a selection looks at all of them");
   require(m.select != block_selector::exact || (kv.k.page == 0 && kv.k.ring == 0 && kv.k.type != dtype::i8),
           "select exact over pages, a ring or int8 rows; it reads keys in one stretch, of a float type");
-  check_hybrid_call(m, {1, p.q.heads, kv.heads, p.q.length, all, kv.d, kv.e, p.q.type}, "summaries");
+  check_hybrid_call(m, {1, q.heads, kv.heads, q.length, all, kv.d, kv.e, q.type}, "summaries");
 }
 
 }  // namespace detail
@@ -68,7 +68,12 @@ template <class S>
 void prefill(exec_ref exec, const hybrid_attention& m, const tensor_ref& q, const tensor_ref& k, const tensor_ref& v,
              const tensor_mut& out, S&& store, state& summaries, const call_options& options = {}) {
   const problem p = detail::problem_of(m, q, k, v, out, options);
-  detail::check_hybrid_store(m, p, store.view(), summaries);
+  detail::check_problem(p);
+  require(q.length == k.length, "q has ", q.length, " tokens and k has ", k.length,
+          "; a call that appends takes the same new tokens in both");
+  kv_sequence grown = store.view();
+  grown.length += k.length;
+  detail::check_hybrid_store(m, q, grown, summaries);
   require(q.length <= store.most_at_once(), "a call of ", q.length, " tokens; the store takes ", store.most_at_once(),
           " at once");
   const key_positions as_they_come{nullptr, store.tokens(), nullptr};
@@ -96,6 +101,34 @@ void step(exec_ref exec, const hybrid_attention& m, const tensor_ref& q, const t
           " (use prefill for more)");
   prefill(exec, m, q, k, v, out, std::forward<S>(store), summaries, options);
 }
+
+/// q [1, H, n, d] and out are the last n tokens of kv.
+inline void prefill(exec_ref exec, const hybrid_attention& m, const tensor_ref& q, const kv_sequence& kv,
+                    const tensor_mut& out, state& summaries, const call_options& options = {}) {
+  const tensor_ref k(nullptr, q.type, q.batch, kv.heads, q.length, kv.d, 0, 0, 0),
+      v(nullptr, q.type, q.batch, kv.heads, q.length, kv.e, 0, 0, 0);
+  const problem p = detail::problem_of(m, q, k, v, out, options);
+  require(!p.gates.any(), "gates (decay, beta, erase, write) were given; this mechanism has none");
+  detail::sequence_call{q, {&kv, 1}, out, {.lse = options.lse}}.check({.mask = causal{}});
+  detail::check_hybrid_store(m, q, kv, summaries);
+  require(q.length <= kv.length, "q has ", q.length, " tokens and the sequence holds ", kv.length,
+          " rows; it holds those of q's tokens already");
+  if (q.length == 0) return;
+  if (m.select == block_selector::pattern) {
+    prefill(exec, detail::pattern_as_mask(m), q, {&kv, 1}, out, {.lse = options.lse, .workspace = options.workspace});
+    return summaries.set_tokens(kv.length);
+  }
+  buffer own;
+  const std::size_t need = detail::hybrid_store_workspace(
+      m, {1, q.heads, kv.heads, q.length, kv.length, kv.d, kv.e, q.type}, exec.concurrency());
+  detail::attend_store(exec, m, p, kv, summaries, detail::scratch_of(need, options.workspace, own));
+}
+inline void step(exec_ref exec, const hybrid_attention& m, const tensor_ref& q, const kv_sequence& kv,
+                 const tensor_mut& out, state& summaries, const call_options& options = {}) {
+  require(q.length == 1, "step takes one token; q has ", q.length, " (use prefill for more)");
+  prefill(exec, m, q, kv, out, summaries, options);
+}
+
 /// Bytes that such a call needs, `tokens` of the store with the new ones: for call_options::workspace.
 inline std::size_t store_workspace_size(const hybrid_attention& m, const tensor_ref& q, const kv_shape& s, isize tokens,
                                         int threads) {
