@@ -32,6 +32,11 @@ std::string contradiction(const P& p, const mask_site& at, random& r, tiles answ
         if (p.queries(at, j).holds(i) != p.visible(at, i, j))
           return detail::sentence("queries(", j, ") is wrong about row ", i);
     }
+  if (const fovea::key_band band = held.band(at); band.any())
+    for (isize i = 0; i < at.n; ++i)
+      for (isize j = 0; j < at.m; ++j)
+        if (p.visible(at, i, j) != (j >= i + band.first && j < i + band.last))
+          return detail::sentence("band() is wrong about row ", i, ", key ", j);
   for (int round = 0; round < 40 && at.n > 0 && at.m > 0; ++round) {
     const isize i0 = r.integer(0, at.n - 1), i1 = r.integer(i0 + 1, at.n), j0 = r.integer(0, at.m - 1),
                 j1 = r.integer(j0 + 1, at.m);

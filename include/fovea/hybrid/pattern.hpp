@@ -1,16 +1,21 @@
 // SPDX-License-Identifier: MIT
 #pragma once
-/// @file  hybrid_attention over a token pattern: strided tokens as dense problems of their own, on strided views.
+/// @file  hybrid_attention over a token pattern: strided tokens as dense
+/// problems of their own, on strided views.
 ///
-///   strided   rows and keys of one residue class mod stride, in order, are a causal problem of n / stride rows:
+///   strided   rows and keys of one residue class mod stride, in order, are a
+///   causal problem of n / stride rows:
 ///             q'_a = q[x + a stride], k'_b = k[rho + b stride], b <= a + shift
-///   sparse    the same without b = a + shift, the own key; then the window of `stride` keys, which has it, takes (m, l, O) up again
-///   fixed     the last keys of all stretches, as a key set of m / stride rows; then the own stretch
-///   local     a window
+///   sparse    the same without b = a + shift, the own key; then the window of
+///   `stride` keys, which has it, takes (m, l, O) up again fixed     the last
+///   keys of all stretches, as a key set of m / stride rows; then the own
+///   stretch local     a window
 ///
-/// Contract   the outputs of hsa_pattern as a mask, but for rounding: the order of a row's keys is another. Classes are tasks; a row's bits do not
+/// Contract   the outputs of hsa_pattern as a mask, but for rounding: the order
+/// of a row's keys is another. Classes are tasks; a row's bits do not
 ///            depend on the number of threads.
-/// Cost       time follows the visible share (docs/performance.md). Scratch of sparse: a log-sum-exp a row, and where `out` is not
+/// Cost       time follows the visible share (docs/performance.md). Scratch of
+/// sparse: (m, l) of a row, and where `out` is not
 ///            stored as Acc, a copy of it that is.
 /// Source     mask/patterns.hpp defines the patterns.
 
@@ -51,18 +56,20 @@ class hybrid_pattern {
     const bool strided = by_class(p);
     problem earlier = p;  // where the classes leave their rows
     if (strided) {
-      if (m_.pattern == hsa_mode::sparse && !p.lse) earlier.lse = dense(at.lse, p.q, 1);
+      if (m_.pattern == hsa_mode::sparse) earlier.lse = dense(at.so_far, p.q, 2);
       if (m_.pattern == hsa_mode::sparse && p.out.type != dtype_of<Acc>) earlier.out = dense(at.out, p.q, s_.e);
       const isize classes = std::min(s_.n, m_.stride);
-      each(exec, at, classes, [&](loop& run, isize b, isize g, isize x) {
-        ask_for_class(earlier, b, g, x + exec.concurrency());
-        one_class(run, earlier, b, g, x);
+      each(exec, at, classes, [&](loop& run, Acc* copies, isize b, isize g, isize x) {
+        if (copies == nullptr) ask_for_class(earlier, b, g, x + exec.concurrency());
+        one_class(run, earlier, copies, b, g, x);
       });
       if (m_.pattern == hsa_mode::strided) return;
     }
     const isize span = std::min(loop::superblock(rows_, s_.d, s_.e), rows_), blocks = ceil_div(rows_, span);
-    each(exec, at, blocks, [&](loop& run, isize b, isize g, isize x) {
-      const isize first = (blocks - 1 - x) * span;  // the longest rows first
+    each(exec, at, blocks, [&](loop& run, Acc*, isize b, isize g, isize x) {
+      // The longest rows first; in order where all are alike: the keys and
+      // queries that come next lie behind.
+      const isize first = (strided || m_.pattern == hsa_mode::local ? x : blocks - 1 - x) * span;
       run.begin({p.q, b, g * s_.group(), first, std::min(first + span, rows_)}, m_.scale_for(s_), nullptr, p.out);
       if (strided) run.resume(earlier.out, earlier.lse);
       in_order(run, p, b, g, strided);
@@ -74,28 +81,34 @@ class hybrid_pattern {
   struct parts {
     std::byte* slots;
     isize slot;
-    Acc *lse, *out;
+    bool copies;
+    Acc *so_far, *out;
   };
   parts lay_out(arena& memory, int threads) const {
     const bool twice = has_classes() && m_.pattern == hsa_mode::sparse;
     const isize all = twice ? s_.B * s_.H * s_.n : 0;
     arena measure;
-    loop(measure, rows_, s_.d, s_.e);
     parts at{};
+    loop(measure, rows_, s_.d, s_.e);
+    const isize copy = has_classes() ? class_numbers() : 0;
+    at.copies = copy > 0 && copy * isize{sizeof(Acc)} <= (1 << 20);
+    if (at.copies) measure.take<Acc>(copy);
     at.slot = static_cast<isize>(measure.bytes());
     at.slots = memory.take<std::byte>(at.slot * threads);
-    at.lse = memory.take<Acc>(all), at.out = memory.take<Acc>(s_.type != dtype_of<Acc> ? all * s_.e : 0);
+    at.so_far = memory.take<Acc>(2 * all), at.out = memory.take<Acc>(s_.type != dtype_of<Acc> ? all * s_.e : 0);
     return at;
   }
-  /// f(run, b, g, x) for x < count of every KV head.
+  /// f(run, memory for a class or null, b, g, x) for x < count of every KV
+  /// head.
   template <class F>
   void each(exec_ref exec, const parts& at, isize count, F&& f) const {
     const isize heads = s_.B * s_.G;
     exec.for_tasks(heads * count, [&](isize task, isize index) {
       arena own(std::span<std::byte>(at.slots + index * at.slot, static_cast<std::size_t>(at.slot)));
       loop run(own, rows_, s_.d, s_.e);
+      Acc* const copies = at.copies ? own.take<Acc>(class_numbers()) : nullptr;
       const isize head = task / count;  // neighbouring classes one after the other
-      f(run, head / s_.G, head % s_.G, task % count);
+      f(run, copies, head / s_.G, head % s_.G, task % count);
     });
   }
   tensor_mut dense(Acc* data, const tensor_ref& q, isize width) const {
@@ -126,8 +139,9 @@ class hybrid_pattern {
     return keys;
   }
 
-  /// Rows of a class lie far apart, where no processor guesses them: those of a later class are asked for (7.9 -> 5.2 ms for the
-  /// strided part of 16k tokens, d = 64).
+  /// Rows of a class lie far apart, where no processor guesses them: those of a
+  /// later class are asked for (7.9 -> 5.2 ms for the strided part of 16k
+  /// tokens, d = 64).
   void ask_for_class(const problem& p, isize b, isize g, isize x) const {
     if (x >= std::min(s_.n, m_.stride)) return;
     const isize of_store = static_cast<isize>(size_of(s_.type)), first = (x + offset(b)) % m_.stride;
@@ -140,25 +154,51 @@ class hybrid_pattern {
       simd::prefetch(p.k.row(b, g, j), s_.d * of_store), simd::prefetch(p.v.row(b, g, j), s_.e * of_store);
   }
 
-  /// Rows x, x + stride, ... of the heads of a group, and the keys at whole strides from them.
-  void one_class(loop& run, const problem& p, isize b, isize g, isize x) const {
+  /// Numbers of q, k and v of one class.
+  isize class_numbers() const {
+    return s_.group() * ceil_div(s_.n, m_.stride) * s_.d + ceil_div(s_.m, m_.stride) * (s_.d + s_.e);
+  }
+  /// Rows of `from` side by side: where they lie, whole strides apart, they
+  /// share few sets of the caches.
+  static tensor_ref side_by_side(const tensor_ref& from, Acc*& to) {
+    const tensor_ref x = bhnd<const Acc>(to, 1, from.heads, from.length, from.width);
+    constexpr isize ahead = 16;
+    const isize bytes = from.width * static_cast<isize>(size_of(from.type));
+    for (isize h = 0; h < from.heads; ++h)
+      for (isize i = 0; i < from.length; ++i, to += from.width) {
+        if (i + ahead < from.length) simd::prefetch(from.row(0, h, i + ahead), bytes);
+        simd::load_row<simd::native, Acc>(from.type, from.row(0, h, i), from.width, to);
+      }
+    return x;
+  }
+
+  /// Rows x, x + stride, ... of the heads of a group, and the keys at whole
+  /// strides from them.
+  void one_class(loop& run, const problem& p, Acc* copies, isize b, isize g, isize x) const {
     const isize step = m_.stride, position = x + offset(b), rho = (position % step + step) % step;
-    const isize n = count_from(x, s_.n, step), m = count_from(rho, s_.m, step), rows = s_.group() * n;
-    const tensor_ref q = every(p.q, x, step, n), k = every(p.k, rho, step, m), v = every(p.v, rho, step, m);
-    const tensor_mut out = every(p.out, x, step, n), lse = p.lse ? every(p.lse, x, step, n) : p.lse;
-    kernel::key_set<Acc> keys = keys_of(k, v, b, g, n);
-    const fovea::mask past =
-        causal{at_offset((position - rho) / step - (m_.pattern == hsa_mode::sparse ? 1 : 0))};  // without the own key
+    const isize n = count_from(x, s_.n, step), m = count_from(rho, s_.m, step), head = g * s_.group();
+    const bool sparse = m_.pattern == hsa_mode::sparse;
+    const auto of_group = [&](const auto& t) { return every(t, x, step, n).part(b, head, s_.group()); };
+    tensor_ref q = of_group(p.q), k = every(p.k, rho, step, m).part(b, g, 1),
+               v = every(p.v, rho, step, m).part(b, g, 1);
+    const tensor_mut out = of_group(p.out), lse = p.lse ? of_group(p.lse) : p.lse;
+    if (copies != nullptr) q = side_by_side(q, copies), k = side_by_side(k, copies), v = side_by_side(v, copies);
+    kernel::key_set<Acc> keys = keys_of(k, v, 0, 0, n);
+    const fovea::mask past = causal{at_offset((position - rho) / step - (sparse ? 1 : 0))};  // without the own key
     keys.visible = &past;
-    const isize span = loop::superblock(rows_, s_.d, s_.e);
+    const isize rows = s_.group() * n, span = loop::superblock(rows_, s_.d, s_.e);
     for (isize r = 0; r < rows; r += span) {
-      run.begin({q, b, g * s_.group(), r, std::min(r + span, rows)}, m_.scale_for(s_), nullptr, out);
+      run.begin({q, 0, 0, r, std::min(r + span, rows)}, m_.scale_for(s_), nullptr, out);
       if (m > 0) run.absorb(keys);
-      run.finish(out, lse);
+      if (sparse)
+        run.suspend(out, lse);
+      else
+        run.finish(out, lse);
     }
   }
 
-  /// The rows in order: what they see of the keys nearby, and of the ends of stretches.
+  /// The rows in order: what they see of the keys nearby, and of the ends of
+  /// stretches.
   void in_order(loop& run, const problem& p, isize b, isize g, bool strided) const {
     const isize step = m_.stride;
     if (s_.m == 0) return;

@@ -14,36 +14,31 @@
 /// Cost       2 (d + e) flops for each visible (row, key); scratch independent of n and m; no allocation, no threads.
 /// Reference  softmax/reference.hpp.       Source  Milakov & Gimelshein, online normalizer calculation for softmax (2018).
 
-#include <bit>
-#include <limits>
+#include <algorithm>
 
-#include <fovea/kernel/softmax_rows.hpp>
-#include <fovea/kernel/threshold_skip.hpp>
+#include <fovea/kernel/band_runs.hpp>
+#include <fovea/kernel/softmax_block.hpp>
 
 namespace fovea {
 inline namespace FOVEA_ABI {
 namespace kernel {
 
 template <class Arch, class Acc>
-class online_softmax : detail::softmax_rows<Arch, Acc> {
-  using held = detail::softmax_rows<Arch, Acc>;
-  using held::d_, held::e_, held::used_, held::rows_, held::qt_, held::ot_, held::m_, held::l_, held::lost_,
-      held::fresh_;
-  using T = detail::softmax_tile<Arch, Acc>;
-  using P = simd::pack<Acc, Arch>;
-  static constexpr Acc log2e = static_cast<Acc>(1.4426950408889634074);
+class online_softmax : detail::softmax_block<Arch, Acc> {
+  using held = detail::softmax_block<Arch, Acc>;
+  using held::d_, held::e_, held::used_, held::rows_, held::k_ahead_, held::v_ahead_, held::next_, held::skip_,
+      held::s_, held::lanes_;
+  using held::fetch, held::for_segments, held::join, held::keys_of_tile, held::live_lanes, held::modified_scores,
+      held::scores, held::vectors;
+  using typename held::block, typename held::P, typename held::segment, typename held::T;
+  static constexpr int few = held::few;
 
  public:
   static constexpr isize tile_rows = T::rows, block_keys = T::keys;  ///< what `skip` decides by: reference_skip.hpp
-  using held::superblock, held::resume, held::finish;
+  using held::superblock, held::resume, held::suspend, held::finish;
 
   /// Scratch of one superblock.
-  online_softmax(arena& memory, isize rows, isize d, isize e) : held(memory, rows, d, e) {
-    s_ = memory.take<Acc>(T::keys * T::rows);
-    k_ = memory.take<Acc>(T::keys * d);
-    v_ = memory.take<Acc>(T::keys * e);
-    lanes_ = memory.take<std::uint64_t>(T::keys);
-  }
+  online_softmax(arena& memory, isize rows, isize d, isize e) : held(memory, rows, d, e) {}
 
   /// `sinks` [H], nats: a logit a head that joins the denominator with no value; null: none. `out`, where given, is what `finish`
   /// will write: its lines are asked for ahead. `skip`: see the head of this file; 0: every key counts.
@@ -60,6 +55,9 @@ class online_softmax : detail::softmax_rows<Arch, Acc> {
       if (r.empty()) continue;
       hull = {r.first < hull.first ? r.first : hull.first, r.last > hull.last ? r.last : hull.last};
     }
+    if (hull.empty()) return;
+    if (const key_band band = band_of(set, hull); band.any()) return absorb_band(set, band);
+    held::turn_back();
     if (skip_ > Acc(0)) return absorb_outwards(set, hull);
     for (isize j0 = hull.first / T::keys * T::keys; j0 < hull.last; j0 += T::keys) {
       const isize j1 = j0 + T::keys < hull.last ? j0 + T::keys : hull.last;
@@ -77,7 +75,6 @@ class online_softmax : detail::softmax_rows<Arch, Acc> {
  private:
   /// Block 0, where it is seen, then from the last one back.
   void absorb_outwards(const key_set<Acc>& set, range hull) noexcept {
-    if (hull.empty()) return;
     const isize low = hull.first / T::keys * T::keys, high = (hull.last - 1) / T::keys * T::keys;
     const auto one = [&](isize j0, isize next) {
       block rows{j0, j0 + T::keys < hull.last ? j0 + T::keys : hull.last, nullptr, nullptr, 0, 0};
@@ -86,6 +83,94 @@ class online_softmax : detail::softmax_rows<Arch, Acc> {
     };
     if (low == 0) one(0, high);
     for (isize j0 = high; j0 > 0 && j0 >= low; j0 -= T::keys) one(j0, j0 - T::keys);
+  }
+
+  /// The band of keys that rows see, where all keys that a superblock sees stay in the L2 cache.
+  key_band band_of(const key_set<Acc>& set, range hull) const noexcept {
+    const isize count = hull.last - hull.first;
+    if (set.visible == nullptr || set.modify != nullptr || set.bias != nullptr || skip_ > Acc(0)) return {};
+    if ((used_ == 1 && vectors(0) <= few) || count * (set.k.row_bytes + set.v.row_bytes) > (1 << 20)) return {};
+    if (!read_in_place<Acc>(set.k, hull.first, hull.last) || !read_in_place<Acc>(set.v, hull.first, hull.last))
+      return {};
+    return set.visible->band(set.site);
+  }
+
+  /// O may be kept as rows: every tile is of one head, nothing is kept as columns, and columns fill the vectors.
+  bool rows_suit(const key_band& band) noexcept {
+    const isize n = rows_.q.length, i = rows_.first % n;
+    bool suit = e_ % (T::NR * T::W) == 0 && band.last - band.first >= T::rows &&
+                (i + rows_.last - rows_.first <= n || n % T::rows == 0);
+    for (isize t = 0; t < used_ && !held::by_rows_; ++t) suit = suit && held::fresh_[t];
+    held::by_rows_ = held::by_rows_ || suit;
+    return suit;
+  }
+
+  /// Each tile takes all of its own keys, cut where its own begin, before the next tile does.
+  void absorb_band(const key_set<Acc>& set, const key_band& band) noexcept {
+    k_ahead_ = v_ahead_ = {}, next_ = {};
+    if (!rows_suit(band)) held::turn_back();
+    for (isize t = 0; t < used_; ++t) {
+      const range keys = keys_of_tile(set, t);
+      if (keys.empty()) continue;
+      const isize n = rows_.q.length, r = rows_.first + t * T::rows, i = r % n;
+      const bool one_head = i + std::min(T::rows, rows_.last - r) <= n;
+      const detail::tile_band<T> own{i + band.first, i + band.last, vectors(t)};
+      const bool plain = one_head && own.parted();
+      // As if the tile were full, and as if there were keys for its last row: what comes behind a row does not move its blocks.
+      const isize end = one_head ? own.last + T::rows - 1 : keys.last;
+      const tile::balanced split(end - keys.first, T::keys);
+      if (plain) next_tile(set, t, keys);
+      isize j = keys.first;
+      for (isize g = 0; j < keys.last; j += split.size(g), ++g) {
+        block x{j, std::min(j + split.size(g), keys.last), nullptr, nullptr, 0, 0};
+        if (plain)
+          absorb_runs(set, t, own, x);
+        else
+          absorb_tile(set, t, x);
+      }
+    }
+  }
+
+  /// Keys behind those of tile t, and its rows of the output, will be asked for with its panels.
+  void next_tile(const key_set<Acc>& set, isize t, range keys) noexcept {
+    const isize panels = ceil_div(keys.last - keys.first, T::MR), count = std::min(T::rows, set.count - keys.last);
+    next_ = {};
+    if (set.count * (set.k.row_bytes + set.v.row_bytes) > (512 << 10) && count > 0) {
+      next_.k = detail::rows_at(set.k.at(keys.last).data, set.k.row_bytes, d_ * isize{sizeof(Acc)}, count);
+      next_.v = detail::rows_at(set.v.at(keys.last).data, set.v.row_bytes, e_ * isize{sizeof(Acc)}, count);
+      next_.read = ceil_div(next_.k.lines() + next_.v.lines(), panels);
+    }
+    if (out_.data == nullptr) return;
+    const isize n = rows_.q.length, r = rows_.first + t * T::rows, size = static_cast<isize>(size_of(out_.type));
+    next_.out = detail::rows_at(out_.row(rows_.b, rows_.first_head + r / n, r % n), out_.row_stride * size, e_ * size,
+                                std::min(T::rows, rows_.last - r));
+    next_.write = ceil_div(next_.out.lines(), panels);
+  }
+
+  /// absorb_tile, where the rows of the tile see a band.
+  void absorb_runs(const key_set<Acc>& set, isize t, const detail::tile_band<T>& band, block& x) noexcept {
+    detail::panel list[T::most_panels];
+    alignas(64) Acc top[T::rows], alpha[T::rows];
+    for (isize r = 0; r < T::rows; ++r) top[r] = -std::numeric_limits<Acc>::infinity();
+    fetch(set, x);
+    const isize panels = band.cut(x.j0, x.j1, lanes_, list);
+    for (isize n = 0; n < panels; ++n) {
+      const detail::panel& run = list[n];
+      const isize first = run.first, last = first + run.count, edge = run.edge;
+      if (run.kind == detail::seen::whole) {
+        scores(t, x, first, last, 0, band.vectors, top);
+        continue;
+      }
+      const P before = P::load(top + edge * T::W);
+      const bool rising = run.kind == detail::seen::rising;
+      scores(t, x, first, last, rising ? edge : 0, rising ? band.vectors : edge + 1, top);
+      before.store(top + edge * T::W);
+      detail::mask_vector<Arch, Acc>(first, last, edge, lanes_, s_, top);
+    }
+    if (held::by_rows_)
+      held::join_rows(list, panels, t, x, top, alpha, {band.first - x.j0, band.last - x.j0});
+    else
+      join(list, panels, t, x, top, alpha);
   }
 
   /// Few rows: the block's values, then the next block's keys, are asked for. Values that will be copied come with the keys.
@@ -99,11 +184,6 @@ class online_softmax : detail::softmax_rows<Arch, Acc> {
     if (j1 < j2) k_ahead_ = {set.k, j1, j2, d_, ceil_div(keys, detail::value_step) * ceil_div(e_, panel)};
   }
 
-  struct block {  // keys [j0, j1) of a set, converted when the first tile needs them
-    isize j0, j1;
-    const Acc *k, *v;
-    isize k_stride, v_stride;
-  };
   /// Keys and values of the block that begins with key j will be asked for by all tiles together.
   void next_block(const key_set<Acc>& set, isize j, isize last) noexcept {
     next_.k = next_.v = {};
@@ -138,33 +218,6 @@ class online_softmax : detail::softmax_rows<Arch, Acc> {
     next_.write = ceil_div(next_.out.lines(), T::keys / T::MR / 2);
   }
 
-  struct segment {  // lanes [lane, lane + count) of a tile: rows i ... of head h
-    isize lane, count, h, i;
-  };
-
-  template <class F>
-  void for_segments(isize t, F&& f) const noexcept {
-    const isize n = rows_.q.length, first = rows_.first + t * T::rows;
-    const isize last = first + T::rows < rows_.last ? first + T::rows : rows_.last;
-    for (isize r = first; r < last;) {
-      const isize i = r % n, count = n - i < last - r ? n - i : last - r;
-      f(segment{r - first, count, rows_.first_head + r / n, i});
-      r += count;
-    }
-  }
-
-  range keys_of_tile(const key_set<Acc>& set, isize t) const noexcept {
-    if (set.visible == nullptr) return {set.first, set.count};
-    range all{set.count, 0};
-    for_segments(t, [&](const segment& g) {
-      mask_site at = set.site;
-      at.h = g.h;
-      const range r = meet(set.visible->keys(at, g.i, g.i + g.count), {set.first, set.count});
-      if (!r.empty()) all = {r.first < all.first ? r.first : all.first, r.last > all.last ? r.last : all.last};
-    });
-    return all;
-  }
-
   /// What tile t sees of keys [j0, j1): one answer, or bits in lanes_ [j - block.j0].
   tile_kind look(const key_set<Acc>& set, isize t, isize j0, isize j1, isize base) noexcept {
     if (set.visible == nullptr) return tile_kind::full;
@@ -186,11 +239,6 @@ class online_softmax : detail::softmax_rows<Arch, Acc> {
       for (isize j = j0; j < j1; ++j) lanes_[j - base] |= bits[j - j0] << g.lane;
     });
     return tile_kind::partial;
-  }
-
-  void fetch(const key_set<Acc>& set, block& x) noexcept {
-    x.k = block_of_rows<Arch, Acc>(set.k, x.j0, x.j1, d_, k_, x.k_stride);
-    x.v = block_of_rows<Arch, Acc>(set.v, x.j0, x.j1, e_, v_, x.v_stride);
   }
 
   isize unseen(const key_set<Acc>& set, isize j, isize last) const noexcept {
@@ -227,179 +275,11 @@ class online_softmax : detail::softmax_rows<Arch, Acc> {
       panels = modified_scores(set, t, x, first, last, kind == tile_kind::partial, top, list);
       if (panels == 0) return true;
     }
-    if (vectors(t) == 1)
-      join<1>(list, panels, t, x, top, alpha);
-    else if (vectors(t) <= few)
-      join<few>(list, panels, t, x, top, alpha);
-    else
-      join<T::NR>(list, panels, t, x, top, alpha);
+    join(list, panels, t, x, top, alpha);
     return true;
   }
 
-  /// Exponentials and values of the panels: (m, l, O) of tile t takes them in. NV: the vectors of the tile that hold rows.
-  template <int NV>
-  void join(const detail::panel* list, isize panels, isize t, const block& x, const Acc* top, Acc* alpha) noexcept {
-    detail::exponentials<Arch, Acc, NV>(list, panels, s_, top, m_ + t * T::rows, l_ + t * T::rows, alpha);
-    if (skip_ > Acc(0)) return join_chosen<NV>(list, panels, t, x, alpha);
-    for_columns<NV>([&](auto m, isize c) {
-      detail::value_panels<Arch, Acc, m, NV>(list, panels, x.v + c, x.v_stride, s_, lanes_, fresh_[t] ? nullptr : alpha,
-                                             ot_ + (t * e_ + c) * T::rows, k_ahead_);
-    });
-    fresh_[t] = false;
-  }
-
-  /// f(constant<M>, first column) for groups of as many columns as hide each other's latency.
-  template <int NV, class F>
-  void for_columns(F&& f) const noexcept {
-    const tile::balanced columns(e_, T::panel_keys(NV));
-    isize c = 0;
-    for (isize g = 0; g < columns.groups; ++g) {
-      const isize count = columns.size(g);
-      tile::with_constant<T::panel_keys(NV)>(count, [&](auto m) { f(m, c); });
-      c += count;
-    }
-  }
-
-  /// The values of the keys that some row of tile t would miss.
-  template <int NV>
-  void join_chosen(const detail::panel* list, isize panels, isize t, const block& x, Acc* alpha) noexcept {
-    detail::chosen_keys<Arch, Acc> left;
-    detail::choose_keys<Arch, Acc, NV>(list, panels, s_, l_ + t * T::rows, alpha, live_lanes(t), skip_,
-                                       lost_ + t * T::rows, left);
-    if (!left.all) list = left.runs, panels = left.panels;
-    const isize count = left.all ? 0 : left.count;
-    bool moved = false;
-    for (isize r = 0; r < NV * T::W; ++r) moved = moved || alpha[r] != Acc(1);
-    if (panels > 0 || (count == 0 && moved && !fresh_[t])) {
-      for_columns<NV>([&](auto m, isize c) {
-        detail::value_panels<Arch, Acc, m, NV>(list, panels, x.v + c, x.v_stride, s_, lanes_,
-                                               fresh_[t] ? nullptr : alpha, ot_ + (t * e_ + c) * T::rows, k_ahead_);
-      });
-      for (isize r = 0; r < NV * T::W; ++r) alpha[r] = Acc(1);
-      fresh_[t] = false;
-    }
-    if constexpr (NV == T::NR) {
-      if (count == 0) return;
-      for_columns<NV>([&](auto m, isize c) {
-        detail::chosen_values<Arch, Acc, m, NV>(left.keys, count, x.v + c, x.v_stride, s_, fresh_[t] ? nullptr : alpha,
-                                                ot_ + (t * e_ + c) * T::rows);
-      });
-      fresh_[t] = false;
-    }
-  }
-
-  /// What no row sees is left out, what is modified or partly seen is masked. Returns the runs of keys in `list`.
-  isize modified_scores(const key_set<Acc>& set, isize t, const block& x, isize first, isize last, bool partial,
-                        Acc* top, detail::panel* list) noexcept {
-    const bool changed = set.modify != nullptr || set.bias != nullptr;
-    const std::uint64_t every = live_lanes(t);
-    for (isize y = first; !partial && y < last; ++y) lanes_[y] = every;
-    isize runs = 0;
-    for (isize k = first; k < last;) {
-      if (lanes_[k] == 0) {
-        ++k;
-        continue;
-      }
-      const detail::keys_alike part = detail::alike<T>(lanes_, k, last, every);
-      bool ragged = false;
-      if (part.all == every && (runs == 0 || list[runs - 1].first + list[runs - 1].count < k)) {
-        list[runs++] = {static_cast<std::int16_t>(k), static_cast<std::int16_t>(part.last - k)};
-        k = part.last;
-      }
-      for (; k < part.last; ++k) ragged = extend(list, runs, k, every) || ragged;
-      const isize v0 = part.v0, v1 = part.v1;
-      if (part.all == every && !changed) {
-        scores(t, x, part.first, part.last, v0, v1, top);
-        continue;
-      }
-      alignas(64) Acc own[T::rows];
-      for (isize r = 0; r < T::rows; ++r) own[r] = -std::numeric_limits<Acc>::infinity();
-      scores(t, x, part.first, part.last, v0, v1, own);
-      if (changed) modify(set, t, x.j0 + part.first, part.last - part.first, s_ + part.first * T::rows);
-      for (isize v = 0; v < T::NR; ++v) {
-        // Vectors outside are computed with a ragged run: they must hold numbers.
-        if ((v < v0 || v >= v1) && !ragged) continue;
-        const bool plain = !changed && v >= v0 && v < v1 && ((every & ~part.all) >> (v * T::W) & whole) == 0;
-        if (plain)
-          simd::max(P::load(top + v * T::W), P::load(own + v * T::W)).store(top + v * T::W);
-        else
-          detail::mask_vector<Arch, Acc>(part.first, part.last, v, lanes_, s_, top);
-      }
-    }
-    return runs;
-  }
-
-  /// Key y, which some row sees, joins the last run, if that ends before y and is seen alike; else it begins a run of its own.
-  bool extend(detail::panel* list, isize& runs, isize y, std::uint64_t every) const noexcept {
-    const std::uint64_t bits = lanes_[y], hidden = every & ~bits;
-    detail::seen kind = detail::seen::whole;
-    isize edge = 0;
-    if (hidden != 0) {
-      // Lanes without a row count as seen or not, as it suits.
-      const auto first = static_cast<isize>(std::countr_zero(bits)) / T::W,
-                 last = static_cast<isize>(63 - std::countl_zero(bits)) / T::W;
-      const std::uint64_t behind = first + 1 < T::NR ? ~std::uint64_t{0} << ((first + 1) * T::W) : 0,
-                          before = last > 0 ? ~std::uint64_t{0} >> (64 - last * T::W) : 0;
-      const bool rising = (hidden & behind) == 0, falling = (hidden & before) == 0;
-      kind = rising ? detail::seen::rising : falling ? detail::seen::falling : detail::seen::ragged;
-      edge = rising ? first : falling ? last : 0;
-    }
-    if (runs > 0 && list[runs - 1].first + list[runs - 1].count == y &&
-        list[runs - 1].same(kind, static_cast<int>(edge)))
-      ++list[runs - 1].count;
-    else
-      list[runs++] = {static_cast<std::int16_t>(y), 1, kind, static_cast<std::int8_t>(edge)};
-    return kind == detail::seen::ragged;
-  }
-
-  /// Scores of keys [first, last) of the block and vectors [v0, v1) of the tile into s_, their maximum folded into `top`.
-  void scores(isize t, const block& x, isize first, isize last, isize v0, isize v1, Acc* top) noexcept {
-    const Acc* qt = qt_ + t * d_ * T::rows + v0 * T::W;
-    tile::with_constant<T::NR>(v1 - v0, [&](auto vectors) {
-      constexpr int most = T::panel_keys(vectors);
-      const tile::balanced split(last - first, most);
-      const auto run = [&](isize size, isize k, isize panels) {
-        tile::with_constant<most>(size, [&](auto m) {
-          detail::score_panels<Arch, Acc, m, vectors>(panels, d_, x.k + k * x.k_stride, x.k_stride, qt, T::rows,
-                                                      s_ + k * T::rows + v0 * T::W, top + v0 * T::W, v_ahead_, next_);
-        });
-      };
-      if (split.extra > 0) run(split.small + 1, first, split.extra);
-      if (split.groups > split.extra)
-        run(split.small, first + split.extra * (split.small + 1), split.groups - split.extra);
-    });
-  }
-
-  void modify(const key_set<Acc>& set, isize t, isize j, isize count, Acc* s) noexcept {
-    for (isize y = 0; set.bias != nullptr && y < count; ++y)
-      for (isize r = 0; r < T::rows; ++r) s[y * T::rows + r] += set.bias[j + y] * log2e;
-    if (set.modify != nullptr)
-      for_segments(t, [&](const segment& g) {
-        mask_site at = set.site;
-        at.h = g.h;
-        set.modify->template apply<Acc>(at, g.i, g.count, j, j + count, s + g.lane, T::rows);
-      });
-  }
-
-  static constexpr std::uint64_t whole = ~std::uint64_t{0} >> (64 - T::W);  // all lanes of a vector
-  static constexpr int few = T::NR > 2 ? 2 : T::NR;
-
-  /// Vectors of tile t that hold rows.
-  isize vectors(isize t) const noexcept {
-    const isize count = ceil_div(rows_.last - rows_.first - t * T::rows, T::W);
-    return count < T::NR ? count : T::NR;
-  }
-  std::uint64_t live_lanes(isize t) const noexcept {
-    const isize count = rows_.last - rows_.first - t * T::rows;
-    return ~std::uint64_t{0} >> (64 - (count < T::rows ? count : T::rows));
-  }
-
-  detail::paced_requests k_ahead_, v_ahead_;
   tensor_mut out_;
-  detail::later next_;
-  Acc skip_ = 0;
-  Acc *s_, *k_, *v_;
-  std::uint64_t* lanes_;
 };
 
 }  // namespace kernel

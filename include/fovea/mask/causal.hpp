@@ -57,6 +57,7 @@ struct causal {
   FOVEA_HD bool visible(const mask_site& at, isize i, isize j) const { return j <= align.position(at, i); }
   FOVEA_HD range keys(const mask_site& at, isize, isize i1) const { return {0, align.position(at, i1 - 1) + 1}; }
   FOVEA_HD range queries(const mask_site& at, isize j) const { return {j - align.position(at, 0), at.n}; }
+  FOVEA_HD key_band band(const mask_site& at) const { return {-most_keys, align.position(at, 0) + 1}; }
   FOVEA_HD tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
     if (j0 > align.position(at, i1 - 1)) return tile_kind::empty;
     return j1 - 1 <= align.position(at, i0) ? tile_kind::full : tile_kind::partial;
@@ -90,6 +91,10 @@ struct window {
     const isize i = j - align.position(at, 0);
     return {i, j < first ? at.n : i + width};
   }
+  FOVEA_HD key_band band(const mask_site& at) const {
+    const isize last = align.position(at, 0) + 1;
+    return first > 0 ? key_band{} : key_band{last - width, last};
+  }
   FOVEA_HD tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
     const isize p0 = align.position(at, i0), p1 = align.position(at, i1 - 1);
     if (j0 > p1 || (j1 - 1 <= p0 - width && j0 >= first)) return tile_kind::empty;
@@ -120,6 +125,10 @@ struct two_sided {
   FOVEA_HD range queries(const mask_site& at, isize j) const {
     const isize i = j - align.position(at, 0);
     return {i - right, i + left + 1};
+  }
+  FOVEA_HD key_band band(const mask_site& at) const {
+    const isize own = align.position(at, 0);
+    return {own - left, own + right + 1};
   }
   FOVEA_HD tile_kind tile(const mask_site& at, isize i0, isize i1, isize j0, isize j1) const {
     const isize p0 = align.position(at, i0), p1 = align.position(at, i1 - 1);

@@ -11,6 +11,7 @@
 ///   void lanes(site, i0, count, j0, j1, out) bit l of out[j - j0]: row i0 + l sees key j, for all of a partial tile at once
 ///   bool is_causal()                     no row sees a key behind its own position, bottom-right: states need that
 ///   kept_keys kept()                     causal policies that never look further back than a number of keys: ring stores need that
+///   key_band band(site)                  every row sees one stretch of keys, and the next row the stretch one key on: loops need not ask
 ///   void check(site)                     throws contract_error if the policy does not fit item b of the problem
 ///
 /// Contract   i in [0, n), j in [0, m). Kernels hold a `mask_ref`: one indirect call per tile, none per element.
@@ -63,6 +64,12 @@ FOVEA_HD constexpr kept_keys tighter(kept_keys a, kept_keys b) {
   if (!a.bounded() || !b.bounded()) return a.bounded() ? a : b;
   return {a.window < b.window ? a.window : b.window, a.first > b.first ? a.first : b.first};
 }
+
+/// Row i sees keys [i + first, i + last) of those there are, and no others. None: it is not said.
+struct key_band {
+  isize first = 0, last = 0;
+  FOVEA_HD constexpr bool any() const { return first < last; }
+};
 
 /// Where a question is asked: the batch item, the query head, and the sizes of the problem.
 struct mask_site {
@@ -120,6 +127,7 @@ struct mask_table {
   void (*check)(const void*, const mask_site&);
   bool (*is_causal)(const void*);
   kept_keys (*kept)(const void*);
+  key_band (*band)(const void*, const mask_site&);
 };
 template <mask_policy P>
 inline constexpr mask_table mask_table_of{
@@ -150,6 +158,13 @@ inline constexpr mask_table mask_table_of{
         return static_cast<const P*>(p)->kept();
       else
         return kept_keys{};
+    },
+    [](const void* p, const mask_site& at) {
+      (void)p, (void)at;
+      if constexpr (requires { static_cast<const P*>(p)->band(at); })
+        return static_cast<const P*>(p)->band(at);
+      else
+        return key_band{};
     }};
 }  // namespace detail
 
@@ -183,6 +198,7 @@ class mask {
   void check(const mask_site& at) const { table_->check(storage_, at); }
   bool is_causal() const { return table_->is_causal(storage_); }
   kept_keys kept() const { return table_->kept(storage_); }
+  key_band band(const mask_site& at) const { return table_->band(storage_, at); }
   bool is_none() const { return table_ == &detail::mask_table_of<no_mask>; }
 
  private:

@@ -95,6 +95,12 @@ struct mask_of_rows {
       mask->lanes(at_row.whole(at), i0 + at_row.first_row, count, token, token + last - first, out + (first - j0));
     });
   }
+  key_band band(const mask_site& at) const {
+    if (at_row.kept > 0 && at_row.dropped > 0) return {};
+    const key_band all = mask->band(at_row.whole(at));
+    const isize shift = at_row.first_row - at_row.dropped;
+    return all.any() ? key_band{all.first + shift, all.last + shift} : all;
+  }
 };
 
 /// A score modification, the same way.
