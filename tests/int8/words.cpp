@@ -3,12 +3,13 @@
 
 #include <array>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "support/catch.hpp"
 #include "support/random.hpp"
 
-#include <fovea/simd/word_moves.hpp>
+#include <fovea/kernel/int8_turn.hpp>
 
 namespace {
 
@@ -121,6 +122,11 @@ void check_floats(test::random& r) {
   for (int k = 0; k < 2; ++k)
     for (isize l = 0; l < 4 * W::size; ++l)
       REQUIRE(joined[k][l] == static_cast<std::uint8_t>(numbers[k][l / W::size][l % W::size]));
+  for (auto& row : numbers[0])
+    for (std::int32_t& y : row) y += static_cast<std::int32_t>(r.integer(-1000, 1000)) * 256;
+  for (int i = 0; i < 4; ++i) four[i] = W::load(numbers[0][i]);
+  simd::join_low_bytes(four).store(joined[0]);
+  for (isize l = 0; l < 4 * W::size; ++l) REQUIRE(joined[0][l] == static_cast<std::uint8_t>(numbers[0][l % 4][l / 4]));
   W rows[W::size];
   std::int32_t sums[W::size] = {};
   for (isize i = 0; i < W::size; ++i)
@@ -131,6 +137,45 @@ void check_floats(test::random& r) {
     }
   simd::sum_each(rows).store(got);
   for (isize i = 0; i < W::size; ++i) CHECK(got[i] == sums[i]);
+}
+
+/// Rows of `n` turned and rotated against simd::rotate_row, bit by bit, and their bytes; row `broken` holds a number that is not finite.
+template <class A>
+void check_turned(test::random& r, isize n, bool rotate, isize broken) {
+  constexpr isize W = simd::words<A>::size;
+  std::vector<float> rows(static_cast<std::size_t>(W * n)), t(rows.size()), row(static_cast<std::size_t>(n));
+  std::vector<std::int8_t> turned(rows.size()), codes(rows.size());
+  for (float& y : rows) y = static_cast<float>(r.normal());
+  if (broken < W) rows[static_cast<std::size_t>(broken * n + n / 3)] = std::numeric_limits<float>::infinity();
+  kernel::detail::row_extents<A> x;
+  kernel::detail::turn_rows<A>({rows.data(), n}, n, rotate, t.data(), x);
+  std::int32_t sums[W];
+  kernel::detail::round_turned<A, false>(t.data(), n, x, reinterpret_cast<std::uint8_t*>(turned.data()), 4 * W)
+      .store(sums);
+  kernel::detail::rows_of_bytes<A>(turned.data(), n, codes.data(), n);
+  for (isize l = 0; l < W; ++l) {
+    if (rotate)
+      simd::rotate_row<simd::scalar>(rows.data() + l * n, row.data(), n);
+    else
+      row.assign(rows.begin() + l * n, rows.begin() + (l + 1) * n);
+    float most = 0;
+    for (const float y : row) most = std::fmax(most, std::fabs(y));
+    int sum = 0;
+    for (isize c = 0; c < n; ++c) {
+      const float y = row[static_cast<std::size_t>(c)];
+      const int code = codes[static_cast<std::size_t>(l * n + c)];
+      sum += code;
+      if (l == broken) {
+        REQUIRE(code == 0);
+        continue;
+      }
+      REQUIRE(t[static_cast<std::size_t>(c * W + l)] == y);
+      REQUIRE(code == static_cast<int>(std::nearbyint(static_cast<double>(y) * static_cast<double>(127.0F / most))));
+    }
+    CHECK(sums[l] == sum);
+    CHECK(x.most[l] == (l == broken ? 0.0F : most));
+    CHECK(std::isinf(x.length[l]) == (l == broken));
+  }
 }
 
 template <class F>
@@ -182,6 +227,17 @@ TEST_CASE("words: exp2_i16 is 32640 * 2^(-d / 64) within 1.1, for every d") {
       if (std::abs(got[i] - 32640.0 * std::exp2(-in[i] / 64.0)) > 1.1) FAIL_CHECK(in[i] << " gave " << got[i]);
     }
   }
+}
+
+TEST_CASE("words: rows that are rotated and rounded across lanes have the numbers of rotate_row") {
+  test::random r(3);
+  for (const isize n : {16, 32, 48, 64, 80, 128, 256})
+    for (const bool rotate : {false, true})
+      for (const isize broken : {99, 1})
+        for_each_arch([&](auto arch) {
+          INFO("n " << n << " rotate " << rotate << " broken " << broken);
+          check_turned<decltype(arch)>(r, n, rotate, broken);
+        });
 }
 
 TEST_CASE("words: bytes of four keys, whose scores lie in four registers, come together") {

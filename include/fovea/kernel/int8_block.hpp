@@ -74,27 +74,42 @@ class int8_block {
   /// Runs of groups that the same vectors need, out of the bits of `lanes_`.
   isize cut(std::uint64_t live) noexcept {
     constexpr std::uint64_t all_lanes = ~std::uint64_t{0} >> (64 - W);
+    const int last = (63 - std::countl_zero(live)) / static_cast<int>(W) + 1;
     for (isize y = 0; y < parts * T::NR; ++y) view_[y] = {0, 0};
     isize count = 0;
-    for (isize g = 0; g < K / 4; ++g) {
-      const std::uint64_t* bits = lanes_ + 4 * g;
-      const std::uint64_t any = bits[0] | bits[1] | bits[2] | bits[3], all = bits[0] & bits[1] & bits[2] & bits[3];
-      if (any == 0) continue;
-      const auto v0 = static_cast<std::int8_t>(std::countr_zero(any) / W),
-                 v1 = static_cast<std::int8_t>((63 - std::countl_zero(any)) / W + 1);
-      bool masked = false;
-      for (int v = v0; v < v1; ++v) {
-        view_of_part& own = view_[g / 4 * T::NR + v];
-        const auto bit = static_cast<std::uint8_t>(1U << (g % 4));
-        const bool full = (((all ^ live) >> (v * W)) & all_lanes) == 0;
-        own.needed |= bit, own.full |= full ? bit : std::uint8_t{0};
-        masked = masked || !full;
-      }
+    const auto add = [&](isize g, int groups, int v0, int v1, bool masked) {
       int8_run* back = runs_ + count - 1;
       if (count > 0 && back->first + back->count == g && back->v0 == v0 && back->v1 == v1 && back->masked == masked)
-        ++back->count;
+        back->count = static_cast<std::int16_t>(back->count + groups);
       else
-        runs_[count++] = {static_cast<std::int16_t>(g), 1, v0, v1, masked};
+        runs_[count++] = {static_cast<std::int16_t>(g), static_cast<std::int16_t>(groups), static_cast<std::int8_t>(v0),
+                          static_cast<std::int8_t>(v1), masked};
+    };
+    for (isize y = 0; y < parts; ++y) {
+      std::uint64_t some = 0, each = ~std::uint64_t{0};
+      for (isize j = y * int8_part; j < (y + 1) * int8_part; ++j) some |= lanes_[j], each &= lanes_[j];
+      if (some == 0) continue;
+      if (each == live) {
+        for (int v = 0; v < last; ++v) view_[y * T::NR + v] = {15, 15};
+        add(4 * y, 4, 0, last, false);
+        continue;
+      }
+      for (isize g = 4 * y; g < 4 * y + 4; ++g) {
+        const std::uint64_t* bits = lanes_ + 4 * g;
+        const std::uint64_t any = bits[0] | bits[1] | bits[2] | bits[3], all = bits[0] & bits[1] & bits[2] & bits[3];
+        if (any == 0) continue;
+        const int v0 = std::countr_zero(any) / static_cast<int>(W),
+                  v1 = (63 - std::countl_zero(any)) / static_cast<int>(W) + 1;
+        bool masked = false;
+        for (int v = v0; v < v1; ++v) {
+          view_of_part& own = view_[y * T::NR + v];
+          const auto bit = static_cast<std::uint8_t>(1U << (g % 4));
+          const bool full = (((all ^ live) >> (v * W)) & all_lanes) == 0;
+          own.needed |= bit, own.full |= full ? bit : std::uint8_t{0};
+          masked = masked || !full;
+        }
+        add(g, 1, v0, v1, masked);
+      }
     }
     return count;
   }
@@ -118,6 +133,8 @@ class int8_block {
         std::int16_t *s = s_ + 2 * lane, *most = top + 2 * lane;
         if (loose)
           int8_scores<Arch, nv, kind::loose>(x, run.first, run.count, dp_, s, most, f_ + lane);
+        else if (run.masked && dp_ == 64)
+          int8_scores<Arch, nv, kind::masked, 64>(x, run.first, run.count, dp_, s, most, nullptr);
         else if (run.masked)
           int8_scores<Arch, nv, kind::masked>(x, run.first, run.count, dp_, s, most, nullptr);
         else if (nv == T::NR && dp_ == 64)
@@ -221,8 +238,10 @@ class int8_block {
   void exact(const tile_of_block& at, isize y, unsigned groups, const std::int16_t* s, const std::int16_t* top,
              float* mass) const noexcept {
     for (isize l = 0; l < W; ++l) mass[l] = 0;
+    const float* inverse = at.head.inverse + at.x * K;
+    if (groups == 15) return exact_sum<Arch>(4 * y, 4, s, top, inverse, mass);
     for (isize g = 0; g < 4; ++g)
-      if ((groups >> g & 1) != 0) exact_sum<Arch>(4 * y + g, 1, s, top, at.head.inverse + at.x * K, mass);
+      if ((groups >> g & 1) != 0) exact_sum<Arch>(4 * y + g, 1, s, top, inverse, mass);
   }
   /// Rows whose sum is below `least`, a few steps of p of a key with tiny values: p has lost too much of them.
   FOVEA_NOINLINE void count_exactly(const tile_of_block& at, int v, float least, const std::int16_t* s,

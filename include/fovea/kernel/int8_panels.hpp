@@ -195,6 +195,24 @@ FOVEA_NOINLINE void int8_values(const int8_run* runs, isize count, const std::in
       }
       continue;
     }
+    // Under a diagonal the last vectors see what the first ones do not.
+    tile::unroll<Whole ? 0 : NV - 1>([&](auto x) FOVEA_INLINE_LAMBDA {
+      constexpr int first = x + 1;
+      if (runs[n].v0 != first || runs[n].v1 != NV) return;
+      for (isize g = runs[n].count; g > 0; --g, value += stride, weight += rows * 4) {
+        word u[NV];
+        tile::unroll<NV - first>([&](auto y)
+                                     FOVEA_INLINE_LAMBDA { u[first + y] = word::load(weight + 4 * W * (first + y)); });
+        tile::unroll<M>([&](auto i) FOVEA_INLINE_LAMBDA {
+          const word four = simd::splat4<Arch>(value + 4 * i);
+          tile::unroll<NV - first>([&](auto y) FOVEA_INLINE_LAMBDA {
+            acc[i][first + y] = simd::dot4(acc[i][first + y], u[first + y], four);
+            simd::keep(acc[i][first + y]);
+          });
+        });
+      }
+    });
+    if (!Whole && runs[n].v1 == NV) continue;
     tile::unroll<Whole ? 0 : NV>([&](auto x) FOVEA_INLINE_LAMBDA {
       if (x < runs[n].v0 || x >= runs[n].v1) return;
       for (isize g = 0; g < runs[n].count; ++g) {

@@ -10,7 +10,7 @@
 ///            are computed in f32. Every key is rounded by itself (without `fold`: every block).
 /// Cost       about 0.2 ns an element; m (dp + ep + 26) bytes.
 
-#include <fovea/kernel/int8_recipe.hpp>
+#include <fovea/kernel/int8_turn.hpp>
 #include <fovea/kernel/online_softmax.hpp>
 #include <fovea/simd/word_moves.hpp>
 
@@ -77,13 +77,6 @@ FOVEA_INLINE void grid_above(const float* x, float* to) noexcept {
   }
 }
 
-/// What rounding to 8 bits wants to know of a batch of W rows: largest magnitude, squared length (infinite: a number is not finite, or
-/// too large), and what the row is multiplied by.
-template <class Arch>
-struct row_extents {
-  static constexpr isize W = simd::words<Arch>::size;
-  float most[W], length[W], factor[W];
-};
 template <class Arch>
 FOVEA_NOINLINE void measure_rows(const float* x, isize ld, isize n, row_extents<Arch>& to) noexcept {
   using P = simd::pack<float, Arch>;
@@ -108,6 +101,37 @@ FOVEA_NOINLINE void measure_rows(const float* x, isize ld, isize n, row_extents<
     // Rows of zeros, and those that are marked: 0.
     simd::select_greater(most, zero, P(127.0F) / simd::max(P(1e-30F), most), zero).store(to.factor + first);
   }
+}
+
+/// Largest magnitudes of W rows, in x.most, and lengths of 0: is every number finite? Otherwise x says nothing.
+template <class Arch>
+FOVEA_NOINLINE bool largest_of_rows(rows_apart rows, isize n, row_extents<Arch>& x) noexcept {
+  using P = simd::pack<float, Arch>;
+  constexpr isize L = P::size;
+  constexpr int side = L < 4 ? 1 : 4;  // rows side by side
+  const P zero(0.0F);
+  P broken[side];
+  tile::unroll<side>([&](auto i) FOVEA_INLINE_LAMBDA { broken[i] = zero; });
+  for (isize first = 0; first < row_extents<Arch>::W; first += L) {
+    P high[L];
+    for (isize l = 0; l < L; l += side) {
+      const float* row = rows.at + (first + l) * rows.ld;
+      P most[side];
+      tile::unroll<side>([&](auto i) FOVEA_INLINE_LAMBDA { most[i] = zero; });
+      for (isize c = 0; c < n; c += L)
+        tile::unroll<side>([&](auto i) FOVEA_INLINE_LAMBDA {
+          const float* at = row + i * rows.ld + c;
+          simd::prefetch_line(at + rows.ahead);
+          const P y = P::load(at);
+          most[i] = simd::most_magnitude(most[i], y), broken[i] = simd::fma(y, zero, broken[i]);  // 0, or NaN
+        });
+      tile::unroll<side>([&](auto i) FOVEA_INLINE_LAMBDA { high[l + i] = most[i]; });
+    }
+    const P most = simd::max_each(high);
+    simd::select_greater(most, P(1e-30F), most, zero).store(x.most + first), zero.store(x.length + first);
+  }
+  tile::unroll<side - 1>([&](auto i) FOVEA_INLINE_LAMBDA { broken[0] = broken[0] + broken[i + 1]; });
+  return simd::lanes_above(broken[0], zero) == 0;
 }
 
 /// x factor + shift, rounded, in 32-bit lanes; 0 + shift where the factor is 0 and x may be anything.
@@ -179,7 +203,8 @@ class int8_rounding {
   int8_rounding(arena& memory, isize d, isize e) {
     const isize dp = int8_width(d), ep = int8_width(e), wide = W * (dp > ep ? dp : ep);
     rows_ = memory.take<float>(!R.fold && R.keys * ep > wide ? R.keys * ep : wide);
-    codes_ = memory.take<std::int8_t>(4 * ep);
+    turned_ = memory.take<float>(W * dp);
+    codes_ = memory.take<std::int8_t>(W * dp > 4 * ep ? W * dp : 4 * ep);
   }
 
   void block(const key_set<float>& set, int8_head& to, isize x) noexcept {
@@ -207,31 +232,34 @@ class int8_rounding {
   static constexpr float none = std::numeric_limits<float>::infinity();
 
   void keys(const row_source& from, isize first, isize last, int8_head& to) noexcept {
-    using word = simd::words<Arch>;
+    const bool rotate = R.rotate && !from.rotated, across = rotate && to.d == to.dp;
     row_extents<Arch> x;
     for (isize j = first, end = first + R.keys; j < end; j += W) {
-      for (isize l = 0; l < W; ++l) {
-        float* row = rows_ + l * to.dp;
-        if (j + l >= last) {
-          std::memset(row, 0, static_cast<std::size_t>(to.dp) * sizeof(float));
-          continue;
-        }
-        if (R.rotate && !from.rotated)
-          load_rotated<Arch>(from, j + l, to.d, to.dp, row);
-        else
-          load_padded<Arch>(from, j + l, to.d, to.dp, row);
-      }
-      measure_rows<Arch>(rows_, to.dp, to.dp, x);
-      word sums[W];
-      for (isize l = 0; l < W; ++l) {
-        auto* out = reinterpret_cast<std::uint8_t*>(to.k + (j + l) * to.dp);
-        if (x.length[l] == none) std::memset(rows_ + l * to.dp, 0, static_cast<std::size_t>(to.dp) * sizeof(float));
-        sums[l] = round_row<Arch, false>(rows_ + l * to.dp, to.dp, simd::pack<float, Arch>(x.factor[l]), out);
-      }
-      simd::sum_each(sums).store(to.offset + j);
-      for (isize l = 0; l < W; ++l)
-        to.offset[j + l] *= -128, to.k_scale[j + l] = x.most[l] / 127.0F, to.length[j + l] = x.length[l];
+      turn_rows<Arch>(rows_of(from, j, last, to.d, to.dp, rotate && !across), to.dp, across, turned_, x);
+      round_turned<Arch, false>(turned_, to.dp, x, reinterpret_cast<std::uint8_t*>(codes_), 4 * W).store(to.offset + j);
+      rows_of_bytes<Arch>(codes_, to.dp, to.k + j * to.dp, to.dp);
+      for (isize l = 0; l < W; ++l) to.offset[j + l] *= -128;
+      for (isize l = 0; l < W; ++l) to.k_scale[j + l] = x.most[l] / 127.0F;
+      for (isize l = 0; l < W; ++l) to.length[j + l] = x.length[l];
     }
+  }
+  /// W rows from j on, with zeros up to `padded` and behind the last one: where they lie, or in rows_.
+  rows_apart rows_of(const row_source& from, isize j, isize last, isize width, isize padded, bool rotate) noexcept {
+    if (!rotate && from.form == row_form::plain && from.type == dtype::f32 && width == padded && j + W <= last) {
+      const stretch s = from.at(j);
+      const isize ld = from.row_bytes / static_cast<isize>(sizeof(float));
+      if (s.count >= W) return {reinterpret_cast<const float*>(s.data), ld, s.count >= 2 * W ? W * ld : 0};
+    }
+    for (isize l = 0; l < W; ++l) {
+      float* to = rows_ + l * padded;
+      if (j + l >= last)
+        std::memset(to, 0, static_cast<std::size_t>(padded) * sizeof(float));
+      else if (rotate)
+        load_rotated<Arch>(from, j + l, width, padded, to);
+      else
+        load_padded<Arch>(from, j + l, width, padded, to);
+    }
+    return {rows_, padded};
   }
   /// Keys that are stored as they are wanted.
   void stored_keys(const row_source& from, isize first, isize last, int8_head& to) noexcept {
@@ -251,72 +279,56 @@ class int8_rounding {
   void values(const row_source& from, isize first, isize last, int8_head& to) noexcept {
     using word = simd::words<Arch>;
     using P = simd::pack<float, Arch>;
-    const word flip = simd::splat_i8<Arch>(128);
+    constexpr int F = simd::float_packs<Arch>;
     const isize ep = to.ep;
     row_extents<Arch> x;
     for (isize j = first, end = first + R.keys; j < end; j += W) {
-      isize ld = ep;
-      const float* rows = value_rows(from, j, last, to, ld);
-      measure_rows<Arch>(rows, ld, ep, x);
-      if (value_scales(j, x, to)) {  // a broken row: zeros, in a copy
-        for (isize l = 0; l < W; ++l)
-          for (isize c = 0; c < ep; ++c) rows_[l * ep + c] = x.length[l] == none ? 0.0F : rows[l * ld + c];
-        rows = rows_, ld = ep;
-      }
+      rows_apart rows = rows_of(from, j, last, to.e, ep, false);
+      if (!largest_of_rows<Arch>(rows, ep, x)) rows = without_broken(rows, ep, x);
+      value_scales(j, x, to);
       for (isize y = 0; y < W; y += 4) {
         auto* out = reinterpret_cast<std::uint8_t*>(to.v + (j + y) * ep);
         for (isize c = 0; c < ep; c += W) {
           word z[4];
           tile::unroll<4>([&](auto i) FOVEA_INLINE_LAMBDA {
-            z[i] = rounded_words<Arch>(rows + (y + i) * ld + c, P(x.factor[y + i]), 128.0F);
+            P factor[F];
+            tile::unroll<F>([&](auto l) FOVEA_INLINE_LAMBDA { factor[l] = P(x.factor[y + i]); });
+            z[i] = low_bytes<Arch, false>(rows.at + (y + i) * rows.ld + c, factor);
           });
-          const word four = simd::group4(simd::narrow_i16(z[0], z[1]), simd::narrow_i16(z[2], z[3]));
-          simd::xor_bits(four, flip).store(out + 4 * c);
+          simd::join_low_bytes(z).store(out + 4 * c);
         }
       }
     }
   }
-  /// W rows from j on, zeros behind the last one: where they lie, or in rows_.
-  const float* value_rows(const row_source& from, isize j, isize last, const int8_head& to, isize& ld) noexcept {
-    if (from.form == row_form::plain && from.type == dtype::f32 && to.e == to.ep && j + W <= last) {
-      const stretch s = from.at(j);
-      ld = from.row_bytes / static_cast<isize>(sizeof(float));
-      if (s.count >= W) return reinterpret_cast<const float*>(s.data);
-      ld = to.ep;
-    }
+  /// A copy of W rows with zeros for those that are not finite, or too long to be measured.
+  FOVEA_NOINLINE rows_apart without_broken(rows_apart rows, isize n, row_extents<Arch>& x) noexcept {
+    measure_rows<Arch>(rows.at, rows.ld, n, x);
     for (isize l = 0; l < W; ++l)
-      if (j + l < last)
-        load_padded<Arch>(from, j + l, to.e, to.ep, rows_ + l * to.ep);
-      else
-        std::memset(rows_ + l * to.ep, 0, static_cast<std::size_t>(to.ep) * sizeof(float));
-    return rows_;
+      for (isize c = 0; c < n; ++c) rows_[l * n + c] = x.length[l] == none ? 0.0F : rows.at[l * rows.ld + c];
+    return {rows_, n};
   }
-  /// The scales of W measured rows, and in x.factor what they are multiplied by. Is a row among them whose values are not finite, or
-  /// too long to be measured? Scales are powers of 2^(1/64): no rounding in the score.
-  bool value_scales(isize j, row_extents<Arch>& x, int8_head& to) noexcept {
+  /// The scales of W measured rows, and in x.factor what they are multiplied by. Scales are powers of 2^(1/64): no rounding in the score.
+  static void value_scales(isize j, row_extents<Arch>& x, int8_head& to) noexcept {
     using P = simd::pack<float, Arch>;
-    float folds[W];
-    bool broken = false;
+    constexpr float most = static_cast<float>(int8_most_fold * int8_grid);
+    const P zero(0.0F), infinite(none), large(most + 0.5F);
+    alignas(64) float folds[W];
     for (isize l = 0; l < W; ++l) folds[l] = x.most[l] * (1.0F / 127.0F);
     grid_above<Arch>(folds, folds);
-    for (isize l = 0; l < W; ++l) {
-      folds[l] = x.length[l] == none ? none : x.most[l] > 0 ? folds[l] : -none;
-      broken = broken || x.length[l] == none;
-    }
     for (isize l = 0; l < W; l += P::size) {
-      constexpr float most = static_cast<float>(int8_most_fold * int8_grid);
-      const P fold = P::load(folds + l), large(most + 0.5F), inverse = simd::exp2(fold * P(-1.0F / int8_grid));
+      const P some = simd::select_greater(P::load(x.most + l), zero, P::load(folds + l), P(-none));
+      const P fold = simd::select_greater(infinite, P::load(x.length + l), some, infinite);
+      const P inverse = simd::exp2(fold * P(-1.0F / int8_grid));
       const auto kept = [&](P yes, P no) {
         return simd::select_greater(fold, large, no, simd::select_greater(P(-most - 0.5F), fold, no, yes));
       };
-      const P length = P::load(to.length + j + l), zeros = simd::select_greater(P(-3e38F), fold, length, P(none));
+      const P length = P::load(to.length + j + l), zeros = simd::select_greater(P(-3e38F), fold, length, infinite);
       kept(length, zeros).store(to.length + j + l);
       kept(fold, P(-most)).store(to.fold + j + l);
       kept(inverse, P(static_cast<float>(std::int64_t{1} << static_cast<int>(int8_most_fold))))
           .store(to.inverse + j + l);
-      kept(inverse, P(0.0F)).store(x.factor + l);
+      kept(inverse, zero).store(x.factor + l);
     }
-    return broken;
   }
   void stored_values(const row_source& from, isize first, isize last, int8_head& to) noexcept {
     const isize ep = to.ep;
@@ -405,7 +417,7 @@ class int8_rounding {
       }
   }
 
-  float* rows_;
+  float *rows_, *turned_;
   std::int8_t* codes_;
 };
 

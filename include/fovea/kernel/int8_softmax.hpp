@@ -37,33 +37,33 @@ class int8_softmax : detail::int8_block<Arch, R> {
     const isize all = most(rows, d, e);
     o_ = memory.take<float>(all * e), length_ = memory.take<float>(all), m_ = memory.take<float>(all);
     wide_ = dp_ > e ? dp_ : e;
-    rows_of_ = memory.take<float>(W * wide_), bytes_ = memory.take<std::uint8_t>(W * dp_);
+    rows_of_ = memory.take<float>(W * wide_), turned_ = memory.take<float>(W * dp_);
   }
 
   void begin(query_rows rows, double scale, const float* sinks, float skip = 0) noexcept {
-    rows.rotated = rows.rotated || R.rotate;
+    const bool rotate = rows.rotated || R.rotate, across = rotate && d_ == dp_;
+    rows.rotated = rotate && !across;  // row by row
     at_.place(rows), skip_ = skip, longest_ = 0;
     const auto log2e = static_cast<float>(1.4426950408889634074), factor = static_cast<float>(scale) * log2e;
     const isize all = at_.used() * T::rows, count = rows.last - rows.first;
     fresh_ = true;
     for (isize x = 0; R.running_max && x < 2 * all; ++x) run_max_[x] = -32768;
+    for (isize r = 0; r < all; ++r) m_[r] = -none, l_[r] = 0, lost_[r] = 0;
+    for (isize r = 0; sinks != nullptr && r < count; ++r) m_[r] = sinks[at_.head(r)] * log2e, l_[r] = 255;
     detail::row_extents<Arch> x;
+    P longest(0.0F);
     for (isize r = 0; r < all; r += W) {
-      load(r < count ? (count - r < W ? count - r : W) : 0, r);
-      detail::measure_rows<Arch>(rows_of_, wide_, dp_, x);
-      for (isize l = 0; l < W; ++l) {
-        const isize y = r + l;
-        const bool sound = x.length[l] < none;
-        m_[y] = -none, l_[y] = 0, lost_[y] = 0;
-        length_[y] = x.length[l] * factor * factor, q_scale_[y] = x.most[l] * (factor * detail::int8_grid / 127.0F);
-        if (sinks != nullptr && y < count) m_[y] = sinks[at_.head(y)] * log2e, l_[y] = 255;
-        if (!(length_[y] <= longest_)) longest_ = sound ? length_[y] : none;
-        float* row = rows_of_ + l * wide_;
-        if (!sound) std::memset(row, 0, static_cast<std::size_t>(dp_) * sizeof(float));
-        detail::round_row<Arch, true>(row, dp_, P(x.factor[l]), bytes_ + l * dp_);
+      detail::turn_rows<Arch>(load(r, count), dp_, across, turned_, x);
+      for (isize l = 0; l < W; l += P::size) {
+        const P length = P::load(x.length + l), none_of(none);
+        const P own = simd::select_greater(none_of, length, length * P(factor * factor), none_of);
+        own.store(length_ + r + l), longest = simd::max(longest, own);
+        (P::load(x.most + l) * P(factor * detail::int8_grid / 127.0F)).store(q_scale_ + r + l);
       }
-      turn(q_ + r / T::rows * T::rows * dp_ + r % T::rows * 4);
+      detail::round_turned<Arch, true>(turned_, dp_, x, q_ + r / T::rows * T::rows * dp_ + r % T::rows * 4,
+                                       4 * T::rows);
     }
+    longest_ = simd::highest(longest);
   }
 
   /// Which rows of the superblock have to be computed in f32: `rows` [row], when it returns true; else none.
@@ -93,25 +93,52 @@ class int8_softmax : detail::int8_block<Arch, R> {
 
   void absorb(const key_set<float>& set, const int8_head& head) noexcept {
     if (skip_ > 0) return absorb_outwards(set, head);
-    // Tile by tile: O stays in the first-level cache, and K and V, a byte an element, come from the second.
-    for (isize t = 0; t < at_.used(); ++t) {
-      if (fresh_) clear(t);
-      const range own = hull(set, t);
-      for (isize x = own.first / K; x < ceil_div(own.last, K); ++x)
-        if (!absorb_tile(set, head, x, t)) x += unseen(set, t, (x + 1) * K, own.last) / K;
-    }
+    for (isize t = 0; t < at_.used(); ++t) absorb_rows(set, head, t);
     fresh_ = false;
   }
 
   /// `left`: null, or a byte a row: those that are 1 are not written. `skipped` may be null.
   void finish(const tensor_mut& out, const tensor_mut& lse, const tensor_mut& skipped,
               const std::uint8_t* left) noexcept {
+    for (isize t = 0; fresh_ && t < at_.used(); ++t) clear(t);
+    write(0, at_.rows().last - at_.rows().first, out, lse, skipped, left);
+  }
+
+  /// Absorbs the only set of keys, and finishes: O of one tile at a time, which stays in the first-level cache.
+  void attend(const key_set<float>& set, const int8_head& head, const tensor_mut& out, const tensor_mut& lse,
+              const tensor_mut& skipped, const std::uint8_t* left) noexcept {
+    if (skip_ > 0) return absorb(set, head), finish(out, lse, skipped, left);
+    together_ = false;
+    for (isize t = 0; t < at_.used(); ++t) {
+      absorb_rows(set, head, t);
+      write(t * T::rows, t * T::rows + at_.count(t), out, lse, skipped, left);
+    }
+    together_ = true;
+  }
+
+ private:
+  /// O^T of tile t.
+  float* sums_of(isize t) const noexcept { return o_ + (together_ ? t : 0) * T::rows * e_; }
+
+  /// O stays in the first-level cache, and K and V, a byte an element, come from the second.
+  void absorb_rows(const key_set<float>& set, const int8_head& head, isize t) noexcept {
+    if (fresh_) clear(t);
+    const range own = hull(set, t);
+    for (isize x = own.first / K; x < ceil_div(own.last, K); ++x)
+      if (!absorb_tile(set, head, x, t)) x += unseen(set, t, (x + 1) * K, own.last) / K;
+  }
+
+  /// Rows [r0, count) of the superblock.
+  void write(isize r0, isize count, const tensor_mut& out, const tensor_mut& lse, const tensor_mut& skipped,
+             const std::uint8_t* left) noexcept {
+    if (r0 >= count) return;
     constexpr isize L = P::size;
     const bool direct = out.type == dtype::f32;
-    for (isize t = 0; fresh_ && t < at_.used(); ++t) clear(t);
-    const isize count = at_.rows().last - at_.rows().first, n = at_.rows().q.length, b = at_.rows().b;
-    isize h = at_.head(0), i = at_.row(0);
-    for (isize r = 0; r < count; r += L) {
+    const isize n = at_.rows().q.length, b = at_.rows().b;
+    isize h = at_.head(r0), i = at_.row(r0);
+    for (isize r = r0; r < count; r += L) {
+      if (direct && r + L < count && i + 2 * L <= n)  // the next rows, while these are turned
+        for (isize x = 0; x < L; ++x) simd::prefetch_to_write(out.row(b, h, i + L + x), e_ * 4);
       float inverse[L];
       float* to[L];
       void* row[L];
@@ -128,43 +155,37 @@ class int8_softmax : detail::int8_block<Arch, R> {
               here && lost_[r + x] > 0 ? lost_[r + x] / (lost_[r + x] + l) : 0.0F;
         if (++i == n) ++h, i = 0;
       }
-      simd::columns_to_rows<float, Arch>(o_ + r / T::rows * T::rows * e_ + r % T::rows, T::rows, e_, inverse, to);
+      simd::columns_to_rows<float, Arch>(sums_of(r / T::rows) + r % T::rows, T::rows, e_, inverse, to);
       for (isize x = 0; x < L && !direct; ++x)
         if (row[x] != nullptr) simd::store_row<Arch, float>(out.type, to[x], e_, row[x]);
     }
   }
 
- private:
   static isize most(isize rows, isize d, isize e) { return ceil_div(superblock(rows, d, e), T::rows) * T::rows; }
 
-  /// Rows [r, r + count) of the superblock, turned, and zeros up to W of them.
-  void load(isize count, isize r) noexcept {
-    const isize before = r < at_.rows().last - at_.rows().first ? r : 0;
+  /// Rows r ... r + W of the superblock, turned to their positions, with zeros up to dp and behind the last one: where they lie,
+  /// or in rows_of_.
+  detail::rows_apart load(isize r, isize count) noexcept {
+    const query_rows& rows = at_.rows();
+    const isize before = r < count ? r : 0, n = rows.q.length;
     isize h = at_.head(before), i = at_.row(before);
+    if (rows.q.type == dtype::f32 && rows.turn == nullptr && !rows.rotated && d_ == dp_ && r + W <= count &&
+        i + W <= n) {
+      const isize ld = rows.q.row_stride;
+      return {static_cast<const float*>(rows.q.row(rows.b, h, i)), ld, i + 2 * W <= n ? W * ld : 0};
+    }
     for (isize l = 0; l < W; ++l) {
-      float* row = rows_of_ + l * wide_;
+      float* row = rows_of_ + l * dp_;
       isize c = 0;
-      if (l < count) {
-        const float* q = load_query<Arch, float>(at_.rows(), h, i, d_, row);
+      if (r + l < count) {
+        const float* q = load_query<Arch, float>(rows, h, i, d_, row);
         if (q != row) std::memcpy(row, q, static_cast<std::size_t>(d_) * sizeof(float));
         c = d_;
-        if (++i == at_.rows().q.length) ++h, i = 0;
+        if (++i == n) ++h, i = 0;
       }
       for (; c < dp_; ++c) row[c] = 0;
     }
-  }
-  /// W rows of bytes -> [dp / 4][rows][4] from one vector on.
-  void turn(std::uint8_t* to) const noexcept {
-    isize c = 0;
-    if constexpr (P::size == W && W > 4)
-      for (; c + 4 * W <= dp_; c += 4 * W) {
-        P x[W];
-        simd::load_turned<float, Arch>(
-            [&](isize l) FOVEA_INLINE_LAMBDA { return reinterpret_cast<const float*>(bytes_ + l * dp_ + c); }, x);
-        for (isize l = 0; l < W; ++l) x[l].store(reinterpret_cast<float*>(to + (c / 4 + l) * 4 * T::rows));
-      }
-    for (; c < dp_; c += 4)
-      for (isize l = 0; l < W; ++l) std::memcpy(to + c * T::rows + 4 * l, bytes_ + l * dp_ + c, 4);
+    return {rows_of_, dp_};
   }
 
   /// The keys that tile t sees; those that some tile sees.
@@ -186,9 +207,7 @@ class int8_softmax : detail::int8_block<Arch, R> {
     return {b.first < a.first ? b.first : a.first, b.last > a.last ? b.last : a.last};
   }
 
-  void clear(isize t) noexcept {
-    std::memset(o_ + t * T::rows * e_, 0, static_cast<std::size_t>(T::rows * e_) * sizeof(float));
-  }
+  void clear(isize t) noexcept { std::memset(sums_of(t), 0, static_cast<std::size_t>(T::rows * e_) * sizeof(float)); }
 
   /// Block 0, then from the last one that the superblock sees back to the first.
   void absorb_outwards(const key_set<float>& set, const int8_head& head) noexcept {
@@ -258,7 +277,7 @@ class int8_softmax : detail::int8_block<Arch, R> {
     if (!(simd::highest(moved) > 0)) return;
     for (isize l = 0; l < W; ++l) l_[r + l] *= alpha[l], lost_[r + l] *= alpha[l];
     if (!(simd::highest(started) > -none)) return;
-    float* o = o_ + t * T::rows * e_ + v * W;
+    float* o = sums_of(t) + v * W;
     for (isize c = 0; c < e_; ++c, o += T::rows)
       for (isize lane = 0; lane < W; lane += P::size) (P::load(o + lane) * P::load(alpha + lane)).store(o + lane);
   }
@@ -272,7 +291,7 @@ class int8_softmax : detail::int8_block<Arch, R> {
     isize c = 0;
     for (isize g = 0; g < columns.groups; ++g) {
       const isize count = columns.size(g);
-      float* o = o_ + (at.t * e_ + c) * T::rows;
+      float* o = sums_of(at.t) + c * T::rows;
       tile::with_constant<T::MR>(count, [&](auto m) {
         const auto run = [&](auto nv) {
           const float* own = R.fold ? nullptr : channel + c;
@@ -294,9 +313,9 @@ class int8_softmax : detail::int8_block<Arch, R> {
 
   isize d_, e_, wide_;
   float longest_ = 0;
-  bool fresh_ = true;  // O is not yet zeros
-  std::uint8_t* bytes_;
-  float *o_, *length_, *m_, *rows_of_;
+  bool fresh_ = true;     // O is not yet zeros
+  bool together_ = true;  // O of all tiles is held
+  float *o_, *length_, *m_, *rows_of_, *turned_;
 };
 
 }  // namespace kernel

@@ -7,6 +7,7 @@
 ///   swap_i16(w)                the two 16-bit halves of every lane change places
 ///   low_i16(w), high_i16(w)    each lane's low or high 16 bits, widened with their sign
 ///   join_u8(a, b)              a, b of 16-bit numbers below 2^15: lane l holds the bytes a0 >> 7, b0 >> 7, a1 >> 7, b1 >> 7
+///   join_low_bytes(x)          lane l: the low bytes of x[0][l], x[1][l], x[2][l], x[3][l]
 ///   join_bytes<Unsigned>(x)    the 32-bit lanes of x[0], then x[1], x[2], x[3] as bytes, u8 or s8; they are numbers that fit
 ///   keep(w)                    w stays in one register
 ///
@@ -67,8 +68,10 @@ FOVEA_INLINE words<A> each_word(words<A> a, words<A> b, F f) {
 template <class A>
 FOVEA_INLINE words<A> join_i16(words<A> a, words<A> b) {
 #if defined(FOVEA_HAS_AVX512)
-  if constexpr (std::is_same_v<A, avx512>)
-    return {_mm512_mask_blend_epi16(0xaaaaaaaaU, a.v, _mm512_slli_epi32(b.v, 16))};
+  if constexpr (std::is_same_v<A, avx512>) {  // one instruction: b's low halves go into a's high ones
+    const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
+    return {_mm512_mask_shuffle_epi8(a.v, 0xccccccccccccccccULL, b.v, order)};
+  }
 #endif
 #if defined(FOVEA_HAS_AVX512) || defined(FOVEA_HAS_AVX2)
   if constexpr (std::is_same_v<A, avx2>) return {_mm256_blend_epi16(a.v, _mm256_slli_epi32(b.v, 16), 0xaa)};
@@ -115,6 +118,26 @@ FOVEA_INLINE words<A> join_u8(words<A> a, words<A> b) {
                                _mm256_set1_epi32(static_cast<int>(even)))};
 #endif
   return detail::each_word(a, b, [](std::uint32_t x, std::uint32_t y) { return (x >> 7 & even) | (y << 1 & ~even); });
+}
+
+namespace detail {
+/// The low 16 bits of lane l: the low bytes of a[l] and b[l].
+template <class A>
+FOVEA_INLINE words<A> join_i8(words<A> a, words<A> b) {
+#if defined(FOVEA_HAS_AVX512)
+  if constexpr (std::is_same_v<A, avx512>)
+    return {_mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaaULL, a.v, _mm512_slli_epi32(b.v, 8))};
+#endif
+#if defined(FOVEA_HAS_AVX512) || defined(FOVEA_HAS_AVX2)
+  if constexpr (std::is_same_v<A, avx2>)
+    return {_mm256_blendv_epi8(a.v, _mm256_slli_epi32(b.v, 8), _mm256_set1_epi16(-256))};
+#endif
+  return each_word(a, b, [](std::uint32_t x, std::uint32_t y) { return (x & 0xffU) | (y & 0xffU) << 8; });
+}
+}  // namespace detail
+template <class A>
+FOVEA_INLINE words<A> join_low_bytes(const words<A> (&x)[4]) {
+  return join_i16(detail::join_i8(x[0], x[1]), detail::join_i8(x[2], x[3]));
 }
 
 template <bool Unsigned, class A>

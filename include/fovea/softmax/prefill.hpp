@@ -155,8 +155,10 @@ class softmax_run {
     }
     if constexpr (std::is_same_v<Acc, float>)
       if (head != nullptr) {
-        if (keys.set.count > keys.set.first) own.integers->attend.absorb(keys.set, *head);
-        own.integers->attend.finish(to.out, to.lse, p.skipped, left);
+        if (keys.set.count > keys.set.first)
+          own.integers->attend.attend(keys.set, *head, to.out, to.lse, p.skipped, left);
+        else
+          own.integers->attend.finish(to.out, to.lse, p.skipped, left);
       }
     to.weigh();
   }
