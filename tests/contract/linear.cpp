@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
-/// @file  What linear_attention refuses.
+/// @file  What linear_attention and windowed_attention refuse.
 
 #include <limits>
 
+#include <fovea/feature/cosformer.hpp>
 #include <fovea/linear.hpp>
+#include <fovea/windowed.hpp>
 
 #include "contract/contract.hpp"
 
@@ -95,6 +97,23 @@ TEST_CASE("contract of linear: its own values") {
   refuses_value(L{.gamma = half}, {"gamma was given", "rule none"});
   refuses_value(L{.rule = rule::gla, .is_causal = false}, {"is_causal is false", "gla"});
   refuses_value(L{.rule = rule::delta, .normalise = true}, {"normalise is true", "delta"});
+}
+
+TEST_CASE("contract of windowed: its own values") {
+  const auto refused = [](auto&& change) {
+    windowed_attention m;
+    change(m);
+    return test::refusal([&] { (void)m.make_state({.H = 2, .G = 1, .m = 8, .d = 8, .e = 8}); });
+  };
+  CHECK_SAYS(refused([](auto& m) { m.window = 0; }), "window is 0");
+  CHECK_SAYS(refused([](auto& m) { m.window = std::numeric_limits<isize>::max(); }), "at most 2^40");
+  CHECK_SAYS(refused([](auto& m) { m.first = -1; }), "first is -1");
+  CHECK_SAYS(refused([](auto& m) { m.first = std::numeric_limits<isize>::max(); }), "at most 2^40");
+  CHECK_SAYS(refused([](auto& m) { m.scale = bad; }), "scale");
+  CHECK_SAYS(refused([](auto& m) { m.map = cosformer{8}; }), "depends on positions");
+  static const float weight[3] = {};
+  CHECK_SAYS(refused([](auto& m) { m.log_weight = bhnd<const float>(weight, 1, 3, 1, 1); }), "log_weight has 3 heads");
+  CHECK_SAYS(refused([](auto& m) { m.query_gate = bhnd<const float>(weight, 1, 1, 1, 3); }), "query_gate is [1, 3]");
 }
 
 TEST_CASE("contract of linear: states") {

@@ -22,6 +22,9 @@ inline constexpr isize windowed_chunk = 512;  ///< queries of a chunk
 inline void check_windowed(const windowed_attention& m, const shape& s) {
   require(m.window >= 1, "window is ", m.window, "; it counts the row's own key and must be at least 1");
   require(m.first >= 0, "first is ", m.first, "; it must not be negative");
+  constexpr isize most = isize{1} << 40;  // rows whose bytes can be counted
+  require(m.window <= most && m.first <= most, "window and first are ", m.window, " and ", m.first,
+          "; a state keeps as many rows, at most 2^40");
   if (m.scale) require_finite("scale", *m.scale);
   require(!m.map.positional(),
           "the feature map of windowed_attention depends on positions; the rest is counted from "
