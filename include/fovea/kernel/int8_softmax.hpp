@@ -110,7 +110,7 @@ class int8_softmax : detail::int8_block<Arch, R> {
     if (skip_ > 0) return absorb(set, head), finish(out, lse, skipped, left);
     together_ = false;
     for (isize t = 0; t < at_.used(); ++t) {
-      absorb_rows(set, head, t);
+      absorb_rows(set, head, t, out);
       write(t * T::rows, t * T::rows + at_.count(t), out, lse, skipped, left);
     }
     together_ = true;
@@ -120,12 +120,26 @@ class int8_softmax : detail::int8_block<Arch, R> {
   /// O^T of tile t.
   float* sums_of(isize t) const noexcept { return o_ + (together_ ? t : 0) * T::rows * e_; }
 
-  /// O stays in the first-level cache, and K and V, a byte an element, come from the second.
-  void absorb_rows(const key_set<float>& set, const int8_head& head, isize t) noexcept {
+  /// O stays in the first-level cache, and K and V, a byte an element, come from the second. With each block some rows of `out` are
+  /// asked for.
+  void absorb_rows(const key_set<float>& set, const int8_head& head, isize t, const tensor_mut& out = {}) noexcept {
     if (fresh_) clear(t);
     const range own = hull(set, t);
-    for (isize x = own.first / K; x < ceil_div(own.last, K); ++x)
+    isize asked = out ? 0 : T::rows;
+    for (isize x = own.first / K; x < ceil_div(own.last, K); ++x) {
+      for (const isize stop = asked + T::rows / 4; asked < T::rows && asked < stop; ++asked) ask_for(t, asked, out);
       if (!absorb_tile(set, head, x, t)) x += unseen(set, t, (x + 1) * K, own.last) / K;
+    }
+  }
+  /// A row's output, and its query in the superblock before this one: the next one, where blocks go from the last to the first.
+  void ask_for(isize t, isize r, const tensor_mut& out) const noexcept {
+    if (r >= at_.count(t)) return;
+    const query_rows& rows = at_.rows();
+    const isize row = t * T::rows + r, before = row - (rows.last - rows.first);
+    simd::prefetch_to_write(out.row(rows.b, at_.head(row), at_.row(row)), e_ * static_cast<isize>(size_of(out.type)));
+    if (rows.first + before >= 0)
+      simd::prefetch(rows.q.row(rows.b, at_.head(before), at_.row(before)),
+                     d_ * static_cast<isize>(size_of(rows.q.type)));
   }
 
   /// Rows [r0, count) of the superblock.
