@@ -7,6 +7,7 @@
 #include <fovea/hybrid/reference.hpp>
 
 #include "laws/laws.hpp"
+#include "support/tensors.hpp"
 
 namespace {
 
@@ -161,3 +162,23 @@ using law_cases = std::tuple<local_case, strided_case, sparse_case, fixed_case, 
 
 #define FOVEA_LAWS_OF "hybrid"
 #include "laws/suite.hpp"
+
+TEST_CASE("hybrid: what a stretch will keep changes no row before its end") {
+  const isize n = 192, d = 8;  // stretches of 64; query block [144, 160) lies in the last one
+  for (const block_selector select : {block_selector::mean, block_selector::variance, block_selector::int8})
+    for (std::uint64_t seed = 1; seed <= 12; ++seed) {
+      test::random r(seed);
+      const test::tensor q = test::normal(r, dtype::f32, 1, 1, n, d, test::layout::bhnd, 2.0);
+      test::tensor k = test::normal(r, dtype::f32, 1, 1, n, d), v = test::normal(r, dtype::f32, 1, 1, n, d);
+      for (isize c = 0; c < d; ++c) k.set(0, 0, 130, c, 10 * k.get(0, 0, 130, c)), v.set(0, 0, 130, c, 1e-3);
+      const hybrid_attention m = {.select = select, .is_causal = true, .budget = 0.2, .at_least = 0, .window = 8};
+      test::tensor before = test::unwritten(dtype::f32, 1, 1, n, d), after = test::unwritten(dtype::f32, 1, 1, n, d);
+      prefill(serial, m, q, k, v, before);
+      for (isize c = 0; c < d; ++c) v.set(0, 0, 190, c, 0.0);  // kept in place of key 130
+      prefill(serial, m, q, k, v, after);
+      bool same = true;
+      for (isize i = 0; i < 160; ++i)
+        for (isize c = 0; c < d; ++c) same = same && before.get(0, 0, i, c) == after.get(0, 0, i, c);
+      CHECK(same);
+    }
+}

@@ -140,10 +140,13 @@ class hybrid_decode {
           kernel::load_query<arch, float>(rows_of_head, g * s.group() + x / n, r.first + x % n, s.d, at.row);
       at.panels.load(q, factor, summary.needs.levels, x);
     }
-    at.panels.run(summary.code, summary.step, s.group() * n, past, at.peak, at.mass, ld());
+    const isize stretches = rule.stretch > 0 ? past * rule.block_k / rule.stretch : 0;
+    at.panels.run(summary.code, summary.step, s.group() * n, past, at.peak, at.mass, ld(),
+                  {summary.small, std::max(rule.stretch, isize{1}), rule.kept, stretches});
     for (isize h = 0; h < selections; ++h) {
       const isize first = rule.share > 1 ? 0 : h * n, count = rule.share > 1 ? s.group() * n : n;
-      vote(at, first, count, past);
+      vote(at, first, count, rule.settled(block));
+      std::fill(at.votes + rule.settled(block), at.votes + past, 0.0F);  // computed whatever it is
       choose(at, h, block);
     }
   }

@@ -16,7 +16,7 @@
 /// becomes of their blocks, and then leave the mean and the count n_J of a pooled token, whose logit takes log n_J of those that stay.
 ///
 /// Contract   query block I holds rows [I block_q, (I + 1) block_q). Scores of a selection: each row's estimated share of the mass of
-///            the blocks wholly before the query block, averaged over the rows of the block; ties go to the earlier block.
+///            the blocks wholly before the query block, kept keys left out, averaged over its rows; ties go to the earlier block.
 ///            Causal: a pooled block lies wholly in the past of every row that uses it, and a selection depends on queries of its own
 ///            block and on keys that all of its rows see. A row with no key gives zeros and LSE = -inf; lse counts the pooled scores.
 ///            With a state, query blocks are aligned to absolute positions: prefill equals its steps for a pattern, for a given

@@ -102,14 +102,11 @@ struct hybrid_plan {
   /// A tile of so few rows is mostly empty: row by row, as in decoding.
   bool few() const { return plans() && unit_rows < 4 && !of_store; }
   isize units() const { return s.group() * per_head; }
-  /// Does the selection's panel add up the pooled tokens, one a block? Tiles in int8 do that faster, as integers.
+  /// Are the scores of the selection those of the pooled tokens? Tiles in int8 have cheaper ones, of integers.
   bool sums_pool() const {
-    const bool simple = m.compensate == compensation::zeroth || m.compensate == compensation::sampled;
-    return simple && parts == 1 && m.selects() && rule.chooses() && !rule.votes_are_logs() && !few() &&
-           !m.target.on() && m.arithmetic == precision::f32;
+    return m.select == block_selector::mean && m.compensate == compensation::zeroth && parts == 1 && rule.chooses() &&
+           !rule.votes_are_logs() && !few() && !m.target.on() && m.arithmetic == precision::f32;
   }
-  /// Are the scores of the selection those of the pooled tokens?
-  bool scores_pool() const { return m.select == block_selector::mean && m.compensate == compensation::zeroth; }
 
   /// One query block: rows [first, first + count) of a head of the group.
   struct unit {
@@ -145,7 +142,7 @@ struct hybrid_plan {
       squares = memory.take<Acc>(x.cumulant() ? x.s.d * 64 : 0);
       row = memory.take<Acc>(std::max(x.s.d, x.s.e));
       bias = memory.take<Acc>(x.rule.pool ? blocks * x.parts : 0);
-      if (x.sums_pool()) sums = {memory, units, x.unit_tiles, x.tile_height, blocks, x.s.d, x.s.e, !x.scores_pool()};
+      if (x.sums_pool()) sums = {memory, units, x.unit_tiles, x.tile_height, blocks, x.s.e};
     }
   };
 
@@ -161,8 +158,7 @@ struct hybrid_plan {
       if (!m.selects()) copy_given(b, g * s.group() + x.head, x.block, at.fate + (u - u0) * blocks);
     }
     at.choose.levels_ = summary.levels;
-    at.sums.open(summary.pool_k(), sums_pool() ? summary.pool_v() : nullptr, summary.members, rule.block_k, s.m,
-                 at.count);
+    at.sums.open(sums_pool() ? summary.mean_v : nullptr, summary.members, rule.block_k, s.m, at.count);
     if (m.selects() && s.m > 0)
       at.choose.run(summary, codes, stored_keys(p, b, g), p.q, b, at.list, at.count, at.fate, at.sums);
     if (record != nullptr) note(at.list, at.count, at.fate, b);

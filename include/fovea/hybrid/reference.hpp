@@ -130,7 +130,8 @@ inline double dot(const std::vector<double>& x, const std::vector<double>& y) {
 }
 
 /// The estimated log-mass of a block for query row i.
-inline double log_mass(const hybrid_attention& m, const problem& p, const block_of_keys& x, isize b, isize h, isize i) {
+inline double log_mass(const hybrid_attention& m, const problem& p, const block_of_keys& x,
+                       const std::vector<bool>& kept, isize b, isize h, isize i) {
   const shape s = p.shape();
   const double scale = m.scale_for(s), log_n = std::log(static_cast<double>(x.last - x.first));
   const std::vector<double> q = row_of(p.q, b, h, i);
@@ -150,10 +151,12 @@ inline double log_mass(const hybrid_attention& m, const problem& p, const block_
   const double levels = m.select == block_selector::int8 ? 127 : m.select == block_selector::int4 ? 7 : 0;
   std::vector<double> logits;
   for (isize j = x.first; j < x.last; ++j) {
+    if (kept[static_cast<std::size_t>(j)]) continue;
     const std::vector<double> k = row_of(p.k, b, h / s.group(), j);
     logits.push_back(scale *
                      (levels > 0 ? dot(rounded(q, levels, p.q.type), rounded(k, levels, p.q.type)) : dot(q, k)));
   }
+  if (logits.empty()) return -std::numeric_limits<double>::infinity();
   const double top = *std::max_element(logits.begin(), logits.end());
   if (levels > 0) {  // rounded scores are summed by chords of 2^x between whole numbers: kernel/code_pass.hpp
     const double log2e = 1.4426950408889634074, peak = std::floor(top * log2e);
@@ -188,14 +191,15 @@ inline isize wanted_by_mass(const hybrid_attention& m, const std::vector<double>
 
 /// The vote of rows [i0, i1) on blocks [0, past).
 inline std::vector<double> votes(const hybrid_attention& m, const problem& p, const std::vector<block_of_keys>& blocks,
-                                 isize past, isize b, isize h, isize i0, isize i1) {
+                                 const std::vector<bool>& kept, isize past, isize b, isize h, isize i0, isize i1) {
   const double least = p.q.type == dtype::f64 ? 0x1p-1022 : 0x1p-126;
   std::vector<double> vote(static_cast<std::size_t>(past), 0.0);
   for (isize i = i0; i < i1; ++i) {
     std::vector<double> mass;
-    for (isize J = 0; J < past; ++J) mass.push_back(log_mass(m, p, blocks[static_cast<std::size_t>(J)], b, h, i));
+    for (isize J = 0; J < past; ++J) mass.push_back(log_mass(m, p, blocks[static_cast<std::size_t>(J)], kept, b, h, i));
     if (hybrid_detail::votes_are_logs(m)) return mass;
     const double top = past > 0 ? *std::max_element(mass.begin(), mass.end()) : 0;
+    if (top == -std::numeric_limits<double>::infinity()) continue;  // kept keys alone
     double sum = 0;
     for (const double x : mass) sum += std::exp(x - top);
     for (std::size_t J = 0; J < mass.size(); ++J) {
@@ -255,11 +259,16 @@ inline std::vector<std::vector<int>> block_fates(const hybrid_attention& m, cons
     isize wanted = static_cast<isize>(std::ceil(m.budget * static_cast<double>(all) * (1 - 1e-12)));
     if (m.top > 0) wanted = std::max<isize>(m.top - own, 0);
     wanted = std::min(all, std::max(wanted, (m.at_least + m.block_k - 1) / m.block_k));
+    // Votes leave kept keys out: blocks of a stretch that is not over have no share, which keys they keep is not known yet.
+    isize counted = past;
+    while (m.select != block_selector::bound && m.is_causal && m.kept_share() > 0 && counted > 0 &&
+           ((counted - 1) * m.block_k / stretch + 1) * stretch > p0)
+      --counted;
     std::vector<double> vote(static_cast<std::size_t>(past), 0.0);
     const isize h0 = m.share_group ? h / s.group() * s.group() : h, h1 = m.share_group ? h0 + s.group() : h + 1;
     for (isize x = h0; x < h1; ++x) {
-      const auto one = hybrid_detail::votes(m, p, blocks, past, b, x, i0, i1);
-      for (std::size_t J = 0; J < vote.size(); ++J) vote[J] += one[J];
+      const auto one = hybrid_detail::votes(m, p, blocks, kept, counted, b, x, i0, i1);
+      for (std::size_t J = 0; J < one.size(); ++J) vote[J] += one[J];
     }
     std::stable_sort(candidates.begin(), candidates.end(), [&](isize x, isize y) {
       return vote[static_cast<std::size_t>(x)] > vote[static_cast<std::size_t>(y)];

@@ -50,10 +50,7 @@ struct largest_sizes {
 /// Is key j of `tokens` a kept one?
 template <class Acc>
 bool is_kept(const kernel::block_summary<Acc>& of, isize tokens, isize j) {
-  if (of.kept == 0 || (j / of.stretch + 1) * of.stretch > tokens) return false;
-  for (isize x = 0; x < of.kept; ++x)
-    if (of.small[j / of.stretch * of.kept + x] == j) return true;
-  return false;
+  return of.keeps(j, tokens);
 }
 
 /// `sums_of`: additions that made the sums. d: width of a key.

@@ -53,6 +53,13 @@ struct block_rule {
     const isize past = p0 < 0 ? 0 : p0 / block_k, seen = p1 < 0 ? 0 : p1 / block_k + 1;
     return {past < blocks() ? past : blocks(), seen < blocks() ? seen : blocks()};
   }
+  /// Blocks [0, settled) lie in stretches that are over before the query block: which keys those keep depends on nothing that comes later.
+  FOVEA_HD isize settled(isize block) const {
+    const isize past = reach_of(block).past, p0 = start(block);
+    if (stretch <= 0 || !causal) return past;
+    const isize over = p0 < 0 ? 0 : p0 / stretch * stretch / block_k;
+    return over < past ? over : past;
+  }
   /// Is key block J < past computed whatever its score?
   FOVEA_HD bool always(isize block, isize J) const {
     const isize j0 = J * block_k, j1 = j0 + block_k - 1, p0 = start(block), p1 = rows(block).last - 1 + offset;

@@ -11,7 +11,8 @@
 /// summaries with a panel, maxima and sums over blocks are vertical.
 ///
 /// Contract   only blocks wholly before the query block (causal), or all (not causal), are looked at, and only the rows of the
-///            query block in this call. Ties go to the earlier block; a NaN vote counts as the highest.
+///            query block in this call. Ties go to the earlier block; a NaN vote counts as the highest. Kept keys count nothing, nor do
+///            blocks of a stretch that is not over, whose kept keys nobody knows yet (bound: as all keys, in the bounds of their blocks).
 /// Cost       per row: blocks * d (mean), twice that (variance, bound), keys * d (code, exact).   Scratch 64 scores a block.
 
 #include <algorithm>
@@ -111,7 +112,6 @@ class block_select {
         lanes += take, done = whole ? 0 : done + take, at += whole ? 1 : 0;
       }
       for (isize x = lanes; x < ceil_div(lanes, W) * W; ++x) clear(x);
-      if (sums.scored()) sums.score(past, lanes);
       ld_ = codes_ != nullptr ? 2 * W : rows, vector_ = codes_ != nullptr ? past * 2 * W : W;
       if (choose_level(segments, past, lanes, table)) continue;
       estimate(s, keys, past, lanes);
@@ -156,17 +156,15 @@ class block_select {
       for (isize x = 0; x < segments; ++x) {
         if (!segments_[x].done) continue;
         vote_level(segments_[x], past);
-        std::uint8_t* const fate = table + segments_[x].index * rule_.blocks();
-        choose_blocks<Arch>(rule_, segments_[x].block, votes_, fate, sorted_);
-        if (sums_->on()) pool(segments_[x], fate);
+        choose_blocks<Arch>(rule_, segments_[x].block, votes_, table + segments_[x].index * rule_.blocks(), sorted_);
       }
     }
     return all;
   }
   /// The vote of a query block by masses without peaks, [vector][all][W].
   void vote_level(const segment& g, isize all) noexcept {
-    const isize past = rule_.reach_of(g.block).past;
-    for (isize J = 0; J < past + W; ++J) votes_[J] = Acc(0);
+    const isize past = counted(g.block);
+    std::fill_n(votes_, rule_.reach_of(g.block).past + W, Acc(0));
     for (isize x = g.lane / W * W; x < g.lane + g.count; x += W) {  // other rows' lanes do not count
       const isize low = std::max(g.lane - x, isize{0}), high = std::min(g.lane + g.count - x, W);
       const auto live = static_cast<simd::lane_bits>((~std::uint64_t{0} >> (64 - (high - low))) << low);
@@ -180,10 +178,10 @@ class block_select {
         (P::load(votes_ + J) + simd::sum_each(share)).store(votes_ + J);
       }
     }
+    std::fill(votes_ + past, votes_ + rule_.reach_of(g.block).past + W, Acc(0));  // what the last vector took along
   }
 
   void clear(isize lane) noexcept {
-    if (sums_->scored()) sums_->clear(lane);
     if constexpr (has_pass)
       if (codes_ != nullptr) return pass_.clear(lane);
     for (isize c = 0; c < d_; ++c) q_[c * rows + lane] = Acc(0);
@@ -196,7 +194,6 @@ class block_select {
     const Acc* x = simd::row_as<Arch, Acc>(q.type, q.row(b, h, i), d_, row_);
     const Acc to_log2 = static_cast<Acc>(rule_.scale * 1.4426950408889634074),
               quarter = static_cast<Acc>(rule_.scale * rule_.scale * 1.4426950408889634074 / 4);
-    if (sums_->scored()) sums_->load(x, to_log2, lane);
     Acc* to = q_ + lane;
     switch (rule_.score) {
       case block_score::code: {
@@ -248,7 +245,7 @@ class block_select {
   void token_scores(const block_summary<Acc>& s, const key_rows& keys, isize past, isize lanes) noexcept {
     const isize last = std::min(past * rule_.block_k, rule_.m), width = ceil_div(lanes, W) * W;
     if constexpr (has_pass)
-      if (rule_.score == block_score::code && lanes <= most_few && code_rows<Arch>::takes(d_)) {
+      if (rule_.score == block_score::code && lanes <= most_few && s.kept == 0 && code_rows<Arch>::takes(d_)) {
         for (isize J = 0; J < past; ++J) P(Acc(0)).store(peak_ + J * rows), P(Acc(0)).store(mass_ + J * rows);
         return code_rows<Arch>::run(s, few_code_, factor_, lanes, last, past, peak_, mass_, rows, few_);
       }
@@ -306,15 +303,15 @@ class block_select {
     const bool code = rule_.score == block_score::code;
     for (isize x = 0; x < width; x += W) {
       Acc* at = s_ + (first - j0) * rows + x;
-      P top(none);
+      P top(none), sum(Acc(0));
       for (isize y = 0; y < count; ++y) {
         P v = P::load(at + y * rows);
         if (code) v = v * (P::load(factor_ + x) * P(s.step[first + y])), v.store(at + y * rows);
-        top = simd::max(top, v);
+        if (!s.keeps(first + y, rule_.m)) top = simd::max(top, v);
       }
-      P sum(Acc(0));
       if (code) top = whole_below(top);
       for (isize y = 0; y < count; ++y) {
+        if (s.keeps(first + y, rule_.m)) continue;
         const P v = P::load(at + y * rows) - top;
         sum = sum + (code ? chord(v) : simd::exp2(v));
       }
@@ -338,10 +335,14 @@ class block_select {
     return codes_ != nullptr ? peak_at(J, x) + W : mass_ + J * rows + x;
   }
 
+  /// The blocks whose masses a vote shares out. Kept keys count nothing there (but for `bound`): those of a stretch that is not over are not
+  /// known yet.
+  isize counted(isize block) const noexcept {
+    return rule_.score == block_score::bound ? rule_.reach_of(block).past : rule_.settled(block);
+  }
   void vote(const segment& g) noexcept {
-    const isize past = rule_.reach_of(g.block).past;
-    if (g.opens)
-      for (isize J = 0; J < past + W; ++J) votes_[J] = Acc(0);
+    const isize past = counted(g.block);
+    if (g.opens) std::fill_n(votes_, rule_.reach_of(g.block).past + W, Acc(0));
     if (rule_.votes_are_logs()) {  // one row: the order of the masses themselves, which cannot underflow
       for (isize J = 0; J < past && g.count > 0; ++J)
         votes_[J] = *peak_at(J, g.lane) + std::log2(per_token_ ? *mass_at(J, g.lane) : mass_[J]);
@@ -360,21 +361,15 @@ class block_select {
     }
   }
 
-  /// The pooled tokens of a segment.
+  /// The pooled tokens of a segment, from the weights of its rows; those of its last vector may be there.
   void pool(const segment& g, const std::uint8_t* fate) noexcept {
     if (!g.whole) return;
-    const isize past = rule_.reach_of(g.block).past;
+    const isize past = counted(g.block);
     sums_->begin(g.index);
     for (isize x = g.lane / W * W; x < g.lane + g.count; x += W) {
       const isize low = std::max(g.lane - x, isize{0}), high = std::min(g.lane + g.count - x, W);
-      P top(none);
-      if (sums_->scored())
-        top = sums_->weigh(past, x);
-      else if (weighed_.first != past || weighed_.last != x)
-        weigh(past, x);
-      if (!sums_->scored()) top = P::load(top_);
-      sums_->add(g.index, std::max(x - g.lane, isize{0}), low, high, sums_->scored() ? sums_->weights() : weight_, top,
-                 past, fate);
+      if (weighed_.first != past || weighed_.last != x) weigh(past, x);
+      sums_->add(g.index, std::max(x - g.lane, isize{0}), low, high, weight_, P::load(top_), past, fate);
     }
   }
 

@@ -98,6 +98,13 @@ struct block_summary {
   /// Pooled tokens: the parts, or the blocks.
   const Acc* pool_k() const { return part_k != nullptr ? part_k : mean_k; }
   const Acc* pool_v() const { return part_v != nullptr ? part_v : mean_v; }
+  /// Is key j of `tokens` a kept one? Of a stretch that is over.
+  bool keeps(isize j, isize tokens) const {
+    if (kept == 0 || (j / stretch + 1) * stretch > tokens) return false;
+    for (isize x = 0; x < kept; ++x)
+      if (small[j / stretch * kept + x] == j) return true;
+    return false;
+  }
   /// Kept keys of stretch x of a sequence of `tokens`.
   isize kept_in(isize x, isize tokens) const {
     const isize held = tokens - x * stretch < stretch ? tokens - x * stretch : stretch;

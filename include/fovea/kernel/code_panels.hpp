@@ -96,9 +96,15 @@ class code_panels {
     std::memcpy(q_ + r * span(), code_, static_cast<std::size_t>(span()) * 4);
   }
 
+  /// Keys that count nothing: of each of the first `stretches` stretches of `size` keys, `kept`.
+  struct left_out {
+    const std::int32_t* at = nullptr;
+    isize size = 1, kept = 0, stretches = 0;
+  };
+
   /// peak, mass [row][ld] of the first `past` blocks, all of whose keys there are. step [keys], and a panel more that may be read.
-  void run(const std::uint8_t* codes, const float* step, isize rows, isize past, float* peak, float* mass,
-           isize ld) noexcept {
+  void run(const std::uint8_t* codes, const float* step, isize rows, isize past, float* peak, float* mass, isize ld,
+           const left_out& out = {}) noexcept {
     const isize last = past * block_;
     const isize whole = block_ <= chunk_ ? chunk_ / block_ * block_ : chunk_;
     for (isize a = 0, b = 0; a < last; a = b) {
@@ -112,6 +118,10 @@ class code_panels {
           else
             scores<n, false>(codes + from * at_.words * 4, step + from, r, count);
         });
+        for (isize x = a / out.size; x < out.stretches && x * out.size < b; ++x)
+          for (isize z = x * out.kept; z < (x + 1) * out.kept; ++z)
+            for (isize y = 0; y < some && out.at[z] >= a && out.at[z] < b; ++y)
+              f_[y * ld_f() + out.at[z] - from] = -1e30F;  // finite: NaN is for keys without a step
         for (isize y = 0; y < some; ++y)
           fold(f_ + y * ld_f() + a - from, a, b, peak + (r + y) * ld, mass + (r + y) * ld);
       }

@@ -69,7 +69,8 @@ float code_length(const std::int8_t* code, isize d, float step) noexcept {
   return length < std::numeric_limits<float>::infinity() ? length : std::numeric_limits<float>::infinity();
 }
 
-/// What there is of `keys` keys; those that fill up the last four have scores of 0.
+/// What there is of `keys` keys; those that fill up the last four have scores of 0. Kept keys have -infinity: they are computed anyway, and
+/// count nothing in the mass of their block.
 template <class Arch>
 void prepare_codes(const block_summary<float>& s, isize keys, code_keys& to) noexcept {
   to.k = to.copy != nullptr && to.dp != to.d ? to.copy : s.code;
@@ -94,6 +95,10 @@ void prepare_codes(const block_summary<float>& s, isize keys, code_keys& to) noe
     for (isize c = 0; !simd::has_dot4_signed<Arch> && c < to.d; ++c) sum += row[c];
     to.offset[j] = (simd::has_dot4_signed<Arch> ? 0 : -128 * sum) +
                    (to.dp <= int8_most_width ? std::bit_cast<std::int32_t>(int8_magic) : 0);
+  }
+  for (isize x = 0; s.kept > 0 && x < keys / s.stretch * s.kept; ++x) {
+    const isize j = s.small[x];
+    if (to.broken[j / s.block_k] == 0) to.scale[j] = 0, to.shift[j] = -std::numeric_limits<float>::infinity();
   }
 }
 
@@ -204,6 +209,7 @@ FOVEA_NOINLINE void fold_scores(isize count, const float* f, const float* factor
   for (isize j = 1; j < count; ++j)
     tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA { most[v] = simd::max(most[v], P::load(f + j * rows + v * W)); });
   tile::unroll<NV>([&](auto v) FOVEA_INLINE_LAMBDA {
+    most[v] = simd::max(most[v], P(-1e30F));  // of kept keys alone
     const P b = P::load(factor + v * W), x = most[v] * b, near = (x + P(int8_magic)) - P(int8_magic);
     most[v] = near - simd::select_greater(near, x, P(1.0F), zero);  // the largest whole number below
     slope[v] = b * unit, base[v] = simd::fma(zero - most[v], unit, one);

@@ -1,20 +1,18 @@
 // SPDX-License-Identifier: MIT
 #pragma once
-/// @file  What the pooled tokens of query rows add up to, beside a selection: its panel of 64 rows is at hand, and so may be the scores.
+/// @file  What the pooled tokens of query rows add up to, beside a selection by mean keys: its scores and weights are those of the tokens.
 ///
-///   o_r = sum_{J pooled} w_rJ v_J      l_r = sum_{J pooled} w_rJ      w_rJ = n_J 2^(s q_r.k_J - m_r)      k_J, v_J: the pooled token of J
+///   o_r = sum_{J pooled} w_rJ mean(v_J)      l_r = sum_{J pooled} w_rJ      w_rJ = n_J 2^(s q_r.mean(k_J) - m_r), as the selection has them
 ///
-/// A selection by the mean key has weighed them: what is left is one product with the mean values, W rows at a time. Else the scores are
-/// those of whole tiles of 64 rows. Every block before the query block is multiplied: few are computed, and those have weight 0.
+/// What is left is one product with the mean values, W rows at a time. Every block before the query block is multiplied: few are computed, and
+/// those have weight 0.
 ///
 /// Contract   a unit is the rows of a query block, in tiles of `height` rows; its sums are the start of those tiles. done(unit) says
 ///            whether there are any: weights that are not finite, or query blocks that were not in one panel, are left to the caller.
-/// Cost       2 e flops a row and block, and 2 d and an exponential where the weights are not at hand.
-/// Reference  hybrid/reference.hpp.
+/// Cost       2 e flops a row and block.      Reference  hybrid/reference.hpp.
 
 #include <fovea/core/workspace.hpp>
 #include <fovea/kernel/block_choose.hpp>
-#include <fovea/kernel/mean_scores.hpp>
 #include <fovea/kernel/sparse_panels.hpp>
 
 namespace fovea {
@@ -24,59 +22,34 @@ namespace kernel {
 template <class Arch, class Acc>
 class pooled_sums {
   using P = simd::pack<Acc, Arch>;
-  static constexpr isize W = P::size, panel_rows = 64;
+  static constexpr isize W = P::size;
   static constexpr isize chunk = 128;  // blocks whose weights and values stay in L1
   static constexpr int columns = W == 16 ? 16 : 8;
 
  public:
   pooled_sums() = default;
-  /// `blocks` key blocks; units of `tiles` tiles of `height` rows. scored: the weights come from scores of its own.
-  pooled_sums(arena& memory, isize units, isize tiles, isize height, isize blocks, isize d, isize e, bool scored)
-      : scored_(scored), d_(d), e_(e), height_(height), tiles_(tiles) {
+  /// `blocks` key blocks; units of `tiles` tiles of `height` rows.
+  pooled_sums(arena& memory, isize units, isize tiles, isize height, isize blocks, isize e)
+      : e_(e), height_(height), tiles_(tiles) {
     o_ = memory.take<Acc>(units * tiles * e * height);
     m_ = memory.take<Acc>(units * tiles * height), l_ = memory.take<Acc>(units * tiles * height);
     done_ = memory.take<std::uint8_t>(units);
     some_ = memory.take<Acc>(chunk * W), part_ = memory.take<Acc>(e * W);
     held_ = memory.take<Acc>(blocks), share_ = memory.take<Acc>(blocks);
-    q_ = memory.take<Acc>(scored ? d * panel_rows : 0), s_ = memory.take<Acc>(scored ? blocks * panel_rows : 0);
-    weight_ = memory.take<Acc>(scored ? blocks * W : 0);
   }
 
   bool on() const { return v_ != nullptr; }
-  bool scored() const { return v_ != nullptr && scored_; }
-  /// The pooled tokens [blocks][d], [blocks][e] of the calls to come, of `members` of the `size` keys of their blocks; v null: no sums.
-  void open(const Acc* k, const Acc* v, const std::int32_t* members, isize size, isize keys, isize units) {
-    k_ = k, v_ = v, size_ = size, keys_ = keys;
+  /// The mean values [blocks][e] of the calls to come, of `members` of the `size` keys of their blocks; v null: no sums.
+  void open(const Acc* v, const std::int32_t* members, isize size, isize keys, isize units) {
+    v_ = v;
     for (isize u = 0; v != nullptr && u < units; ++u) done_[u] = 0;
     for (isize J = 0; v != nullptr && J * size < keys; ++J)
-      held_[J] = static_cast<Acc>(members[J]) / static_cast<Acc>(keys_of(J));
+      held_[J] = static_cast<Acc>(members[J]) / static_cast<Acc>(size < keys - J * size ? size : keys - J * size);
   }
   bool done(isize unit) const { return v_ != nullptr && done_[unit] != 0; }
   const Acc* o(isize unit, isize tile) const { return o_ + (unit * tiles_ + tile) * e_ * height_; }
   const Acc* m(isize unit, isize tile) const { return m_ + (unit * tiles_ + tile) * height_; }
   const Acc* l(isize unit, isize tile) const { return l_ + (unit * tiles_ + tile) * height_; }
-
-  // ---- scores of its own, of the rows of a panel ----
-
-  void load(const Acc* q, Acc to_log2, isize lane) noexcept {
-    for (isize c = 0; c < d_; ++c) q_[c * panel_rows + lane] = q[c] * to_log2;
-  }
-  void clear(isize lane) noexcept {
-    for (isize c = 0; c < d_; ++c) q_[c * panel_rows + lane] = Acc(0);
-  }
-  /// Rows [0, lanes), of which those up to a whole vector are loaded or clear.
-  void score(isize past, isize lanes) noexcept { mean_scores<Arch, Acc>(past, ceil_div(lanes, W) * W, d_, k_, q_, s_); }
-  /// The weights of the vector of rows from lane x on, and what they are relative to.
-  P weigh(isize past, isize x) noexcept {
-    P top(-std::numeric_limits<Acc>::infinity());
-    for (isize J = 0; J < past; ++J) top = simd::max(top, P::load(s_ + J * panel_rows + x));
-    for (isize J = 0; J < past; ++J)
-      (simd::exp2(P::load(s_ + J * panel_rows + x) - top) * P(static_cast<Acc>(keys_of(J)))).store(weight_ + J * W);
-    return top;
-  }
-  const Acc* weights() const { return weight_; }
-
-  // ---- sums ----
 
   /// Before the vectors of a unit.
   void begin(isize unit) noexcept {
@@ -144,13 +117,9 @@ class pooled_sums {
     }
   }
 
-  isize keys_of(isize J) const { return size_ < keys_ - J * size_ ? size_ : keys_ - J * size_; }
-
-  const Acc *k_ = nullptr, *v_ = nullptr;
-  bool scored_ = false;
-  isize size_ = 0, keys_ = 0, d_ = 0, e_ = 0, height_ = 0, tiles_ = 0;
-  Acc *o_ = nullptr, *m_ = nullptr, *l_ = nullptr;       // of the units
-  Acc *q_ = nullptr, *s_ = nullptr, *weight_ = nullptr;  // [d][64], [blocks][64], [blocks][W]
+  const Acc* v_ = nullptr;
+  isize e_ = 0, height_ = 0, tiles_ = 0;
+  Acc *o_ = nullptr, *m_ = nullptr, *l_ = nullptr;  // of the units
   Acc *held_ = nullptr,
       *share_ = nullptr;  // [blocks]: the part of its keys that it stands for; 0 where it is not pooled
   Acc *some_ = nullptr, *part_ = nullptr;  // [chunk][W], [e][W]
