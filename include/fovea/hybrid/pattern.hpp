@@ -1,22 +1,17 @@
 // SPDX-License-Identifier: MIT
 #pragma once
-/// @file  hybrid_attention over a token pattern: strided tokens as dense
-/// problems of their own, on strided views.
+/// @file  hybrid_attention over a token pattern: strided tokens as dense problems of their own, copied side by side.
 ///
-///   strided   rows and keys of one residue class mod stride, in order, are a
-///   causal problem of n / stride rows:
+///   strided   rows and keys of one residue class mod stride, in order, are a causal problem of n / stride rows:
 ///             q'_a = q[x + a stride], k'_b = k[rho + b stride], b <= a + shift
-///   sparse    the same without b = a + shift, the own key; then the window of
-///   `stride` keys, which has it, takes (m, l, O) up again fixed     the last
-///   keys of all stretches, as a key set of m / stride rows; then the own
-///   stretch local     a window
+///   sparse    the same without b = a + shift, the own key; then the window of `stride` keys, which has it, takes (m, l, O) up again
+///   fixed     the last keys of all stretches, as a key set of m / stride rows; then the own stretch
+///   local     a window
 ///
-/// Contract   the outputs of hsa_pattern as a mask, but for rounding: the order
-/// of a row's keys is another. Classes are tasks; a row's bits do not
+/// Contract   the outputs of hsa_pattern as a mask, but for rounding: the order of a row's keys is another. Classes are tasks; a row's bits do not
 ///            depend on the number of threads.
-/// Cost       time follows the visible share (docs/performance.md). Scratch of
-/// sparse: (m, l) of a row, and where `out` is not
-///            stored as Acc, a copy of it that is.
+/// Cost       time follows the visible share (docs/performance.md). Scratch: q, k and v of a class in Acc for each thread, up to 1 MB (larger
+///            classes are read where they lie); of sparse also (m, l) of each row, and where `out` is not stored as Acc, a copy of it that is.
 /// Source     mask/patterns.hpp defines the patterns.
 
 #include <fovea/hybrid/mechanism.hpp>
@@ -67,8 +62,7 @@ class hybrid_pattern {
     }
     const isize span = std::min(loop::superblock(rows_, s_.d, s_.e), rows_), blocks = ceil_div(rows_, span);
     each(exec, at, blocks, [&](loop& run, Acc*, isize b, isize g, isize x) {
-      // The longest rows first; in order where all are alike: the keys and
-      // queries that come next lie behind.
+      // The longest rows first; in order where all are alike: the keys and queries that come next lie behind.
       const isize first = (strided || m_.pattern == hsa_mode::local ? x : blocks - 1 - x) * span;
       run.begin({p.q, b, g * s_.group(), first, std::min(first + span, rows_)}, m_.scale_for(s_), nullptr, p.out);
       if (strided) run.resume(earlier.out, earlier.lse);
@@ -98,8 +92,7 @@ class hybrid_pattern {
     at.so_far = memory.take<Acc>(2 * all), at.out = memory.take<Acc>(s_.type != dtype_of<Acc> ? all * s_.e : 0);
     return at;
   }
-  /// f(run, memory for a class or null, b, g, x) for x < count of every KV
-  /// head.
+  /// f(run, memory for a class or null, b, g, x) for x < count of every KV head.
   template <class F>
   void each(exec_ref exec, const parts& at, isize count, F&& f) const {
     const isize heads = s_.B * s_.G;
@@ -139,9 +132,8 @@ class hybrid_pattern {
     return keys;
   }
 
-  /// Rows of a class lie far apart, where no processor guesses them: those of a
-  /// later class are asked for (7.9 -> 5.2 ms for the strided part of 16k
-  /// tokens, d = 64).
+  /// Rows of a class lie far apart, where no processor guesses them: those of a later class are asked for (7.9 -> 5.2 ms for the
+  /// strided part of 16k tokens, d = 64), where the class is not copied.
   void ask_for_class(const problem& p, isize b, isize g, isize x) const {
     if (x >= std::min(s_.n, m_.stride)) return;
     const isize of_store = static_cast<isize>(size_of(s_.type)), first = (x + offset(b)) % m_.stride;
@@ -158,8 +150,7 @@ class hybrid_pattern {
   isize class_numbers() const {
     return s_.group() * ceil_div(s_.n, m_.stride) * s_.d + ceil_div(s_.m, m_.stride) * (s_.d + s_.e);
   }
-  /// Rows of `from` side by side: where they lie, whole strides apart, they
-  /// share few sets of the caches.
+  /// Rows of `from` side by side: where they lie, whole strides apart, they share few sets of the caches.
   static tensor_ref side_by_side(const tensor_ref& from, Acc*& to) {
     const tensor_ref x = bhnd<const Acc>(to, 1, from.heads, from.length, from.width);
     constexpr isize ahead = 16;
@@ -172,8 +163,7 @@ class hybrid_pattern {
     return x;
   }
 
-  /// Rows x, x + stride, ... of the heads of a group, and the keys at whole
-  /// strides from them.
+  /// Rows x, x + stride, ... of the heads of a group, and the keys at whole strides from them.
   void one_class(loop& run, const problem& p, Acc* copies, isize b, isize g, isize x) const {
     const isize step = m_.stride, position = x + offset(b), rho = (position % step + step) % step;
     const isize n = count_from(x, s_.n, step), m = count_from(rho, s_.m, step), head = g * s_.group();
@@ -197,8 +187,7 @@ class hybrid_pattern {
     }
   }
 
-  /// The rows in order: what they see of the keys nearby, and of the ends of
-  /// stretches.
+  /// The rows in order: what they see of the keys nearby, and of the ends of stretches.
   void in_order(loop& run, const problem& p, isize b, isize g, bool strided) const {
     const isize step = m_.stride;
     if (s_.m == 0) return;

@@ -1,14 +1,11 @@
 // SPDX-License-Identifier: MIT
 #pragma once
-/// @file  The rows of a superblock in the online softmax: Q turned on its way
-/// in, (m, l, O) while keys are absorbed, O turned on its way out.
+/// @file  The rows of a superblock in the online softmax: Q turned on its way in, (m, l, O) while keys are absorbed, O on its way out.
 ///
-///   lane x of tile t is row t R + x of the superblock:   Q^T [tiles][d][R],
-///   O^T [tiles][e][R] or O [tiles][R][e],   m, l and what was skipped
-///   [tiles][R]
+///   lane x of tile t is row t R + x of the superblock:   Q^T [tiles][d][R],   O^T [tiles][e][R] or O [tiles][R][e],
+///                                                         m, l and what was skipped [tiles][R]
 ///
-/// Contract   load, (resume,) finish or suspend; scores in units of log2. Rows
-/// that saw nothing give zeros and -inf, NaN stays. No allocation.
+/// Contract   load, (resume,) finish or suspend; scores in units of log2. Rows that saw nothing give zeros and -inf, NaN stays. No allocation.
 
 #include <cmath>
 #include <cstring>
@@ -31,8 +28,7 @@ class softmax_rows {
   static constexpr Acc log2e = static_cast<Acc>(1.4426950408889634074), ln2 = static_cast<Acc>(0.69314718055994530942);
 
  public:
-  /// Rows of a superblock: K and V are read (and converted) once for each. 512
-  /// for long inputs, while Q and O fit half of L2.
+  /// Rows of a superblock: K and V are read (and converted) once for each. 512 for long inputs, while Q and O fit half of L2.
   static isize superblock(isize rows, isize d, isize e) {
     isize most = rows > 512 ? 512 : 256;
     while (most > T::rows && most * (d + e) * static_cast<isize>(sizeof(Acc)) > (512 << 10)) most /= 2;
@@ -53,8 +49,7 @@ class softmax_rows {
     turned_ = memory.take<Acc>(e * T::rows);
   }
 
-  /// Q of the superblock, times scale and log2(e), a row to a lane. `sinks`:
-  /// online_softmax::begin.
+  /// Q of the superblock, times scale and log2(e), a row to a lane. `sinks`: online_softmax::begin.
   void load(const query_rows& rows, double scale, const float* sinks) noexcept {
     rows_ = rows, by_rows_ = false;
     used_ = ceil_div(rows.last - rows.first, T::rows);
@@ -85,8 +80,7 @@ class softmax_rows {
     }
   }
 
-  /// In place of finish: leaves the rows as they are, to be taken up again. o,
-  /// in Acc; so_far [..., 2] in Acc: (m, l) of each row.
+  /// In place of finish: leaves the rows as they are, to be taken up again. o, in Acc; so_far [..., 2] in Acc: (m, l) of each row.
   void suspend(const tensor_mut& o, const tensor_mut& so_far) noexcept {
     for (isize t = 0; t < used_; ++t)
       for (isize x = 0; fresh_[t] && x < e_ * T::rows; ++x) ot_[t * e_ * T::rows + x] = Acc(0);
@@ -98,8 +92,7 @@ class softmax_rows {
       std::memcpy(o.row(rows_.b, h, i), ot_ + at * e_, static_cast<std::size_t>(e_) * sizeof(Acc));
     });
   }
-  /// After begin: the rows as `suspend` left them. `finish` may write to the
-  /// same place.
+  /// After begin: the rows as `suspend` left them. `finish` may write to the same place.
   void resume(const tensor_ref& o, const tensor_ref& so_far) noexcept {
     by_rows_ = true;
     for (isize t = 0; t < used_; ++t) fresh_[t] = false;
@@ -110,8 +103,7 @@ class softmax_rows {
     });
   }
 
-  /// Writes out (and lse and the share that was skipped, f32, where they are
-  /// not null) of the rows that `begin` named.
+  /// Writes out (and lse and the share that was skipped, f32, where they are not null) of the rows that `begin` named.
   void finish(const tensor_mut& out, const tensor_mut& lse, const tensor_mut& skipped = {}) noexcept {
     const bool direct = out.type == dtype_of<Acc>;
     const isize n = rows_.q.length;
@@ -127,8 +119,7 @@ class softmax_rows {
         r += count;
         for (isize x = 0; x < T::W; ++x) {
           const Acc sum = l[x] - lost[x];
-          inverse[x] = sum > Acc(0) ? Acc(1) / sum : sum * Acc(0);  // keeps NaN, gives 0 for a
-                                                                    // row that sees nothing
+          inverse[x] = sum > Acc(0) ? Acc(1) / sum : sum * Acc(0);  // keeps NaN, gives 0 for a row that sees nothing
           to[x] = rows_of_ + x * wide_;
           if (x >= count) continue;
           ask_to_write(out, h, i, rows_.last - (r - count + x));
@@ -177,8 +168,7 @@ class softmax_rows {
     });
     by_rows_ = true;
   }
-  /// f(O of a tile, lane, the same turned) for each vector of lanes, if
-  /// `needed`.
+  /// f(O of a tile, lane, the same turned) for each vector of lanes, if `needed`.
   template <class F>
   void turn_tiles(bool needed, F&& f) noexcept {
     const std::size_t bytes = static_cast<std::size_t>(e_ * T::rows) * sizeof(Acc);
@@ -199,8 +189,7 @@ class softmax_rows {
       if (++i == n) ++h, i = 0;
     }
   }
-  /// Rows of the output a multiple of 4 KB apart are not asked for while keys
-  /// are absorbed: those soon to be written are asked for here.
+  /// Rows of the output a multiple of 4 KB apart are not asked for while keys are absorbed: those soon to be written are asked for here.
   void ask_to_write(const tensor_mut& out, isize h, isize i, isize left) const noexcept {
     const isize size = static_cast<isize>(size_of(out.type)), ahead = 16;
     if (out.row_stride * size % 4096 == 0 && left > ahead && i + ahead < rows_.q.length)
@@ -212,11 +201,10 @@ class softmax_rows {
   isize d_, e_, wide_, used_ = 0;  // used_: tiles
   query_rows rows_;
   Acc *qt_, *ot_, *m_, *l_, *lost_;
-  Acc *rows_of_,
-      *zeros_;            // W rows in Acc, on their way in or out; a row of zeros
-  std::uint8_t* fresh_;   // [tiles] nothing was absorbed: O holds nothing
-  Acc* turned_;           // [e][R] of one tile, on its way from rows to columns
-  bool by_rows_ = false;  // O is [tiles][R][e]
+  Acc *rows_of_, *zeros_;  // W rows in Acc, on their way in or out; a row of zeros
+  std::uint8_t* fresh_;    // [tiles] nothing was absorbed: O holds nothing
+  Acc* turned_;            // [e][R] of one tile, on its way from rows to columns
+  bool by_rows_ = false;   // O is [tiles][R][e]
 };
 
 }  // namespace detail
